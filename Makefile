@@ -1,0 +1,41 @@
+# fastdeq's commands. `make train ARGS="model=skip_deq data=digits"` is all a first run needs.
+
+PYTHON ?= $(shell python3.11 -c "print('python3.11')" 2>/dev/null || echo python3)
+BENCH  ?= $(sort $(wildcard benchmarks/*.py))
+RUN    := .venv/bin/python
+READY  := .venv/.installed
+
+.PHONY: help train test check bench clean
+
+help:
+	@echo 'make train ARGS="..."   train; ARGS are overrides of conf/train.yaml'
+	@echo 'make test  ARGS="..."   run the tests; ARGS go to pytest'
+	@echo 'make check              format, lint and types'
+	@echo 'make bench ARGS="..."   run every benchmark, or one: BENCH=benchmarks/import_time.py'
+	@echo 'make clean              remove .venv, caches and builds; outputs/ stays'
+	@echo 'Each makes .venv and installs into it once. Another interpreter: PYTHON=/path/to/python3'
+
+train: $(READY)
+	$(RUN) train.py $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest $(ARGS)
+
+check: $(READY)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: $(READY)
+	@for file in $(BENCH); do echo "== $$file"; $(RUN) $$file $(ARGS) || exit 1; done
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed again when the dependencies change.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fastdeq needs Python 3.11 or newer, but $(PYTHON) is %d.%d: say make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -c constraints.txt -e ".[experiment,dev]"
+	@touch $@

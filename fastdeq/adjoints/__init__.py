@@ -1,0 +1,9 @@
+"""L2: how an equilibrium is differentiated; any of them goes with any solver that it can serve."""
+
+from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium
+from fastdeq.adjoints.implicit import Implicit
+from fastdeq.adjoints.jacobian_free import JacobianFree
+from fastdeq.adjoints.phantom import Phantom
+from fastdeq.adjoints.unrolled import Unrolled
+
+__all__ = ["AbstractAdjoint", "Equilibrium", "Implicit", "JacobianFree", "Phantom", "Unrolled"]

@@ -1,0 +1,56 @@
+"""L2: what an adjoint is: how z* is found and how its gradient is attached."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastdeq.notation import FlatMap
+from fastdeq.settings import settings
+from fastdeq.solution import BackwardReport, SolveResult, TraceKind
+from fastdeq.solvers import AbstractSolver, solve
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """What an adjoint returns.
+
+    value: f(z_sol), (B, D), with the adjoint's gradient.
+    defect: f(z_sol) − z_sol, (B, D), with the graph of that one evaluation and z_sol held constant.
+    forward: the record of the solve, the closing evaluation not counted.
+    backward: filled in when the backward pass runs.
+    """
+
+    value: Tensor
+    defect: Tensor
+    forward: SolveResult
+    backward: BackwardReport = field(default_factory=BackwardReport)
+
+
+@settings
+class AbstractAdjoint(ABC):
+    """Differentiate z* = f(z*, x) with respect to everything that f depends on.
+
+    All adjoints close with the same evaluation z = f(z_sol): parameters and inputs get their
+    gradients through it, by ordinary automatic differentiation, and the value does not depend on
+    the adjoint. What differs is the cotangent w that reaches this evaluation: replaced by v with (I
+    − Jᵀ) v = w, or by something cheaper.
+    """
+
+    @abstractmethod
+    def equilibrium(
+        self, f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
+    ) -> Equilibrium:
+        """Solve from z0 (B, D) and attach the gradient.
+
+        Raises: ValueError where this adjoint cannot serve the solver.
+        """
+
+
+def solve_without_graph(
+    f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
+) -> SolveResult:
+    """The solve whose memory does not grow with its steps."""
+    with torch.no_grad():
+        return solve(solver, f, z0.detach(), trace=trace)

@@ -1,0 +1,170 @@
+"""Batches cut from tensors that lie whole on one device: no worker processes, no copies."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_STATE = ("seed", "epoch", "position", "batch_size", "samples")
+
+
+def require_integer(name: str, value: object, *, minimum: int) -> int:
+    """Return ``value`` if it is an integer ≥ ``minimum``; raise ValueError that names it if not."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, not {value!r}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalization:
+    """(x / scale − mean) / std, with one mean and one std for each channel (axis 1).
+
+    Raises ValueError for a scale or std that is not positive and for lists of unequal length.
+    """
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0 or not all(value > 0 for value in self.std):
+            raise ValueError(f"scale and std must be positive: {self}")
+        if not self.mean or len(self.mean) != len(self.std):
+            raise ValueError(f"mean and std must have one value for each channel: {self}")
+
+
+class Batches:
+    """Iterate over ``inputs`` (N, C, ...) and ``targets`` (N, ...) in batches, on their device.
+
+    One pass over this object is one epoch. A pass gives every sample once (with ``drop_last``, all
+    but the N mod ``batch_size`` samples that come last in this epoch's order), in stored order or,
+    with ``shuffle``, in an order that depends on (``seed``, epoch) alone: not on the device and
+    not on other random numbers drawn. Passes count the epochs up by themselves; ``set_epoch``
+    chooses one. A pass that follows ``load_state_dict`` gives exactly the batches that had not
+    been given yet when the state was saved.
+
+    A batch is (inputs, targets), the inputs float32 and normalized if ``normalization`` is given.
+    Without it and without ``shuffle`` a batch is a view of the stored tensors: do not write to it.
+
+    Raises ValueError for lengths or devices that differ, for a ``batch_size`` or ``seed`` out of
+    range, for a normalization of another channel count, and where an epoch would have no batch.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        normalization: Normalization | None = None,
+    ) -> None:
+        if len(inputs) != len(targets):
+            raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
+        if inputs.device != targets.device:
+            raise ValueError(f"inputs are on {inputs.device}, targets on {targets.device}")
+        self._inputs, self._targets = inputs, targets
+        self._batch_size = require_integer("batch_size", batch_size, minimum=1)
+        self._seed = require_integer("seed", seed, minimum=0)
+        self._shuffle, self._drop_last = shuffle, drop_last
+        if len(self) == 0:
+            raise ValueError(
+                f"batch_size {batch_size} leaves no batch of {len(inputs)} samples"
+                + (" (drop_last is set)" if drop_last else "")
+            )
+        self._normalization = normalization
+        if normalization is not None:
+            self._mean = _by_channel(normalization.mean, inputs)
+            self._std = _by_channel(normalization.std, inputs)
+        self._epoch = 0
+        self._position = 0  # batches of this epoch given so far
+        self._restored = False  # the next pass goes on at the position instead of starting anew
+
+    def __len__(self) -> int:
+        """Return the number of batches of a whole epoch, wherever in it the position is."""
+        whole, rest = divmod(len(self._inputs), self._batch_size)
+        return whole if self._drop_last or not rest else whole + 1
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # A generator: nothing moves before the first batch is asked for. Lightning makes iterators
+        # that it does not use, and one more before it restores a position.
+        if not self._restored and self._position > 0:
+            self._epoch, self._position = self._epoch + 1, 0
+        self._restored = False
+        order = self._order() if self._shuffle else None
+        for position in range(self._position, len(self)):
+            # Counted before it is handed over: a state saved while it is used does not repeat it.
+            self._position = position + 1
+            start = position * self._batch_size
+            window = slice(start, start + self._batch_size)
+            yield self._batch(window if order is None else order[window])
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the batch given last, or of the next one if none was given yet."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make ``epoch`` (≥ 0) the next pass; a restored position in this same epoch is kept."""
+        require_integer("epoch", epoch, minimum=0)
+        if not (self._restored and epoch == self._epoch):
+            self._epoch, self._position, self._restored = epoch, 0, False
+
+    def state_dict(self) -> dict[str, int]:
+        """Return seed, epoch and position (batches given), and the sizes they are valid for."""
+        return {
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "batch_size": self._batch_size,
+            "samples": len(self._inputs),
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where ``state`` was saved; saved after an epoch's last batch, that is the next one.
+
+        Raises ValueError for a state that is incomplete or of another data size or batch size.
+        """
+        if missing := [key for key in _STATE if key not in state]:
+            raise ValueError(f"the saved position lacks {', '.join(missing)}")
+        for key in _STATE:
+            require_integer(f"saved {key}", state[key], minimum=0)
+        for key, own in (("batch_size", self._batch_size), ("samples", len(self._inputs))):
+            if state[key] != own:
+                raise ValueError(
+                    f"the saved position is for {key} {state[key]}, this run has {own}: "
+                    f"resume with the {key} it was saved with, or start a new run"
+                )
+        if state["position"] > len(self):
+            raise ValueError(f"saved position {state['position']} is past {len(self)} batches")
+        self._seed = state["seed"]
+        epochs, self._position = divmod(state["position"], len(self))
+        self._epoch = state["epoch"] + epochs
+        self._restored = True
+
+    def _order(self) -> Tensor:
+        # SeedSequence mixes the pair, so that (0, 1) and (1, 0) have nothing to do with each other.
+        mixed = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1, np.uint64)
+        # Drawn on the CPU: a CUDA generator would give another order for the same seed.
+        generator = torch.Generator().manual_seed(int(mixed[0]))
+        order = torch.randperm(len(self._inputs), generator=generator)
+        return order.to(self._inputs.device)  # the epoch's one transfer
+
+    def _batch(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:
+        inputs, targets = self._inputs[index], self._targets[index]
+        if self._normalization is not None:
+            inputs = (inputs.float() / self._normalization.scale - self._mean) / self._std
+        return inputs, targets
+
+
+def _by_channel(values: tuple[float, ...], inputs: Tensor) -> Tensor:
+    """Return ``values`` as float32 (C, 1, ...), to be broadcast over ``inputs`` (N, C, ...)."""
+    channels = inputs.shape[1] if inputs.ndim > 1 else 0
+    if len(values) != channels:
+        raise ValueError(f"normalization has {len(values)} channels, the inputs have {channels}")
+    tensor = torch.tensor(values, dtype=torch.float32, device=inputs.device)
+    return tensor.view(-1, *(1 for _ in inputs.shape[2:]))

@@ -1,0 +1,180 @@
+"""One HDF5 layout for every image set, read and written whole, with a checksum.
+
+Datasets: ``train/images`` and ``test/images`` uint8 (N, C, H, W), ``train/labels`` and
+``test/labels`` uint8 (N,). File attributes, UTF-8: ``REQUIRED_ATTRIBUTES`` and ``sha256``.
+
+``sha256`` is the SHA-256 of, for each dataset in the order of ``DATASETS``, the ASCII line
+``"<name> uint8 <dimensions joined by x>\\n"`` followed by its values in C order, one byte each.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+DATASETS = ("train/images", "train/labels", "test/images", "test/labels")
+REQUIRED_ATTRIBUTES = ("name", "version", "source", "licence", "split")
+
+_LIBVER = ("v110", "v110")  # fixed, for equal bytes; HDF5 checksums its own metadata since 1.8
+_CHUNK = 1024  # samples
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """An image set in memory: images uint8 (N, C, H, W), labels int64 (N,), and what it is."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    attributes: Mapping[str, str]
+
+    def to(self, device: torch.device) -> Self:
+        """Return this set with its tensors on ``device``; those already there are not copied."""
+        return replace(
+            self,
+            train_images=self.train_images.to(device),
+            train_labels=self.train_labels.to(device),
+            test_images=self.test_images.to(device),
+            test_labels=self.test_labels.to(device),
+        )
+
+
+def write_store(path: str | Path, images: ImageSet) -> str:
+    """Write ``images`` to a new file and return its ``sha256``; the file appears whole or not.
+
+    Raises FileExistsError where ``path`` exists, ValueError for arrays or attributes that do not
+    fit the layout.
+    """
+    path = Path(path)
+    arrays = _to_arrays(images)
+    if problem := _layout_problem(arrays) or _attribute_problem(images.attributes):
+        raise ValueError(f"{path}: cannot be written: {problem}")
+    checksum = _checksum(arrays)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        _write_file(aside, arrays, {**images.attributes, "sha256": checksum})
+        _publish(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return checksum
+
+
+def read_store(path: str | Path, *, cure: str = "delete it and make it again") -> ImageSet:
+    """Read and verify a file of this layout; ``cure`` ends the message when it is broken.
+
+    Raises FileNotFoundError where there is no file, ValueError where it is not HDF5, misses a
+    dataset or an attribute, holds other shapes or types, or does not match its checksum.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image set: {cure}")
+    try:
+        with h5py.File(path, "r") as file:
+            attributes = {key: _text(value) for key, value in file.attrs.items()}
+            arrays = {name: np.asarray(file[name]) for name in DATASETS if name in file}
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:  # h5py's for damage
+        raise ValueError(f"{path}: not a readable HDF5 file ({error}): {cure}") from error
+    problem = _layout_problem(arrays) or _attribute_problem(attributes)
+    if problem is None and attributes.get("sha256") != _checksum(arrays):
+        problem = "the data do not match their sha256"
+    if problem:
+        raise ValueError(f"{path}: {problem}: {cure}")
+    return ImageSet(
+        train_images=torch.from_numpy(arrays["train/images"]),
+        train_labels=torch.from_numpy(arrays["train/labels"].astype(np.int64)),
+        test_images=torch.from_numpy(arrays["test/images"]),
+        test_labels=torch.from_numpy(arrays["test/labels"].astype(np.int64)),
+        attributes=attributes,
+    )
+
+
+def _to_arrays(images: ImageSet) -> dict[str, NDArray[np.generic]]:
+    tensors = (images.train_images, images.train_labels, images.test_images, images.test_labels)
+    arrays = {name: tensor.cpu().numpy() for name, tensor in zip(DATASETS, tensors, strict=True)}
+    for name in ("train/labels", "test/labels"):
+        labels = arrays[name].astype(np.uint8)
+        # Labels that a byte cannot hold keep their type, which the layout then refuses.
+        arrays[name] = labels if np.array_equal(labels, arrays[name]) else arrays[name]
+    return arrays
+
+
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _layout_problem(arrays: Mapping[str, NDArray[np.generic]]) -> str | None:
+    for name in DATASETS:
+        if name not in arrays:
+            return f"dataset {name} is missing"
+        array, axes = arrays[name], 4 if name.endswith("images") else 1
+        if array.dtype != np.uint8 or array.ndim != axes:
+            return f"{name} must be uint8 with {axes} axes, not {array.dtype} {array.shape}"
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}/images"], arrays[f"{split}/labels"]
+        if len(images) != len(labels) or not len(images):
+            return f"{split} has {len(images)} images and {len(labels)} labels"
+    if arrays["train/images"].shape[1:] != arrays["test/images"].shape[1:]:
+        return "the images of train and test differ in shape"
+    return None
+
+
+def _attribute_problem(attributes: Mapping[str, str]) -> str | None:
+    missing = [name for name in REQUIRED_ATTRIBUTES if not attributes.get(name)]
+    return f"attributes are missing: {', '.join(missing)}" if missing else None
+
+
+def _checksum(arrays: Mapping[str, NDArray[np.generic]]) -> str:
+    digest = hashlib.sha256()
+    for name in DATASETS:
+        dimensions = "x".join(map(str, arrays[name].shape))
+        digest.update(f"{name} uint8 {dimensions}\n".encode("ascii"))
+        digest.update(arrays[name].tobytes(order="C"))
+    return digest.hexdigest()
+
+
+def _write_file(
+    path: Path, arrays: Mapping[str, NDArray[np.generic]], attributes: Mapping[str, str]
+) -> None:
+    with h5py.File(path, "x", libver=_LIBVER) as file:
+        for key in sorted(attributes):
+            # Of fixed length: these lie in the header, which HDF5 checksums, and not in its heap.
+            file.attrs[key] = np.bytes_(attributes[key].encode())
+        for name in DATASETS:
+            array = arrays[name]
+            chunks = (min(len(array), _CHUNK), *array.shape[1:])
+            file.create_dataset(
+                name,
+                data=array,
+                chunks=chunks,
+                compression="gzip",
+                compression_opts=9,
+                track_times=False,
+            )
+
+
+def _publish(aside: Path, path: Path) -> None:
+    """Give the finished file its name; a link, unlike a rename, never replaces another file."""
+    _flush(aside)
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        raise FileExistsError(f"{path}: exists already: delete it or choose another name") from None
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

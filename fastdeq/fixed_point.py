@@ -1,0 +1,112 @@
+"""L3: the door. Find z = f(z) with any solver and differentiate it with any adjoint."""
+
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastdeq.adjoints import AbstractAdjoint, Equilibrium, Implicit
+from fastdeq.norms import sample_norm
+from fastdeq.notation import State, StateMap
+from fastdeq.packing import Packing
+from fastdeq.solution import Solution, SolveStats, Status, TraceKind
+from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver
+
+_DEFAULT_SOLVER = LimitedMemoryBroydenSolver()
+_DEFAULT_ADJOINT = Implicit()
+
+
+def fixed_point(
+    f: StateMap,
+    z0: State,
+    *,
+    solver: AbstractSolver = _DEFAULT_SOLVER,
+    adjoint: AbstractAdjoint = _DEFAULT_ADJOINT,
+    trace: TraceKind | None = None,
+) -> Solution:
+    """Solve z = f(z) for every sample of a batch; the result is differentiable in all that f closes
+    over.
+
+    f: maps a state to one of the same shape. What it needs besides z (input, parameters) it closes
+        over; their gradients arrive by ordinary backpropagation.
+    z0: where to start: a (B, ...) floating-point tensor, or a tuple of them, one a scale. It gets
+        gradients only from the unrolled adjoint: an equilibrium does not depend on its start.
+    trace: record the history of residual norms ("residuals"), or of states too ("states").
+
+    Returns a `Solution`. A sample that did not converge is no error: its best iterate is returned
+    and `solution.status` says what happened.
+
+    Raises: TypeError for settings that are no solver or adjoint and for states that are no
+    floating-point tensors; ValueError for an empty batch, for f(z) of another shape than z, and for
+    an adjoint that cannot serve the solver. Warns (RuntimeWarning) where f itself is not finite.
+    """
+    _check_settings(solver, adjoint)
+    packing = Packing.of(z0)
+
+    def flat_f(z: Tensor) -> Tensor:
+        return packing.pack_output(f(packing.unpack(z)), z)
+
+    found = adjoint.equilibrium(flat_f, packing.pack(z0), solver, trace)
+    value, stats = _without_nonfinite(found)
+    return Solution(
+        value=packing.unpack(value),
+        z0=z0,
+        defect=found.defect,
+        backward=found.backward,
+        **vars(replace(stats, nfe=stats.nfe + 1)),  # the closing evaluation
+    )
+
+
+def fixed_depth(f: StateMap, z0: State, *, depth: int) -> Solution:
+    """Apply f `depth` times to z0 with ordinary backpropagation: no solve (pretraining, baselines).
+
+    Memory grows with the depth. Raises: as `fixed_point`, and ValueError for a depth below 1.
+    """
+    if depth < 1:
+        raise ValueError(f"depth is {depth}, but must be at least 1")
+    packing = Packing.of(z0)
+    z = last = packing.pack(z0)
+    for _ in range(depth):
+        last, z = z, packing.pack_output(f(packing.unpack(z)), z)
+    residual, size = sample_norm((z - last).detach()), sample_norm(z.detach())
+    steps = torch.full((len(z),), depth, device=z.device)
+    return Solution(
+        value=packing.unpack(z),
+        z0=z0,
+        defect=z - last,
+        residual=residual,
+        relative_residual=torch.where(residual == 0, 0.0, residual / size),
+        steps=steps,
+        nfe=steps.clone(),
+        status=torch.full_like(steps, int(Status.NOT_SOLVED)),
+    )
+
+
+def _without_nonfinite(found: Equilibrium) -> tuple[Tensor, SolveStats]:
+    """Keep the solver's state where f is not finite even there, and say so."""
+    value, forward = found.value, found.forward
+    finite = torch.isfinite(value.detach().sum(dim=1))
+    if bool(finite.all()):  # waits for the device, once a solve
+        return value, forward.stats
+    lost = int((~finite).sum())
+    warnings.warn(
+        f"f is not finite at the returned state of {lost} of {len(finite)} samples: "
+        "their last good state is returned, their status is DIVERGED, and gradients of parameters "
+        "may be NaN; look for NaN in the input or for a division or logarithm in f",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    status = torch.where(finite, forward.status, int(Status.DIVERGED))
+    value = torch.where(finite[:, None], value, forward.value)
+    return value, replace(forward.stats, status=status)
+
+
+def _check_settings(solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:
+    for given, kind, example in (
+        (solver, AbstractSolver, "fastdeq.solvers.Anderson()"),
+        (adjoint, AbstractAdjoint, "fastdeq.adjoints.Implicit()"),
+    ):
+        if not isinstance(given, kind):
+            hint = "an instance" if isinstance(given, type) else "settings"
+            raise TypeError(f"{given!r} is no {kind.__name__}: give {hint}, such as {example}")

@@ -1,0 +1,213 @@
+"""L1: batched GMRES, matrix-free: one small least-squares problem a sample, stopped a sample at a
+time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdeq.norms import sample_norm
+from fastdeq.notation import FlatMap
+from fastdeq.settings import setting, settings
+from fastdeq.solution import SolveResult, Status
+
+_STAGNATION = 0.9  # a restart that gains less than this factor will gain nothing more
+
+
+@settings
+class GMRES:
+    """Settings of a linear solve A x = b (Saad & Schultz 1986).
+
+    tol: done when ‖b − A x‖ ≤ tol · ‖b‖.
+    max_steps: products with A at most, the ones that measure residuals not counted.
+    restart: size of the Krylov basis, hence the memory; None keeps all of max_steps.
+    per_sample: one Krylov space a sample. False builds one space for the whole batch vector, which
+        A needs when it couples the samples (batch norm in a cell).
+
+    Departures from the reference:
+    1. The residual reported is measured, b − A x, at the end of each cycle, not taken from the
+       recurrence: where A was not what it was promised to be, the record shows it.
+    2. A sample whose basis breaks down, or turns non-finite, is closed with what it has by then,
+       alone.
+    """
+
+    tol: float = setting(default=1e-4, above=0)
+    max_steps: int = setting(default=30, at_least=1)
+    restart: int | None = setting(default=None, at_least=1)
+    per_sample: bool = setting(default=True)
+
+    def solve(self, matvec: FlatMap, b: Tensor) -> SolveResult:
+        """Solve A x = b from x = 0. matvec: (B, D) → (B, D), linear. b: (B, D).
+
+        A sample that cannot be solved keeps its best finite x and says so in its status.
+        """
+        if self.per_sample:
+            return _restarted(self, matvec, b)
+        shape = b.shape
+        flat = _restarted(self, lambda v: matvec(v.view(shape)).reshape(1, -1), b.reshape(1, -1))
+        return SolveResult(
+            value=flat.value.view(shape),
+            **{
+                name: getattr(flat, name).expand(len(b)).clone()
+                for name in ("residual", "relative_residual", "steps", "nfe", "status")
+            },
+        )
+
+
+def gmres(
+    matvec: Callable[[Tensor], Tensor],
+    b: Tensor,
+    *,
+    tol: float = 1e-6,
+    max_steps: int = 50,
+    restart: int | None = None,
+    per_sample: bool = True,
+) -> SolveResult:
+    """Solve A x = b for every sample of a batch; see `GMRES` for the settings.
+
+    matvec: v ↦ A v, from (B, ...) to the same shape, where it is linear. b: (B, ...).
+    Returns a record whose `value` has the shape of b, with residual, steps and status a sample.
+    Not differentiable itself: the adjoints differentiate equilibria, not this iteration.
+
+    Raises: TypeError or ValueError for settings out of range, and for a b that is no non-empty
+    batch.
+    """
+    solver = GMRES(tol=tol, max_steps=max_steps, restart=restart, per_sample=per_sample)
+    if not b.is_floating_point():
+        raise TypeError(f"b has dtype {b.dtype}: convert it with b.float()")
+    if b.ndim < 2 or b.numel() == 0:
+        raise ValueError(f"b has shape {tuple(b.shape)}: gmres takes a non-empty (B, ...) tensor")
+
+    def flat_matvec(v: Tensor) -> Tensor:
+        product = matvec(v.view(b.shape))
+        if product.shape != b.shape:
+            raise ValueError(f"A v has shape {tuple(product.shape)}, b has {tuple(b.shape)}")
+        return product.reshape(len(b), -1)
+
+    with torch.no_grad():
+        result = solver.solve(flat_matvec, b.reshape(len(b), -1))
+    return SolveResult(**{**vars(result), "value": result.value.view(b.shape)})
+
+
+def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
+    """Cycles of GMRES until every sample is solved, stuck, or out of steps."""
+    scale = sample_norm(b)
+    x, r, residual = torch.zeros_like(b), b, scale
+    steps = torch.zeros(len(b), dtype=torch.int64, device=b.device)
+    nfe, target = steps.clone(), settings.tol * scale
+    broken = ~torch.isfinite(scale)
+    stuck = torch.zeros_like(broken)
+    taken = 0
+    while taken < settings.max_steps:
+        active = (residual > target) & ~broken & ~stuck
+        if not bool(
+            active.any()
+        ):  # one wait for the device a cycle, beside those of the cycle itself
+            break
+        size = min(settings.restart or settings.max_steps, settings.max_steps - taken)
+        cycle = _Cycle(matvec, r, residual, target, active, size)
+        taken += cycle.run()
+        steps, nfe = steps + cycle.used, nfe + cycle.used + active
+        trial = x + cycle.correction()
+        remainder = b - matvec(trial)
+        new = sample_norm(remainder)
+        better = active & (new < residual)  # False for NaN
+        broken = broken | (active & cycle.broken)
+        stuck = stuck | (active & ~(new < _STAGNATION * residual))
+        x = torch.where(better[:, None], trial, x)
+        r = torch.where(better[:, None], remainder, r)
+        residual = torch.where(better, new, residual)
+    status = torch.full_like(steps, int(Status.STEP_LIMIT))
+    for here, code in (
+        (stuck, Status.STALLED),
+        (broken, Status.DIVERGED),
+        (residual <= target, Status.CONVERGED),
+    ):
+        status = torch.where(here, int(code), status)
+    relative = torch.where(scale > 0, residual / scale, 0.0)
+    return SolveResult(
+        value=x, residual=residual, relative_residual=relative, steps=steps, nfe=nfe, status=status
+    )
+
+
+class _Cycle:
+    """One Arnoldi process with its least-squares problem, for the `active` samples.
+
+    The basis V (B, j + 1, D) has the dtype of the residual; the small matrices are float64. A
+    column that a sample does not use (it was finished before) is a unit column with a zero
+    right-hand side.
+    """
+
+    def __init__(
+        self, matvec: FlatMap, r: Tensor, beta: Tensor, target: Tensor, active: Tensor, size: int
+    ) -> None:
+        self.matvec, self.target, self.active, self.size = matvec, target.double(), active, size
+        start = torch.where(active, 1.0 / torch.where(beta > 0, beta, 1.0), 0.0)
+        self.basis = torch.where(active[:, None], r * start[:, None], 0.0)[:, None]
+        self.columns: list[Tensor] = []  # of R, (B, size), zero-padded
+        self.givens: list[tuple[Tensor, Tensor]] = []
+        self.right = torch.zeros(len(r), size + 1, dtype=torch.float64, device=r.device)
+        self.right[:, 0] = torch.where(active, beta, 0.0).double()
+        self.used = torch.zeros(len(r), dtype=torch.int64, device=r.device)
+        self.broken = torch.zeros_like(active)
+
+    def run(self) -> int:
+        """Extend the basis until no sample needs more; returns how many products were made."""
+        for j in range(self.size):
+            product = self.matvec(self.basis[:, j])
+            finite = torch.isfinite(product.sum(dim=1))
+            self.broken = self.broken | (self.active & ~finite)
+            self.active = self.active & finite
+            h, rest = self._orthogonalize(torch.where(self.active[:, None], product, 0.0))
+            self._rotate(j, h, rest)
+            if not bool(self.active.any()):  # waits for the device; saves a product with A
+                return j + 1
+        return self.size
+
+    def _orthogonalize(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Classical Gram–Schmidt, twice: (B, j + 1) coefficients and the norm of what remains."""
+        before = sample_norm(product)
+        h = torch.zeros(self.basis.shape[:2], dtype=torch.float64, device=product.device)
+        for _ in range(2):
+            overlap = torch.bmm(self.basis, product[:, :, None])[:, :, 0]
+            product = product - torch.bmm(overlap[:, None, :], self.basis)[:, 0]
+            h = h + overlap
+        rest = sample_norm(product)
+        # What is left is rounding: the space is invariant and holds the solution.
+        rest = torch.where(rest > 10 * torch.finfo(rest.dtype).eps * before, rest, 0.0)
+        inverse = torch.where(rest > 0, 1.0 / torch.where(rest > 0, rest, 1.0), 0.0)
+        self.basis = torch.cat((self.basis, (product * inverse[:, None])[:, None]), dim=1)
+        return h, rest.double()
+
+    def _rotate(self, j: int, h: Tensor, rest: Tensor) -> None:
+        """Append column j to the triangular factor by a Givens rotation; judge who is finished."""
+        column = torch.zeros_like(self.right)
+        column[:, : j + 1], column[:, j + 1] = h, rest
+        for i, (cos, sin) in enumerate(self.givens):
+            upper, lower = column[:, i].clone(), column[:, i + 1].clone()
+            column[:, i] = cos * upper + sin * lower
+            column[:, i + 1] = cos * lower - sin * upper
+        pivot = torch.hypot(column[:, j], column[:, j + 1])
+        # A zero pivot: A is singular on this space. The column cannot be used, and no later one
+        # comes.
+        usable = self.active & (pivot > torch.finfo(torch.float64).tiny)
+        divisor = torch.where(usable, pivot, 1.0)
+        cos = torch.where(usable, column[:, j] / divisor, 1.0)
+        sin = torch.where(usable, column[:, j + 1] / divisor, 0.0)
+        self.givens.append((cos, sin))
+        column[:, j], column[:, j + 1] = divisor, 0.0
+        column[:, :j] = torch.where(usable[:, None], column[:, :j], 0.0)
+        self.columns.append(column)
+        right = self.right[:, j].clone()
+        self.right[:, j] = torch.where(usable, cos * right, 0.0)
+        self.right[:, j + 1] = torch.where(usable, -sin * right, 0.0)
+        self.used = self.used + self.active
+        self.active = usable & (rest > 0) & (self.right[:, j + 1].abs() > self.target)
+
+    def correction(self) -> Tensor:
+        """The combination of the basis that minimizes each sample's residual, (B, D)."""
+        k = len(self.columns)
+        triangle = torch.stack([column[:, :k] for column in self.columns], dim=2)
+        y = torch.linalg.solve_triangular(triangle, self.right[:, :k, None], upper=True)
+        weights = y[:, :, 0].to(self.basis.dtype)
+        return torch.bmm(weights[:, None, :], self.basis[:, :k])[:, 0]

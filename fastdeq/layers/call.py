@@ -1,0 +1,84 @@
+"""L4: one call of an equilibrium layer: the cell with its input bound and everything random held
+fixed."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from fastdeq.layers.variational_dropout import Masks, VariationalDropout, masks_of_call
+from fastdeq.notation import State
+
+
+class CellCall:
+    """z ↦ cell(z, x), the same function at every evaluation of one call.
+
+    Dropout masks are drawn once and belong to this call: evaluations made later (the backward
+    pass's) use them too, whatever calls came in between. Running statistics of batch norms stand
+    still; they move once, when the layer says so.
+    """
+
+    def __init__(self, cell: nn.Module, x: Any) -> None:
+        self.cell, self.x = cell, x
+        self._masks: Masks = {}
+        self._dropouts = [m for m in cell.modules() if isinstance(m, VariationalDropout)]
+        self._tracking = [
+            m for m in cell.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
+        ]
+
+    def __call__(self, z: State) -> State:
+        with ExitStack() as held:
+            if self._dropouts:
+                held.enter_context(masks_of_call(self._dropouts, self._masks))
+            if self._tracking:
+                held.enter_context(_statistics_held(self._tracking))
+            output: State = self.cell(z, self.x)
+            return output
+
+    def move_statistics(self, z: State) -> None:
+        """Update the running statistics of batch norms in training, once, at the equilibrium z.
+
+        Costs an evaluation, made only where there are such statistics.
+        """
+        if any(module.training for module in self._tracking):
+            with torch.no_grad(), masks_of_call(self._dropouts, self._masks):
+                self.cell(z, self.x)
+
+
+@contextmanager
+def _statistics_held(modules: list[_BatchNorm]) -> Iterator[None]:
+    # In training a batch norm that does not track still normalizes by the batch; in evaluation it
+    # still reads the running statistics that it has. So only the update is switched off.
+    for module in modules:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.track_running_stats = True
+
+
+def check_cell(cell: nn.Module) -> None:
+    """Refuse what would make the cell another function at every evaluation.
+
+    Raises: TypeError for what is no module; ValueError for ordinary dropout inside.
+    """
+    if not isinstance(cell, nn.Module):
+        raise TypeError(
+            f"the cell is a {type(cell).__name__}: give an nn.Module called as cell(z, x), or use "
+            "fixed_point for a plain function"
+        )
+    for name, module in cell.named_modules():
+        drops = isinstance(module, _DropoutNd) and module.p > 0
+        drops = drops or (isinstance(module, nn.MultiheadAttention) and module.dropout > 0)
+        drops = drops or (isinstance(module, nn.RNNBase) and module.dropout > 0)
+        if drops:
+            raise ValueError(
+                f"the cell contains {type(module).__name__} ('{name}'), which draws a new mask at "
+                "every evaluation, so that no equilibrium exists: "
+                "use fastdeq.layers.VariationalDropout"
+            )

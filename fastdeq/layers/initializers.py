@@ -1,0 +1,71 @@
+"""L4: where the solver starts: what tells DEQ, Skip DEQ and Skip Reg. DEQ apart."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdeq.notation import State, StateMap
+
+
+class AbstractInitializer(nn.Module):
+    """Makes z₀ from the input. `predicts` tells whether z₀ is a prediction worth reading on its
+    own."""
+
+    predicts: bool = True
+
+    @abstractmethod
+    def forward(self, f: StateMap, x: Any) -> State:
+        """z₀ from the cell with its input bound, and from the input."""
+
+
+class Zeros(AbstractInitializer):
+    """z₀ = 0, the vanilla start.
+
+    shape: of one sample's state, without the batch axis; None takes the input's. A list of shapes
+        makes a state of several scales.
+    """
+
+    predicts = False
+
+    def __init__(self, shape: list[int] | list[list[int]] | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, f: StateMap, x: Any) -> State:
+        reference: Tensor = x if isinstance(x, Tensor) else x[0]
+        if self.shape is None:
+            if isinstance(x, Tensor):
+                return torch.zeros_like(x)
+            return tuple(torch.zeros_like(scale) for scale in x)
+        if self.shape and isinstance(self.shape[0], int):
+            return reference.new_zeros(len(reference), *self.shape)
+        return tuple(reference.new_zeros(len(reference), *shape) for shape in self.shape)  # type: ignore[misc]
+
+
+class ExplicitNetwork(AbstractInitializer):
+    """z₀ = g_φ(x): an explicit network predicts the equilibrium (Skip DEQ; arXiv 2201.12240,
+    §3.2)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, f: StateMap, x: Any) -> State:
+        z0: State = self.network(x)
+        return z0
+
+
+class FirstEvaluation(AbstractInitializer):
+    """z₀ = f(0, x): the cell itself predicts, without further parameters (Skip Reg.; same section).
+
+    This evaluation is not in the NFE, which counts the solve. `zeros` makes the 0.
+    """
+
+    def __init__(self, zeros: Zeros | None = None) -> None:
+        super().__init__()
+        self.zeros = Zeros() if zeros is None else zeros
+
+    def forward(self, f: StateMap, x: Any) -> State:
+        return f(self.zeros(f, x))

@@ -1,0 +1,62 @@
+"""L4: dropout for cells: one mask a call, kept through all evaluations of that call."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Masks: TypeAlias = dict["VariationalDropout", Tensor]
+"""The masks of one call, by the module that drew them."""
+
+
+class VariationalDropout(nn.Module):
+    """Zero whole features with probability p and scale the rest by 1 / (1 − p), in training (Gal &
+    Ghahramani 2016; in equilibrium models Bai et al. 2019).
+
+    Inside an equilibrium layer the mask is drawn at the first evaluation of a call and kept through
+    all evaluations of that call, the backward pass's included: the equilibrium is that of one
+    function. Used alone, each call draws a new mask.
+
+    p: in [0, 1). Input (B, C, ...); a feature is an entry of (B, C), shared by all positions after
+        it.
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"VariationalDropout: p is {p}, but must be at least 0 and below 1")
+        self.p = p
+        self._masks: Masks | None = None
+
+    def forward(self, h: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return h
+        mask = None if self._masks is None else self._masks.get(self)
+        if mask is None:
+            mask = self._draw(h)
+            if self._masks is not None:
+                self._masks[self] = mask
+        return h * mask
+
+    def _draw(self, h: Tensor) -> Tensor:
+        shape = (*h.shape[:2], *(1,) * (h.ndim - 2))
+        keep = 1 - self.p
+        return torch.empty(shape, dtype=h.dtype, device=h.device).bernoulli_(keep) / keep
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+@contextmanager
+def masks_of_call(modules: list[VariationalDropout], masks: Masks) -> Iterator[None]:
+    """Within, the modules use the masks of `masks` and add what is missing there."""
+    before = [module._masks for module in modules]
+    for module in modules:
+        module._masks = masks
+    try:
+        yield
+    finally:
+        for module, kept in zip(modules, before, strict=True):
+            module._masks = kept

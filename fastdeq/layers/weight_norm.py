@@ -1,0 +1,46 @@
+"""L4: weight norm, and parametrizations that are computed once a call."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm as _torch_weight_norm
+
+_NORMALIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def weight_norm(module: nn.Module) -> nn.Module:
+    """Weight-normalize all linear and convolutional layers of `module`, in place (Salimans & Kingma
+    2016).
+
+    One magnitude for each output channel, w = g v / ‖v‖. Torch's own parametrization: it survives
+    deepcopy, state_dict and DistributedDataParallel.
+
+    Raises: ValueError where there is nothing to normalize.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, _NORMALIZED)]
+    if not layers:
+        raise ValueError(
+            f"{type(module).__name__} has no linear or convolutional layer to normalize"
+        )
+    for layer in layers:
+        _torch_weight_norm(layer)
+    return module
+
+
+@contextmanager
+def parametrizations_cached(module: nn.Module) -> Iterator[None]:
+    """Within, every parametrized tensor of `module` (weight norm, spectral norm, ...) is computed
+    once.
+
+    They are computed on entry, in the caller's gradient mode: computed lazily they would be made
+    inside the solver, without a graph, and the closing evaluation would reuse them without
+    gradients.
+    """
+    with parametrize.cached():
+        for layer in module.modules():
+            if parametrize.is_parametrized(layer):
+                for name in layer.parametrizations:  # type: ignore[union-attr]
+                    getattr(layer, name)
+        yield

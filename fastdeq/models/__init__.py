@@ -1,0 +1,5 @@
+"""L5: whole networks."""
+
+from fastdeq.models.chain import DEQChain
+
+__all__ = ["DEQChain"]

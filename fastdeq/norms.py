@@ -1,0 +1,65 @@
+"""L0: norms of a batch, sample by sample or pooled over the whole batch vector."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def sample_norm(v: Tensor) -> Tensor:
+    """Euclidean norm of every sample: (B, D) → (B,)."""
+    norm: Tensor = torch.linalg.vector_norm(v, dim=1)
+    return norm
+
+
+def sample_largest(v: Tensor) -> Tensor:
+    """Largest absolute entry of every sample: (B, D) → (B,)."""
+    return v.abs().amax(dim=1)
+
+
+class Pooling(Protocol):
+    """What becomes of per-sample norms, (B,) → (B,), before they are compared with a tolerance.
+
+    `alive` (B,) leaves diverged samples out of a shared figure.
+    """
+
+    def norm(self, norms: Tensor, alive: Tensor) -> Tensor:
+        """Pool Euclidean norms."""
+
+    def largest(self, largest: Tensor, alive: Tensor) -> Tensor:
+        """Pool largest entries."""
+
+    def length(self, z: Tensor) -> int:
+        """How many entries of the (B, D) tensor z one pooled figure speaks for."""
+
+
+class PerSample:
+    """Every sample keeps its own figure: what happens to one does not depend on the others."""
+
+    def norm(self, norms: Tensor, alive: Tensor) -> Tensor:
+        return norms
+
+    def largest(self, largest: Tensor, alive: Tensor) -> Tensor:
+        return largest
+
+    def length(self, z: Tensor) -> int:
+        return z.shape[1]
+
+
+class WholeBatch:
+    """One figure for the batch vector, repeated B times, as published: samples stop together."""
+
+    def norm(self, norms: Tensor, alive: Tensor) -> Tensor:
+        whole: Tensor = torch.linalg.vector_norm(torch.where(alive, norms, 0.0))
+        return whole.expand(len(norms))
+
+    def largest(self, largest: Tensor, alive: Tensor) -> Tensor:
+        return torch.where(alive, largest, 0.0).amax().expand(len(largest))
+
+    def length(self, z: Tensor) -> int:
+        return z.numel()
+
+
+def pooling(per_sample: bool) -> Pooling:
+    """The pooling that a solver's `per_sample` field asks for."""
+    return PerSample() if per_sample else WholeBatch()

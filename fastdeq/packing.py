@@ -1,0 +1,106 @@
+"""L0: a tuple of scales ↔ one flat (B, D) tensor.
+
+The solvers see one (B, D) tensor and the cell sees its scales as views of it, so the concatenation
+of the cell's outputs is the only copy an evaluation makes. States in half precision are widened to
+float32 on the way in: f may run in bf16, the solver's arithmetic does not.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdeq.notation import State
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The shapes and dtypes of a state, and the way to its flat form and back."""
+
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    single: bool
+
+    @staticmethod
+    def of(z0: State) -> "Packing":
+        """Read the layout off a start.
+
+        Raises: TypeError for what is no floating-point tensor; ValueError for an empty batch, an
+        unbatched tensor, or scales that disagree about the batch.
+        """
+        scales = _as_tuple(z0, "z0")
+        for scale in scales:
+            _check_scale(scale)
+        if len({len(scale) for scale in scales}) > 1:
+            sizes = [len(scale) for scale in scales]
+            raise ValueError(f"the scales of z0 have batch sizes {sizes}: give all the same")
+        if len({scale.device for scale in scales}) > 1:
+            raise ValueError("the scales of z0 are on different devices: move them to one")
+        shapes = tuple(scale.shape[1:] for scale in scales)
+        dtypes = tuple(scale.dtype for scale in scales)
+        return Packing(shapes, dtypes, single=isinstance(z0, Tensor))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the flat state: the widest of the scales, and at least float32."""
+        wide = torch.float32
+        for dtype in self.dtypes:
+            wide = torch.promote_types(wide, dtype)
+        return wide
+
+    def pack(self, state: State) -> Tensor:
+        """(B, D) from a state of this layout; a single scale is only reshaped."""
+        flat = [scale.flatten(1).to(self.dtype) for scale in _as_tuple(state, "the state")]
+        return flat[0] if self.single else torch.cat(flat, dim=1)
+
+    def pack_output(self, output: State, z: Tensor) -> Tensor:
+        """The same for what f returned at the flat state `z`.
+
+        Raises: TypeError or ValueError where f(z) is not of the kind and shape of z.
+        """
+        scales = _as_tuple(output, "f(z)")
+        wanted = [(len(z), *shape) for shape in self.shapes]
+        found = [tuple(scale.shape) for scale in scales]
+        if found != wanted or isinstance(output, Tensor) != self.single:
+            raise ValueError(
+                f"f(z) has shape {_listed(found)} but z has shape {_listed(wanted)}: an "
+                "equilibrium z = f(z) needs both the same; let f's last layer restore the shape"
+            )
+        return self.pack(output)
+
+    def unpack(self, flat: Tensor) -> State:
+        """The scales as views of the flat tensor (copies only where the dtype differs)."""
+        sizes = [shape.numel() for shape in self.shapes]
+        scales = tuple(
+            part.unflatten(1, shape).to(dtype) if shape else part.squeeze(1).to(dtype)
+            for part, shape, dtype in zip(
+                flat.split(sizes, dim=1), self.shapes, self.dtypes, strict=True
+            )
+        )
+        return scales[0] if self.single else scales
+
+
+def _as_tuple(state: State, name: str) -> tuple[Tensor, ...]:
+    scales = (state,) if isinstance(state, Tensor) else state
+    if not isinstance(scales, tuple) or not all(isinstance(scale, Tensor) for scale in scales):
+        kind = type(state).__name__
+        raise TypeError(
+            f"{name} must be a tensor or a tuple of tensors, one a scale; it is a {kind}"
+        )
+    if not scales:
+        raise ValueError(f"{name} is an empty tuple: give at least one scale")
+    return scales
+
+
+def _check_scale(scale: Tensor) -> None:
+    shape = tuple(scale.shape)
+    if not scale.is_floating_point():
+        raise TypeError(f"z0 has dtype {scale.dtype}: convert it with z0.float()")
+    if scale.ndim < 1 or scale.numel() == 0:
+        raise ValueError(
+            f"z0 has shape {shape}: the first axis is the batch, and none may be empty"
+        )
+
+
+def _listed(shapes: list[tuple[int, ...]]) -> str:
+    return str(shapes[0]) if len(shapes) == 1 else str(shapes)

@@ -1,0 +1,85 @@
+"""L3: what is added to the task's loss, and the spectral radius that tells how well it works.
+
+L = task + λ_skip Σ_scales mean|z₀ − z*| + λ_jac E‖εᵀJ‖² / D + λ_res ‖z* − f(z*, x)‖
+(Pal et al. 2022, arXiv 2201.12240, §3; Bai et al. 2021, arXiv 2106.14342, for the Jacobian term.)
+"""
+
+import torch
+from torch import Tensor
+
+from fastdeq.norms import sample_norm
+from fastdeq.notation import State, StateMap
+from fastdeq.packing import Packing
+from fastdeq.products import transposed_product
+from fastdeq.solution import Solution
+
+
+def skip_loss(solution: Solution) -> Tensor:
+    """Σ_scales mean|z₀ − z*|, a scalar; gradients flow into the prediction and into the
+    equilibrium."""
+    pairs = zip(_scales(solution.z0), _scales(solution.value), strict=True)
+    return torch.stack([(z0 - z).abs().mean() for z0, z in pairs]).sum()
+
+
+def residual_loss(solution: Solution) -> Tensor:
+    """‖z_sol − f(z_sol, x)‖, mean over the batch, a scalar.
+
+    The state is held constant: the derivative through the equilibrium would cancel to zero, since
+    the residual vanishes there for all parameters. No evaluation of its own.
+    """
+    return sample_norm(solution.defect).mean()
+
+
+def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
+    """E‖εᵀJ‖² / D with ε ~ N(0, I): Hutchinson's estimate of ‖J‖²_F / D, mean over the batch, a
+    scalar.
+
+    f: the cell with its input bound, dense or convolutional. z: where J is taken; with gradients
+    attached, those flow on into it. samples: how many ε are drawn for each sample of the batch.
+    One evaluation of f and `samples` vector-Jacobian products; differentiable (a double backward).
+    """
+    packing = Packing.of(z)
+    with torch.enable_grad():
+        at = _differentiable(packing.pack(z))
+        output = packing.pack_output(f(packing.unpack(at)), at)
+        squares = [
+            transposed_product(output, at, torch.randn_like(output), create_graph=True)
+            .square()
+            .sum()
+            for _ in range(samples)
+        ]
+        return torch.stack(squares).mean() / at.numel()
+
+
+def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:
+    """|λ|max of J at z for every sample, (B,), by the power method on Jᵀ.
+
+    The estimate is the mean growth over the second half of the iterations, which also settles where
+    the largest eigenvalues are a complex pair. Below 1 the equilibrium attracts Picard iteration.
+
+    Raises: RuntimeError in inference mode, which cannot differentiate.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "spectral_radius differentiates f: leave inference mode, use torch.no_grad()"
+        )
+    packing = Packing.of(z)
+    with torch.enable_grad():
+        at = packing.pack(z).detach().requires_grad_()
+        output = packing.pack_output(f(packing.unpack(at)), at)
+    v = torch.randn_like(at)
+    log_growth = []
+    for _ in range(iterations):
+        v = v / sample_norm(v).clamp(min=torch.finfo(v.dtype).tiny)[:, None]
+        v = transposed_product(output, at, v)
+        log_growth.append(sample_norm(v).log())
+    late = torch.stack(log_growth[iterations // 2 :])
+    return late.mean(dim=0).exp()
+
+
+def _differentiable(z: Tensor) -> Tensor:
+    return z if z.requires_grad else z.detach().requires_grad_()
+
+
+def _scales(state: State) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else state

@@ -1,0 +1,132 @@
+"""L0: what a solve reports. Failure is a value here, never an exception and never silent."""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastdeq.notation import State
+
+TraceKind: TypeAlias = Literal["residuals", "states"]
+
+
+class Status(IntEnum):
+    """How the solve of one sample ended."""
+
+    CONVERGED = 0
+    STEP_LIMIT = 1
+    STALLED = 2
+    DIVERGED = 3
+    NOT_SOLVED = 4
+
+    @property
+    def sentence(self) -> str:
+        """What the status means and, where something went wrong, what helps."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.CONVERGED: "The residual met the tolerance.",
+    Status.STEP_LIMIT: "The step limit came first: raise max_steps, loosen tol, or regularize the "
+    "Jacobian; the best iterate is returned.",
+    Status.STALLED: "Progress ended above the tolerance: loosen tol, use a wider dtype, or another "
+    "solver; the best iterate is returned.",
+    Status.DIVERGED: "The iteration became non-finite or left the protected range: use another "
+    "solver or a damped step, or regularize the Jacobian; the last good iterate is returned.",
+    Status.NOT_SOLVED: "No solve was asked for: the cell was unrolled to a fixed depth.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """The history of a solve, on request; row 0 is the start.
+
+    residuals: (K + 1, B) ‖f(z) − z‖ after every step; a finished sample repeats its last value.
+    states: (K + 1, B, D) the iterates themselves, when `trace="states"` was asked for.
+    """
+
+    residuals: Tensor
+    states: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveStats:
+    """Per-sample figures of one solve, forward or backward.
+
+    residual: (B,) ‖f(z) − z‖ (Euclidean) at the returned iterate; of a linear solve, ‖w − (I − Jᵀ)
+        v‖.
+    relative_residual: (B,) the same over ‖f(z)‖; of a linear solve, over ‖w‖.
+    steps: (B,) int64, iterations of the method while the sample was active.
+    nfe: (B,) int64, evaluations of f (of a linear solve: products with the matrix).
+    status: (B,) int64, values of `Status`.
+    """
+
+    residual: Tensor
+    relative_residual: Tensor
+    steps: Tensor
+    nfe: Tensor
+    status: Tensor
+    trace: Trace | None = None
+
+    @property
+    def converged(self) -> Tensor:
+        """(B,) bool: the samples that met the tolerance."""
+        return self.status == Status.CONVERGED
+
+    def summary(self) -> str:
+        """One line for a person: how many samples ended how, NFE and residual."""
+        counts = torch.bincount(self.status, minlength=len(Status)).tolist()
+        ends = ", ".join(f"{n} {Status(i).name.lower()}" for i, n in enumerate(counts) if n)
+        return (
+            f"{len(self.status)} samples ({ends}), NFE mean {self.nfe.double().mean():.1f}, "
+            f"relative residual at most {self.relative_residual.max():.1e}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SolveResult(SolveStats):
+    """What a solver returns: `value` (B, D), never non-finite, and its figures."""
+
+    value: Tensor
+
+    @property
+    def stats(self) -> SolveStats:
+        """The figures without the state."""
+        return SolveStats(**{name: kept for name, kept in vars(self).items() if name != "value"})
+
+    def __repr__(self) -> str:
+        return f"SolveResult({self.summary()})"
+
+
+@dataclass(kw_only=True)
+class BackwardReport:
+    """Filled in when the backward pass runs: `stats` is None before, and for adjoints that solve
+    nothing."""
+
+    stats: SolveStats | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Solution(SolveStats):
+    """An equilibrium with everything that is known about it; the statistics are those of the
+    forward solve.
+
+    value: z* = f(z_sol, x), shaped like the state that was passed in, with gradients attached.
+    z0: where the solver started; keeps its own gradients (the skip loss trains through it).
+    nfe: (B,) evaluations of f in the forward solve, the closing one included.
+    defect: (B, D) f(z_sol) − z_sol with the graph of that one evaluation (the residual loss reads
+        it).
+    jacobian_loss: scalar estimate of ‖J‖²_F / D at z*, when the layer was asked for it.
+    backward: iterations, residual and status of the adjoint's solve, once it has run.
+    """
+
+    value: State
+    z0: State
+    defect: Tensor
+    jacobian_loss: Tensor | None = None
+    backward: BackwardReport = field(default_factory=BackwardReport)
+
+    def __repr__(self) -> str:
+        return f"Solution({self.summary()})"

@@ -1,0 +1,77 @@
+"""L1: Anderson acceleration."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdeq.settings import setting, settings
+from fastdeq.solvers.base import AbstractSolver, Problem, Step
+from fastdeq.solvers.history import combine, project, push
+from fastdeq.solvers.termination import Iterate
+
+
+@dataclass(frozen=True)
+class _Differences:
+    """Of states and of residuals, newest last, each (B, k, D)."""
+
+    dz: Tensor | None = None
+    dg: Tensor | None = None
+
+
+@settings
+class Anderson(AbstractSolver):
+    """z ← z + β g − (ΔZ + β ΔG) γ with γ = argmin ‖g − ΔG γ‖ for each sample (Walker & Ni 2011, eq.
+    2.3; for equilibrium models Bai et al. 2019).
+
+    memory: m, how many differences are kept; the oldest is dropped.
+    ridge: λ, relative: added to the diagonal of the Gram matrix of normalized differences.
+    damping: β in (0, 1], the weight of the residual in the mixed step.
+    One evaluation a step.
+
+    Departures from the reference:
+    1. The least-squares problem is solved from the normalized Gram matrix in float64 instead of by
+       an updated QR factorization: k × k algebra a sample, batched, whatever the dtype of the
+       states.
+    2. The ridge is relative to the columns' lengths. An absolute one, as in the usual
+       implementations for equilibrium models, outweighs the data as the residuals shrink, and the
+       method decays to averaging when a tight tolerance is asked for.
+    """
+
+    memory: int = setting(default=5, at_least=1)
+    ridge: float = setting(default=1e-10, at_least=0)
+    damping: float = setting(default=1.0, above=0, at_most=1)
+
+    def init(self, problem: Problem, first: Iterate) -> _Differences:
+        return _Differences()
+
+    def step(
+        self, problem: Problem, current: Iterate, memory: _Differences
+    ) -> tuple[Step, _Differences]:
+        update = self.damping * current.g
+        if memory.dz is not None and memory.dg is not None:
+            gamma = _least_squares(memory.dg, current.g, self.ridge)
+            update = update - combine(memory.dz, gamma) - self.damping * combine(memory.dg, gamma)
+        new = problem.evaluate(current.z + update)
+        differences = _Differences(
+            push(memory.dz, new.z - current.z, self.memory),
+            push(memory.dg, new.g - current.g, self.memory),
+        )
+        return Step(new), differences
+
+
+def _least_squares(rows: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """(B, k) coefficients that combine `rows` (B, k, D) to `target` (B, D), per sample."""
+    gram = torch.bmm(rows, rows.mT).double()
+    # The scaling is not differentiated: it cancels, and √ has no slope at a sample that is at rest.
+    length = gram.detach().diagonal(dim1=1, dim2=2).sqrt()
+    length = torch.where(length > 0, length, 1.0)
+    normal = gram / (length[:, :, None] * length[:, None, :])
+    # An all-zero row (a sample at rest) gets coefficient 0 from a unit diagonal.
+    damp = torch.where(normal.detach().diagonal(dim1=1, dim2=2) > 0, ridge, 1.0)
+    right = project(rows, target).double() / length
+    # The _ex form reports a singular sample instead of raising for the whole batch; its
+    # coefficients come out non-finite and the loop ends that sample alone.
+    solution, _ = torch.linalg.solve_ex(normal + torch.diag_embed(damp), right[:, :, None])
+    coefficients: Tensor = solution[:, :, 0] / length
+    return coefficients.to(rows.dtype)

@@ -1,0 +1,118 @@
+"""L1: what a solver is: settings, a state, and a step. The loop around them stands in `loop.py`."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdeq.norms import Pooling, pooling, sample_norm
+from fastdeq.notation import FlatMap
+from fastdeq.settings import setting, settings
+from fastdeq.solvers.termination import Iterate, Termination, TerminationMode
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step hands back to the loop: the new iterate, and (B,) who cannot go on."""
+
+    iterate: Iterate
+    stalled: Tensor | None = None
+
+
+class Problem:
+    """The map f as a solver's step sees it: every evaluation is counted and guarded.
+
+    A finished or failed sample is fed its held state instead of what the step proposes, so that it
+    cannot disturb the batch, whatever f does with it (a batch norm in f, say).
+    """
+
+    def __init__(self, f: FlatMap, z0: Tensor, pooling: Pooling) -> None:
+        self.f = f
+        self.pooling = pooling
+        self.hold = z0  # (B, D): the last accepted state of every sample
+        self.active = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
+        self.alive = self.active  # (B,): all but the diverged ones
+        self.nfe = torch.zeros(len(z0), dtype=torch.int64, device=z0.device)
+
+    def evaluate(self, z: Tensor, rows: Tensor | None = None) -> Iterate:
+        """f at z, (B, D), for the active samples, or for those of them in `rows` (B,).
+
+        A sample whose proposed state is not finite is not shown to f; its residual comes back as
+        NaN, which the loop reads as divergence. Rows not asked for come back held.
+        """
+        rows = self.active if rows is None else self.active & rows
+        with torch.no_grad():  # one pass: a sum is finite only if every entry is
+            usable = torch.isfinite(z.sum(dim=1))
+        shown = torch.where((rows & usable)[:, None], z, self.hold)
+        output = self.f(shown)
+        if output.shape != shown.shape:
+            raise ValueError(
+                f"f(z) has shape {tuple(output.shape)} but z has shape {tuple(shown.shape)}: "
+                "let f restore the shape of z"
+            )
+        self.count(rows)
+        g = output.to(shown.dtype) - shown
+        return Iterate(shown, g.masked_fill((rows & ~usable)[:, None], torch.nan))
+
+    def count(self, rows: Tensor) -> None:
+        """Add one evaluation to the samples in `rows`, (B,)."""
+        self.nfe = self.nfe + rows
+
+    def norm(self, v: Tensor) -> Tensor:
+        """Norm of a (B, D) tensor, (B,): per sample or shared, as the solver was set."""
+        return self.pooling.norm(sample_norm(v), self.alive)
+
+
+@settings
+class AbstractSolver(ABC):
+    """Find z = f(z). A solver is a record of settings; `init` and `step` are its method.
+
+    tol: tolerance of the termination test; stands for `abstol` and `reltol` where they are not
+        given.
+    termination: one of the nine modes of `termination.py`.
+    max_steps: iterations of the method at most, per sample.
+    per_sample: stop, and choose steps, sample by sample; False uses the whole batch vector, which
+        is also what a cell needs that couples the samples of a batch (batch norm).
+    check_every: read from the device every so many steps whether all samples are done; more means
+        fewer waits and a few steps of idle overrun (results are the same: finished samples are
+        frozen).
+    """
+
+    differentiable: ClassVar[bool] = True
+    """Whether autograd may run through the steps (the unrolled adjoint asks)."""
+
+    tol: float = setting(default=1e-3, above=0)
+    abstol: float | None = setting(default=None, at_least=0)
+    reltol: float | None = setting(default=None, at_least=0)
+    termination: TerminationMode = setting(default="rel_deq_best")
+    max_steps: int = setting(default=50, at_least=1)
+    per_sample: bool = setting(default=True)
+    check_every: int = setting(default=1, at_least=1)
+
+    @property
+    def rule(self) -> Termination:
+        """The termination test that the fields describe."""
+        return Termination(
+            mode=self.termination,
+            abstol=self.tol if self.abstol is None else self.abstol,
+            reltol=self.tol if self.reltol is None else self.reltol,
+        )
+
+    @property
+    def pooling(self) -> Pooling:
+        """Norms per sample, or of the whole batch vector."""
+        return pooling(self.per_sample)
+
+    @abstractmethod
+    def init(self, problem: Problem, first: Iterate) -> Any:
+        """The method's memory before the first step."""
+
+    @abstractmethod
+    def step(self, problem: Problem, current: Iterate, memory: Any) -> tuple[Step, Any]:
+        """One iteration from `current`, which the method may not change, with its new memory.
+
+        Rows of finished samples are computed along with the others and ignored: a step must not let
+        one row of the batch influence another, other than through `problem.norm`.
+        """

@@ -1,0 +1,52 @@
+"""L1: the derivative-free norm-descent line search of Li & Fukushima (2000), per sample."""
+
+import torch
+from torch import Tensor
+
+from fastdeq.solvers.base import Problem
+from fastdeq.solvers.termination import Iterate
+
+_FULL_STEP_RATIO = 0.9  # ρ: a full step that shrinks the residual this much is taken at once
+_DECREASE = 1e-3  # σ: how much decrease the length of the step must bring
+_SHRINK = 0.5  # how the step shrinks from one trial to the next
+
+
+def norm_descent(
+    problem: Problem, current: Iterate, direction: Tensor, slack: float, trials: int
+) -> Iterate:
+    """Shrink α from 1 until ‖g(z + α d)‖ ≤ (1 + η) ‖g(z)‖ − σ ‖α d‖² (Li & Fukushima 2000, §2).
+
+    direction: d, (B, D). slack: η ≥ 0; over a solve the slacks must have a finite sum. trials:
+    shorter steps tried at most after the full one. Each sample has its own α; evaluations are
+    counted only for the samples still searching.
+
+    Returns the trial that ended the search or, where none did, the one with the smallest residual:
+    the shortest is often a poor one, and a non-monotone step that is not too bad often recovers.
+    """
+    before, length = problem.norm(current.g), problem.norm(direction)
+    best = problem.evaluate(current.z + direction)
+    lowest = problem.norm(best.g)
+    found = lowest <= _FULL_STEP_RATIO * before - _DECREASE * length**2
+    found = found | _descends(before, lowest, length, slack)
+    alpha = 1.0
+    for _ in range(trials):
+        searching = problem.active & ~found
+        if not bool(
+            searching.any()
+        ):  # waits for the device; each trial saved is an evaluation of f
+            break
+        alpha *= _SHRINK
+        trial = problem.evaluate(current.z + alpha * direction, searching)
+        reached = problem.norm(trial.g)
+        better = searching & ~(reached >= lowest)  # also when the lowest so far is NaN
+        best = Iterate(
+            torch.where(better[:, None], trial.z, best.z),
+            torch.where(better[:, None], trial.g, best.g),
+        )
+        lowest = torch.where(better, reached, lowest)
+        found = found | _descends(before, reached, alpha * length, slack)
+    return best
+
+
+def _descends(before: Tensor, after: Tensor, length: Tensor, slack: float) -> Tensor:
+    return after <= (1 + slack) * before - _DECREASE * length**2

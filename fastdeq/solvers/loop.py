@@ -1,0 +1,149 @@
+"""L1: the one loop. It counts, tests, freezes and keeps the best iterate; methods only step.
+
+Departures from a plain `while residual > tol`:
+1. Every sample ends on its own and its state is frozen from then on, so a batch gives what its
+   samples would give alone.
+2. A sample that turns non-finite, or grows past the protective factor, is put back to its last good
+   iterate and marked; the others do not notice.
+3. Whether all samples are done is read from the device only every `check_every` steps; until then
+   the loop runs on, which changes nothing for frozen samples.
+"""
+
+import torch
+from torch import Tensor
+
+from fastdeq.norms import sample_norm
+from fastdeq.notation import FlatMap
+from fastdeq.solution import SolveResult, Status, Trace, TraceKind
+from fastdeq.solvers.base import AbstractSolver, Problem
+from fastdeq.solvers.termination import Iterate, Measures, Progress
+
+_RUNNING = -1  # a status that no finished sample has
+
+
+def solve(
+    solver: AbstractSolver, f: FlatMap, z0: Tensor, *, trace: TraceKind | None = None
+) -> SolveResult:
+    """Iterate `solver` on f from z0 until every sample has converged or failed.
+
+    f: (B, D) → (B, D). z0: (B, D), floating point; a row that is not finite is given up, at zero.
+    trace: also return the history of residual norms, or of residual norms and states.
+    For states of other shapes, and for gradients, see `fixed_point`.
+
+    Raises: TypeError or ValueError for a z0 that is no non-empty floating-point (B, D) tensor, and
+    for an f that changes the shape.
+    """
+    _check_start(z0)
+    startable = torch.isfinite(z0.sum(dim=1))
+    problem = Problem(f, torch.where(startable[:, None], z0, 0.0), solver.pooling)
+    problem.active = problem.alive = startable
+    run = _Run(solver, problem)
+    history = [run.snapshot(trace)] if trace else []
+    memory = solver.init(problem, run.current)
+    for k in range(solver.max_steps):
+        # The only wait for the device; everything else stays queued there.
+        if k % solver.check_every == 0 and not bool(problem.active.any()):
+            break
+        step, memory = solver.step(problem, run.current, memory)
+        run.steps = run.steps + problem.active
+        run.take(step.iterate, step.stalled)
+        if trace:
+            history.append(run.snapshot(trace))
+    return run.result(_as_trace(history))
+
+
+class _Run:
+    """The bookkeeping of one solve: where every sample is, how it ended, and its best iterate."""
+
+    def __init__(self, solver: AbstractSolver, problem: Problem) -> None:
+        self.rule = solver.rule
+        self.problem = problem
+        self.steps = torch.zeros_like(problem.nfe)
+        self.status = torch.where(problem.active, _RUNNING, int(Status.DIVERGED))
+        self.current = Iterate(problem.hold, torch.zeros_like(problem.hold))
+        self.best_z = problem.hold
+        unknown = problem.hold.detach()[:, 0].new_full((len(problem.hold),), torch.inf)
+        self.best = Measures(unknown, unknown, unknown, unknown)
+        self.progress: Progress | None = None
+        self.take(problem.evaluate(problem.hold))
+
+    def take(self, proposed: Iterate, stuck: Tensor | None = None) -> None:
+        """Judge every active sample by its new iterate, freeze the finished, keep the best."""
+        problem = self.problem
+        with torch.no_grad():
+            # Before anything is pooled: one bad sample must not spoil a figure that all share.
+            good = problem.active & torch.isfinite(sample_norm(proposed.g))
+            problem.alive = problem.alive & (good | ~problem.active)
+            measures = self.rule.measure(proposed, problem.pooling, problem.alive)
+            if self.progress is None:
+                length = problem.pooling.length(proposed.z)
+                self.progress = Progress(self.rule, measures, length)
+            good = good & ~self.progress.broke_away(measures)
+            stalled = self.progress.stalled(measures)
+            ended = (
+                (~good, Status.DIVERGED),
+                (measures.objective <= self.rule.threshold, Status.CONVERGED),
+                (stalled if stuck is None else stalled | stuck, Status.STALLED),
+            )
+            for here, status in ended:  # the first reason that applies is the one reported
+                now = here & (self.status == _RUNNING)
+                self.status = torch.where(now, int(status), self.status)
+        rows = good[:, None]
+        self.current = Iterate(
+            torch.where(rows, proposed.z, self.current.z),
+            torch.where(rows, proposed.g, self.current.g),
+        )
+        self._keep_best(good, measures)
+        problem.hold = self.current.z
+        problem.alive = self.status != Status.DIVERGED
+        problem.active = self.status == _RUNNING
+
+    def _keep_best(self, good: Tensor, new: Measures) -> None:
+        old, better = self.best, good
+        if self.rule.returns_best:  # an objective may be infinite throughout: then the last is best
+            better = good & ((new.objective < old.objective) | torch.isinf(old.objective))
+        self.best_z = torch.where(better[:, None], self.current.z, self.best_z)
+        self.best = Measures(
+            *(
+                torch.where(better, getattr(new, name), getattr(old, name))
+                for name in ("residual", "relative", "du", "objective")
+            )
+        )
+
+    def snapshot(self, kind: TraceKind) -> tuple[Tensor, Tensor | None]:
+        """One row of the trace."""
+        residual = sample_norm(self.current.g.detach())
+        return residual, self.current.z.detach() if kind == "states" else None
+
+    def result(self, trace: Trace | None) -> SolveResult:
+        """The record of the finished solve."""
+        return SolveResult(
+            value=self.best_z,
+            residual=self.best.residual,
+            relative_residual=self.best.relative,
+            steps=self.steps,
+            nfe=self.problem.nfe,
+            status=torch.where(self.status == _RUNNING, int(Status.STEP_LIMIT), self.status),
+            trace=trace,
+        )
+
+
+def _check_start(z0: Tensor) -> None:
+    if not isinstance(z0, Tensor) or not z0.is_floating_point():
+        kind = z0.dtype if isinstance(z0, Tensor) else type(z0).__name__
+        raise TypeError(f"z0 is {kind}, not a floating-point tensor: convert it, z0.float()")
+    if z0.ndim != 2 or z0.numel() == 0:
+        raise ValueError(
+            f"z0 has shape {tuple(z0.shape)}: a solver takes a non-empty (B, D) tensor; "
+            "fixed_point takes any (B, ...) state"
+        )
+
+
+def _as_trace(history: list[tuple[Tensor, Tensor | None]]) -> Trace | None:
+    if not history:
+        return None
+    states = [state for _, state in history if state is not None]
+    return Trace(
+        residuals=torch.stack([residual for residual, _ in history]),
+        states=torch.stack(states) if states else None,
+    )

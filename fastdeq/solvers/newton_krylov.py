@@ -1,0 +1,58 @@
+"""L1: Newton's method with matrix-free GMRES."""
+
+import torch
+from torch import Tensor
+
+from fastdeq.krylov import GMRES
+from fastdeq.products import forward_product
+from fastdeq.settings import setting, settings
+from fastdeq.solvers.base import AbstractSolver, Problem, Step
+from fastdeq.solvers.line_search import norm_descent
+from fastdeq.solvers.termination import Iterate
+
+
+@settings
+class NewtonKrylov(AbstractSolver):
+    """z ← z + α d with (I − J) d = g by GMRES on Jacobian-vector products (Knoll & Keyes 2004), α
+    by norm descent (Li & Fukushima 2000).
+
+    krylov_tol: relative residual to which each linear problem is solved (the forcing term).
+    krylov_steps: products with J at most in one Newton step.
+    line_search_steps: shorter steps tried at most; 0 switches the search off.
+    A product with J counts as one evaluation of f in the NFE; it costs about two.
+
+    The products are exact, by forward-mode automatic differentiation, so f must consist of
+    operations that have it (all of PyTorch's common ones do; a hand-written autograd.Function needs
+    a `jvp`).
+
+    Raises (in a solve): RuntimeError in inference mode, where PyTorch drops forward-mode
+    derivatives.
+    """
+
+    differentiable = False
+
+    krylov_tol: float = setting(default=1e-2, above=0, at_most=1)
+    krylov_steps: int = setting(default=20, at_least=1)
+    line_search_steps: int = setting(default=2, at_least=0)
+
+    def init(self, problem: Problem, first: Iterate) -> int:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "NewtonKrylov needs derivatives of f, which inference mode drops: use "
+                "torch.no_grad(), or Trainer(inference_mode=False)"
+            )
+        return 0
+
+    def step(self, problem: Problem, current: Iterate, memory: int) -> tuple[Step, int]:
+        linear = GMRES(tol=self.krylov_tol, max_steps=self.krylov_steps, per_sample=self.per_sample)
+
+        def matvec(v: Tensor) -> Tensor:
+            problem.count(problem.active)
+            return v - forward_product(problem.f, problem.hold, v)
+
+        # A frozen sample has nothing to solve: with a zero right-hand side it costs no iteration.
+        right = torch.where(problem.active[:, None], current.g, 0.0)
+        direction = linear.solve(matvec, right).value
+        slack = 1.0 / (1 + memory) ** 2
+        new = norm_descent(problem, current, direction, slack, self.line_search_steps)
+        return Step(new), memory + 1

@@ -1,0 +1,205 @@
+"""Batches: what a pass gives, in which order, and where it goes on after an interruption."""
+
+import pytest
+import torch
+
+from fastdeq.data.batches import Batches, Normalization
+
+SAMPLES = 23
+
+
+def make(**settings) -> Batches:
+    settings = {"batch_size": 5, "shuffle": True, "seed": 7, **settings}
+    return Batches(torch.arange(SAMPLES).view(-1, 1), torch.arange(SAMPLES), **settings)
+
+
+def one_pass(batches: Batches) -> list[list[int]]:
+    return [targets.tolist() for _, targets in batches]
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return [sample for batch in batches for sample in batch]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_pass_gives_every_sample_once_in_full_batches_but_the_last(shuffle):
+    batches = make(shuffle=shuffle)
+    given = one_pass(batches)
+    assert [len(batch) for batch in given] == [5, 5, 5, 5, 3]
+    assert sorted(flat(given)) == list(range(SAMPLES))
+    assert len(batches) == 5
+
+
+def test_inputs_and_targets_stay_together():
+    for inputs, targets in make():
+        assert torch.equal(inputs[:, 0], targets)
+
+
+def test_drop_last_leaves_out_only_the_incomplete_batch():
+    batches = make(drop_last=True)
+    given = one_pass(batches)
+    assert [len(batch) for batch in given] == [5, 5, 5, 5]
+    assert len(batches) == 4
+    assert len(set(flat(given))) == 20
+
+
+def test_without_shuffle_every_pass_is_in_stored_order():
+    batches = make(shuffle=False)
+    assert flat(one_pass(batches)) == flat(one_pass(batches)) == list(range(SAMPLES))
+
+
+def test_the_same_seed_gives_the_same_order_whatever_else_is_drawn():
+    torch.manual_seed(1)
+    first = one_pass(make())
+    torch.manual_seed(2)
+    assert one_pass(make()) == first
+    assert one_pass(make(seed=8)) != first
+
+
+def test_shuffling_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    one_pass(make())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_passes_are_epochs_of_different_order():
+    batches = make()
+    passes = [flat(one_pass(batches)) for _ in range(3)]
+    assert batches.epoch == 2
+    assert len({tuple(order) for order in passes}) == 3
+
+
+def test_seed_and_epoch_are_not_interchangeable():
+    one, other = make(seed=0), make(seed=1)
+    one.set_epoch(1)
+    other.set_epoch(0)
+    assert one_pass(one) != one_pass(other)
+
+
+def test_set_epoch_gives_that_epochs_order():
+    batches, again = make(), make()
+    third = [one_pass(batches) for _ in range(3)][2]
+    again.set_epoch(2)
+    assert one_pass(again) == third
+    again.set_epoch(2)
+    assert one_pass(again) == third
+
+
+def test_a_pass_broken_off_is_followed_by_the_next_epoch():
+    batches, whole = make(), make()
+    next(iter(batches))
+    one_pass(whole)
+    assert one_pass(batches) == one_pass(whole)
+
+
+def test_an_iterator_that_is_not_used_changes_nothing():
+    batches = make()
+    iter(batches)
+    iter(batches)
+    assert one_pass(batches) == one_pass(make())
+
+
+@pytest.mark.parametrize("given", range(6))
+def test_a_restored_position_gives_exactly_the_batches_not_yet_given(given):
+    uninterrupted, interrupted, resumed = make(), make(), make(seed=99)
+    expected = one_pass(uninterrupted) + one_pass(uninterrupted)
+    iterator = iter(interrupted)
+    before = [next(iterator)[1].tolist() for _ in range(given)]
+    resumed.load_state_dict(interrupted.state_dict())
+    after = one_pass(resumed)
+    if given < len(resumed):  # otherwise the first pass was already the next epoch
+        after += one_pass(resumed)
+    assert before + after == expected
+
+
+def test_a_restored_position_survives_set_epoch_of_its_own_epoch_only():
+    interrupted = make()
+    interrupted.set_epoch(3)
+    next(iter(interrupted))
+    state = interrupted.state_dict()
+    resumed = make()
+    resumed.load_state_dict(state)
+    resumed.set_epoch(3)
+    assert len(one_pass(resumed)) == 4
+    resumed.load_state_dict(state)
+    resumed.set_epoch(4)
+    assert len(one_pass(resumed)) == 5
+
+
+def test_the_state_is_plain_integers():
+    assert all(type(value) is int for value in make().state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 6}, "batch_size 6, this run has 5"),
+        ({"samples": 24}, "samples 24, this run has 23"),
+        ({"position": 6}, "position 6 is past 5"),
+        ({"epoch": -1}, "saved epoch"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        make().load_state_dict({**make().state_dict(), **change})
+
+
+def test_an_incomplete_state_is_refused():
+    with pytest.raises(ValueError, match="lacks seed, position"):
+        make().load_state_dict({"epoch": 0, "batch_size": 5, "samples": SAMPLES})
+
+
+def test_normalization_is_the_formula_for_each_channel():
+    images = torch.randint(0, 256, (6, 2, 3, 3), dtype=torch.uint8)
+    normalization = Normalization(scale=255.0, mean=(0.25, 0.5), std=(0.125, 2.0))
+    batches = Batches(images, torch.arange(6), batch_size=6, normalization=normalization)
+    ((inputs, _),) = list(batches)
+    assert inputs.dtype == torch.float32
+    for channel, (mean, std) in enumerate(zip((0.25, 0.5), (0.125, 2.0), strict=True)):
+        expected = (images[:, channel].float() / 255.0 - mean) / std
+        # The same float32 operations in the same order: no tolerance.
+        assert torch.equal(inputs[:, channel], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer"),
+        ({"batch_size": "abc"}, "batch_size must be an integer of at least 1, not 'abc'"),
+        ({"batch_size": True}, "batch_size must be an integer"),
+        ({"seed": -1}, "seed must be an integer of at least 0"),
+        ({"batch_size": 24, "drop_last": True}, "leaves no batch of 23 samples"),
+        ({"normalization": Normalization(scale=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)}, "3 channel"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+def test_lengths_that_differ_are_refused():
+    with pytest.raises(ValueError, match="3 inputs but 2 targets"):
+        Batches(torch.zeros(3, 1), torch.zeros(2), batch_size=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scale": 0.0, "mean": (0.0,), "std": (1.0,)},
+        {"scale": 1.0, "mean": (0.0,), "std": (0.0,)},
+        {"scale": 1.0, "mean": (0.0,), "std": (1.0, 1.0)},
+    ],
+)
+def test_a_normalization_that_cannot_be_computed_is_refused(settings):
+    with pytest.raises(ValueError, match="must"):
+        Normalization(**settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_order_is_the_same_on_a_gpu_and_batches_stay_there():
+    inputs, targets = torch.arange(SAMPLES).view(-1, 1), torch.arange(SAMPLES)
+    on_gpu = Batches(inputs.cuda(), targets.cuda(), batch_size=5, shuffle=True, seed=7)
+    assert one_pass(on_gpu) == one_pass(make())
+    assert next(iter(on_gpu))[0].is_cuda
