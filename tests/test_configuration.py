@@ -1,0 +1,113 @@
+"""Every shipped YAML composes, builds what it names, and trains for a step."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in CONF.iterdir()
+    if folder.is_dir() and folder.name != "base"
+}
+CHOICES = [f"{group}={choice}" for group, choices in GROUPS.items() for choice in choices]
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The job's configuration as train.py would see it."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return cfg
+
+
+def one_step(cfg: DictConfig) -> None:
+    """Forward, backward and optimizer on four samples: all finite, and every parameter moves."""
+    torch.manual_seed(0)
+    task = instantiate(cfg.task, _convert_="all")
+    before = [parameter.detach().clone() for parameter in task.parameters()]
+    x = torch.randn(4, *cfg.sizes.input)
+    labels = torch.arange(4)
+    logits, solution = task.model(x, jacobian_loss=task.weights.jacobian > 0)
+    assert logits.shape == (4, cfg.sizes.classes)
+    optimizer = task.configure_optimizers()
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    for part in task.weights.parts(solution).values():
+        loss = loss + part
+    loss.backward()
+    optimizer.step()
+    for old, (name, new) in zip(before, task.named_parameters(), strict=True):
+        assert torch.isfinite(new).all()
+        # Without the skip loss nothing trains the explicit network: z* does not depend on z₀.
+        idle = "initializer" in name and not task.weights.skip
+        assert torch.equal(old, new) == idle, name
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_of_every_group_composes_and_resolves(choice: str) -> None:
+    cfg = composed(choice)
+    assert not OmegaConf.missing_keys(cfg)
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_trains_for_a_step(choice: str) -> None:
+    one_step(composed(choice))
+
+
+@pytest.mark.parametrize("model", GROUPS["model"])
+@pytest.mark.parametrize("solver", ["lbroyden", "anderson", "tsit5"])
+def test_every_model_trains_with_every_kind_of_solver(model: str, solver: str) -> None:
+    one_step(composed(f"model={model}", f"solver={solver}", "loss.jacobian=0.1"))
+
+
+@pytest.mark.parametrize("group", ["solver", "adjoint", "loss"])
+def test_the_keys_of_a_file_are_exactly_the_fields_of_its_class(group: str) -> None:
+    for choice in GROUPS[group]:
+        node = composed(f"{group}={choice}")[group]
+        fields = {field.name for field in dataclasses.fields(get_class(node["_target_"]))}
+        assert set(node) - {"_target_"} == fields, choice
+
+
+@pytest.mark.parametrize("solver", GROUPS["solver"])
+def test_beside_tolerance_and_limits_the_files_hold_the_defaults_of_the_classes(
+    solver: str,
+) -> None:
+    built = instantiate(composed(f"solver={solver}").solver)
+    method = {"method": built.method} if hasattr(built, "method") else {}
+    assert built == type(built)(tol=5e-3, **method)
+
+
+def test_models_bring_the_loss_that_fits_them_and_the_command_line_has_the_last_word() -> None:
+    assert composed("model=deq").loss.skip == 0
+    assert composed("model=skip_deq").loss.skip > 0
+    assert composed("model=skip_reg_deq").loss.skip > 0
+    assert composed("model=skip_deq", "loss=plain").loss.skip == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "count"), [("deq", 134_538), ("skip_reg_deq", 134_538), ("skip_deq", 151_050)]
+)
+def test_with_784_features_the_models_have_the_published_parameter_counts(
+    model: str, count: int
+) -> None:
+    cfg = composed(f"model={model}", "sizes.features=784")
+    built = instantiate(cfg.model, _convert_="all")
+    assert sum(parameter.numel() for parameter in built.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    "override", ["solver.tolerance=1", "modle=deq", "model=deqq", "trainer.epochs=3"]
+)
+def test_an_unknown_key_or_choice_is_refused_when_composing(override: str) -> None:
+    with pytest.raises(ConfigCompositionException):
+        composed(override)
