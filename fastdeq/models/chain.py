@@ -26,7 +26,7 @@ class DEQChain(nn.Module):
                     f"layer '{name}' of the chain is a {type(layer).__name__}, not an nn.Module"
                 )
             self.add_module(name, layer)
-        found = [name for name, layer in self.named_children() if _is_equilibrium(layer)]
+        found = [name for name, layer in self._modules.items() if _is_equilibrium(layer)]
         if len(found) != 1:
             raise ValueError(
                 f"a DEQChain holds exactly one equilibrium layer, but got {len(found)} {found}: "
@@ -43,7 +43,7 @@ class DEQChain(nn.Module):
 
     def forward(self, x: Any, *, jacobian_loss: bool = False) -> tuple[State, Solution]:
         """(y, solution); `jacobian_loss` as in `DeepEquilibriumNetwork`."""
-        for name, layer in self.named_children():
+        for name, layer in self._modules.items():
             if name == self._equilibrium_name:
                 x, solution = layer(x, jacobian_loss=jacobian_loss)
             else:
@@ -55,7 +55,7 @@ class DEQChain(nn.Module):
 
         Raises: ValueError where the equilibrium layer does not predict.
         """
-        for name, layer in self.named_children():
+        for name, layer in self._modules.items():
             x = self.equilibrium.explicit(x) if name == self._equilibrium_name else layer(x)
         y: State = x
         return y

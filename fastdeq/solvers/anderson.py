@@ -35,11 +35,12 @@ class Anderson(AbstractSolver):
        states.
     2. The ridge is relative to the columns' lengths. An absolute one, as in the usual
        implementations for equilibrium models, outweighs the data as the residuals shrink, and the
-       method decays to averaging when a tight tolerance is asked for.
+       method decays to averaging when a tight tolerance is asked for. It must stay above the
+       rounding of the Gram matrix, else the coefficients of dependent columns are noise.
     """
 
     memory: int = setting(default=5, at_least=1)
-    ridge: float = setting(default=1e-10, at_least=0)
+    ridge: float = setting(default=1e-6, at_least=0)
     damping: float = setting(default=1.0, above=0, at_most=1)
 
     def init(self, problem: Problem, first: Iterate) -> _Differences:

@@ -73,7 +73,8 @@ class ContinuousSolver(AbstractSolver):
             accept = ratio <= 1  # False for NaN
             h = memory.h * self._change(ratio, memory.error, accept, method.order)
             stuck = problem.active & ~accept & (h < self.min_step)
-            lost = stuck & ~torch.isfinite(ratio)
+            # Row by row: where the batch shares one step size, one bad sample must not take all along.
+            lost = stuck & ~torch.isfinite((trial.end.z + trial.error).sum(dim=1))
         end = problem.evaluate(trial.end.z, accept & ~trial.known)
         known = (accept & trial.known)[:, None]
         g = torch.where(known, trial.end.g, end.g)
@@ -83,7 +84,8 @@ class ContinuousSolver(AbstractSolver):
         )
         past = method.accepted(memory.memory, current, memory.h, accept)
         error = torch.where(accept, ratio.clamp(min=1e-4), memory.error)
-        return Step(moved, stalled=stuck & ~lost), _Clock(h, error, past)
+        stalled = stuck & torch.isfinite(ratio)
+        return Step(moved, stalled=stalled), _Clock(h, error, past)
 
     def _error_ratio(self, problem: Problem, at: Iterate, end: Tensor, error: Tensor) -> Tensor:
         """The local error over what is allowed, (B,); a step is good up to 1."""
