@@ -17,7 +17,7 @@ import pytorch_lightning as lightning
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger
 
 import fastdeq
@@ -103,13 +103,15 @@ def _make_trainer(cfg: DictConfig, folder: Path, timer: StepTimer) -> lightning.
     checkpoint = ModelCheckpoint(
         dirpath=folder, filename="checkpoint", enable_version_counter=False
     )
+    # Lines for logs and pipes; on a terminal a bar beside them, gone when the epoch is.
+    bar = [TQDMProgressBar(leave=False)] if sys.stderr.isatty() else []
     trainer: lightning.Trainer = instantiate(
         cfg.trainer,
         _convert_="all",
         logger=CSVLogger(save_dir=folder, name="", version=""),
-        callbacks=[EpochLines(), timer, checkpoint],
+        callbacks=[EpochLines(), timer, checkpoint, *bar],
         default_root_dir=folder,
-        enable_progress_bar=sys.stderr.isatty(),
+        enable_progress_bar=bool(bar),
     )
     return trainer
 

@@ -117,7 +117,7 @@ def test_an_epochs_line_shows_loss_accuracy_nfe_and_residual(
 ) -> None:
     run(tmp_path)
     printed = capsys.readouterr().out
-    for word in ("epoch 1/2", "epoch 2/2", "loss", "accuracy", "NFE", "residual", "solver"):
+    for word in (" 1/2 ", " 2/2 ", "loss", "accuracy", "NFE", "residual", "solver"):
         assert word in printed
     assert "test accuracy" in printed
 

@@ -1,11 +1,11 @@
 """L5: an equilibrium layer between ordinary ones."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from fastdeq.layers import DeepEquilibriumNetwork
-from fastdeq.notation import State
 from fastdeq.solution import Solution
 
 
@@ -26,7 +26,7 @@ class DEQChain(nn.Module):
                     f"layer '{name}' of the chain is a {type(layer).__name__}, not an nn.Module"
                 )
             self.add_module(name, layer)
-        found = [name for name, layer in self._modules.items() if _is_equilibrium(layer)]
+        found = [name for name, layer in self._layers() if _is_equilibrium(layer)]
         if len(found) != 1:
             raise ValueError(
                 f"a DEQChain holds exactly one equilibrium layer, but got {len(found)} {found}: "
@@ -41,24 +41,29 @@ class DEQChain(nn.Module):
         assert isinstance(layer, DeepEquilibriumNetwork)
         return layer
 
-    def forward(self, x: Any, *, jacobian_loss: bool = False) -> tuple[State, Solution]:
+    def forward(self, x: Any, *, jacobian_loss: bool = False) -> tuple[Any, Solution]:
         """(y, solution); `jacobian_loss` as in `DeepEquilibriumNetwork`."""
-        for name, layer in self._modules.items():
+        for name, layer in self._layers():
             if name == self._equilibrium_name:
                 x, solution = layer(x, jacobian_loss=jacobian_loss)
             else:
                 x = layer(x)
         return x, solution
 
-    def explicit(self, x: Any) -> State:
+    def explicit(self, x: Any) -> Any:
         """The prediction without a solve: the layers after the equilibrium applied to its z₀.
 
         Raises: ValueError where the equilibrium layer does not predict.
         """
-        for name, layer in self._modules.items():
+        for name, layer in self._layers():
             x = self.equilibrium.explicit(x) if name == self._equilibrium_name else layer(x)
-        y: State = x
-        return y
+        return x
+
+    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
+        # Not named_children(), which leaves out a module that stands in the chain a second time.
+        for name, layer in self._modules.items():
+            assert layer is not None
+            yield name, layer
 
 
 def _is_equilibrium(layer: nn.Module) -> bool:

@@ -23,7 +23,8 @@ class ClassificationTask(LightningModule):
     model: returns (logits (B, classes), solution). optimizer: takes the parameters, returns the
     optimizer. weights: of the regularizers. classes: how many.
 
-    Logged by epoch as `<stage>/<figure>`, stage train, val or test: loss, accuracy, nfe (mean over
+    Logged by epoch as `<stage>/<figure>`, stage train, val or test: loss (in training with its
+    regularizers), accuracy, nfe (mean over
     samples), residual (relative, mean), unconverged (share of samples); in training also the parts
     of the loss and nfe_backward; in evaluation, for models that predict z₀, explicit_accuracy: the
     head on z₀ without a solve.
@@ -93,19 +94,22 @@ class ClassificationTask(LightningModule):
     ) -> None:
         metric = self.accuracy[f"{stage}_stage"]
         metric(logits, labels)
-        figures = {
+        figures: dict[str, Any] = {
             "loss": loss.detach(),
             "accuracy": metric,
             "nfe": solution.nfe.float().mean(),
             "residual": solution.relative_residual.float().mean(),
         }
-        self._log_all(stage, figures, len(labels), bar=stage == "train")
+        self._log_all(stage, figures, len(labels))
+        if stage == "train":  # the step's own figures, for the progress bar alone
+            now = {**figures, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+            self.log_dict(now, prog_bar=True, logger=False, on_step=True, on_epoch=False)
         unconverged = (~solution.converged).float().mean()
         self._log_all(stage, {"unconverged": unconverged}, len(labels))
 
-    def _log_all(self, stage: str, figures: dict[str, Any], size: int, bar: bool = False) -> None:
+    def _log_all(self, stage: str, figures: dict[str, Any], size: int) -> None:
         named = {f"{stage}/{name}": figure for name, figure in figures.items()}
-        self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, prog_bar=bar)
+        self.log_dict(named, on_step=False, on_epoch=True, batch_size=size)
 
 
 def _accuracy(classes: int) -> MulticlassAccuracy:

@@ -73,7 +73,7 @@ class ContinuousSolver(AbstractSolver):
             accept = ratio <= 1  # False for NaN
             h = memory.h * self._change(ratio, memory.error, accept, method.order)
             stuck = problem.active & ~accept & (h < self.min_step)
-            # Row by row: where the batch shares one step size, one bad sample must not take all along.
+            # Row by row: one bad sample must not take along those that share its step size.
             lost = stuck & ~torch.isfinite((trial.end.z + trial.error).sum(dim=1))
         end = problem.evaluate(trial.end.z, accept & ~trial.known)
         known = (accept & trial.known)[:, None]
