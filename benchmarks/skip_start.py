@@ -1,8 +1,8 @@
 """Does the skip start lower the evaluations? Polynomial fitting with the published layers.
 
-h(x) = 3x³/2 + x² − 5x + 2 sin x − 3 on [−1, 1], 512 noisy training points and 128 clean test points;
-stem 1 → 100 (ReLU), cell W₂ relu(W₁z + W₁'x) with 100 → 200 → 100, skip network 100 → 200 → 100, head
-100 → 1; BS3 to the steady state at tolerance 1e-3; Adam 1e-3, ÷ 10 after half, batch 32
+h(x) = 3x³/2 + x² − 5x + 2 sin x − 3 on [−1, 1], 512 noisy training points and 128 clean test
+points; stem 1 → 100 (ReLU), cell W₂ relu(W₁z + W₁'x) with 100 → 200 → 100, skip network 100 → 200 →
+100, head 100 → 1; BS3 to the steady state at tolerance 1e-3; Adam 1e-3, ÷ 10 after half, batch 32
 (arXiv 2201.12240, first release). The library alone: no Hydra, no Lightning.
 
     python benchmarks/skip_start.py --epochs 300 --seed 1     # the published length

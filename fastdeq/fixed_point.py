@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ def fixed_point(
     an adjoint that cannot serve the solver. Warns (RuntimeWarning) where f itself is not finite.
     """
     _check_settings(solver, adjoint)
+    if trace not in (None, *get_args(TraceKind)):
+        raise ValueError(f"trace is {trace!r}, but must be 'residuals', 'states' or None")
     packing = Packing.of(z0)
 
     def flat_f(z: Tensor) -> Tensor:

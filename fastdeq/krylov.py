@@ -115,8 +115,10 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
         broken = broken | (active & cycle.broken)
         stuck = stuck | (active & ~(new < _STAGNATION * residual))
         x = torch.where(better[:, None], trial, x)
-        r = torch.where(better[:, None], remainder, r)
-        residual = torch.where(better, new, residual)
+        # Where A couples the samples, one at rest may have lost its solution to another's step.
+        seen = better | (~active & torch.isfinite(new))
+        r = torch.where(seen[:, None], remainder, r)
+        residual = torch.where(seen, new, residual)
     status = torch.full_like(steps, int(Status.STEP_LIMIT))
     for here, code in (
         (stuck, Status.STALLED),

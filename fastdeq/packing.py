@@ -50,7 +50,9 @@ class Packing:
 
     def pack(self, state: State) -> Tensor:
         """(B, D) from a state of this layout; a single scale is only reshaped."""
-        flat = [scale.flatten(1).to(self.dtype) for scale in _as_tuple(state, "the state")]
+        flat = [
+            scale.reshape(len(scale), -1).to(self.dtype) for scale in _as_tuple(state, "the state")
+        ]
         return flat[0] if self.single else torch.cat(flat, dim=1)
 
     def pack_output(self, output: State, z: Tensor) -> Tensor:
@@ -61,7 +63,10 @@ class Packing:
         scales = _as_tuple(output, "f(z)")
         wanted = [(len(z), *shape) for shape in self.shapes]
         found = [tuple(scale.shape) for scale in scales]
-        if found != wanted or isinstance(output, Tensor) != self.single:
+        if isinstance(output, Tensor) != self.single:
+            kinds = ("a tuple", "a tensor") if self.single else ("a tensor", "a tuple")
+            raise ValueError(f"f(z) is {kinds[0]} but z is {kinds[1]}: let f return what it takes")
+        if found != wanted:
             raise ValueError(
                 f"f(z) has shape {_listed(found)} but z has shape {_listed(wanted)}: an "
                 "equilibrium z = f(z) needs both the same; let f's last layer restore the shape"

@@ -25,7 +25,8 @@ def residual_loss(solution: Solution) -> Tensor:
     """‖z_sol − f(z_sol, x)‖, mean over the batch, a scalar.
 
     The state is held constant: the derivative through the equilibrium would cancel to zero, since
-    the residual vanishes there for all parameters. No evaluation of its own.
+    the residual vanishes there for all parameters. (Only the unrolled adjoint, and a fixed depth,
+    differentiate it through the steps that made it.) No evaluation of its own.
     """
     return sample_norm(solution.defect).mean()
 
@@ -37,7 +38,13 @@ def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
     f: the cell with its input bound, dense or convolutional. z: where J is taken; with gradients
     attached, those flow on into it. samples: how many ε are drawn for each sample of the batch.
     One evaluation of f and `samples` vector-Jacobian products; differentiable (a double backward).
+
+    Raises: ValueError for samples below 1; RuntimeError in inference mode, which cannot
+    differentiate.
     """
+    _check_can_differentiate("jacobian_loss")
+    if samples < 1:
+        raise ValueError(f"samples is {samples}, but must be at least 1")
     packing = Packing.of(z)
     with torch.enable_grad():
         at = _differentiable(packing.pack(z))
@@ -57,12 +64,12 @@ def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:
     The estimate is the mean growth over the second half of the iterations, which also settles where
     the largest eigenvalues are a complex pair. Below 1 the equilibrium attracts Picard iteration.
 
-    Raises: RuntimeError in inference mode, which cannot differentiate.
+    Raises: ValueError for iterations below 1; RuntimeError in inference mode, which cannot
+    differentiate.
     """
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "spectral_radius differentiates f: leave inference mode, use torch.no_grad()"
-        )
+    _check_can_differentiate("spectral_radius")
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}, but must be at least 1")
     packing = Packing.of(z)
     with torch.enable_grad():
         at = packing.pack(z).detach().requires_grad_()
@@ -75,6 +82,11 @@ def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:
         log_growth.append(sample_norm(v).log())
     late = torch.stack(log_growth[iterations // 2 :])
     return late.mean(dim=0).exp()
+
+
+def _check_can_differentiate(name: str) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{name} differentiates f: leave inference mode, use torch.no_grad()")
 
 
 def _differentiable(z: Tensor) -> Tensor:

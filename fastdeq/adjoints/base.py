@@ -17,7 +17,8 @@ class Equilibrium:
     """What an adjoint returns.
 
     value: f(z_sol), (B, D), with the adjoint's gradient.
-    defect: f(z_sol) − z_sol, (B, D), with the graph of that one evaluation and z_sol held constant.
+    defect: f(z_sol) − z_sol, (B, D), with the graph of that one evaluation and z_sol held constant
+        (but by `Unrolled`, whose graph goes on through the steps).
     forward: the record of the solve, the closing evaluation not counted.
     backward: filled in when the backward pass runs.
     """
@@ -53,4 +54,8 @@ def solve_without_graph(
 ) -> SolveResult:
     """The solve whose memory does not grow with its steps."""
     with torch.no_grad():
-        return solve(solver, f, z0.detach(), trace=trace)
+        result = solve(solver, f, z0.detach(), trace=trace)
+    # Older torch would reuse, with gradients on, what autocast cast while they were off, and the
+    # weights would get no gradient (pytorch issue 112583).
+    torch.clear_autocast_cache()
+    return result

@@ -50,6 +50,11 @@ class DeepEquilibriumNetwork(nn.Module):
     ) -> None:
         super().__init__()
         check_cell(cell)
+        if not isinstance(initializer, AbstractInitializer | None):
+            raise TypeError(
+                f"the initializer is a {type(initializer).__name__}: give one of fastdeq.layers, "
+                "or an explicit network to SkipDeepEquilibriumNetwork"
+            )
         self.cell = cell
         self.solver = LimitedMemoryBroydenSolver() if solver is None else solver
         self.adjoint = Implicit() if adjoint is None else adjoint

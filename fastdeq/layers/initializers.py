@@ -39,9 +39,13 @@ class Zeros(AbstractInitializer):
             if isinstance(x, Tensor):
                 return torch.zeros_like(x)
             return tuple(torch.zeros_like(scale) for scale in x)
-        if self.shape and isinstance(self.shape[0], int):
-            return reference.new_zeros(len(reference), *self.shape)
-        return tuple(reference.new_zeros(len(reference), *shape) for shape in self.shape)  # type: ignore[misc]
+        # Whole numbers (tokens, which the cell embeds) are an input but no state.
+        dtype = reference.dtype if reference.is_floating_point() else torch.get_default_dtype()
+        if not self.shape or isinstance(self.shape[0], int):
+            return reference.new_zeros(len(reference), *self.shape, dtype=dtype)
+        return tuple(
+            reference.new_zeros(len(reference), *shape, dtype=dtype) for shape in self.shape
+        )
 
 
 class ExplicitNetwork(AbstractInitializer):
@@ -50,6 +54,8 @@ class ExplicitNetwork(AbstractInitializer):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):  # a function's parameters would be missing here
+            raise TypeError(f"the explicit network is {network!r}: give an nn.Module, x ↦ z₀")
         self.network = network
 
     def forward(self, f: StateMap, x: Any) -> State:

@@ -29,10 +29,16 @@ class VariationalDropout(nn.Module):
             raise ValueError(f"VariationalDropout: p is {p}, but must be at least 0 and below 1")
         self.p = p
         self._masks: Masks | None = None
+        self._in_cell = False
 
     def forward(self, h: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return h
+        if self._in_cell and self._masks is None and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "VariationalDropout in a cell is evaluated again by the backward pass, outside its "
+                "call: do not checkpoint inside a cell, the implicit adjoints keep one evaluation"
+            )
         mask = None if self._masks is None else self._masks.get(self)
         if mask is None:
             mask = self._draw(h)
@@ -54,7 +60,7 @@ def masks_of_call(modules: list[VariationalDropout], masks: Masks) -> Iterator[N
     """Within, the modules use the masks of `masks` and add what is missing there."""
     before = [module._masks for module in modules]
     for module in modules:
-        module._masks = masks
+        module._masks, module._in_cell = masks, True
     try:
         yield
     finally:

@@ -37,7 +37,7 @@ class DEQChain(nn.Module):
     @property
     def equilibrium(self) -> DeepEquilibriumNetwork:
         """The equilibrium layer."""
-        layer = self.get_submodule(self._equilibrium_name)
+        layer = self._modules[self._equilibrium_name]  # also of a layer named "equilibrium"
         assert isinstance(layer, DeepEquilibriumNetwork)
         return layer
 

@@ -64,6 +64,7 @@ class _Run:
         self.best_z = problem.hold
         unknown = problem.hold.detach()[:, 0].new_full((len(problem.hold),), torch.inf)
         self.best = Measures(unknown, unknown, unknown, unknown)
+        self.residual = unknown  # at `current`; infinite where f was never good
         self.progress: Progress | None = None
         self.take(problem.evaluate(problem.hold))
 
@@ -93,6 +94,7 @@ class _Run:
             torch.where(rows, proposed.z, self.current.z),
             torch.where(rows, proposed.g, self.current.g),
         )
+        self.residual = torch.where(good, measures.residual, self.residual)
         self._keep_best(good, measures)
         problem.hold = self.current.z
         problem.alive = self.status != Status.DIVERGED
@@ -103,17 +105,15 @@ class _Run:
         if self.rule.returns_best:  # an objective may be infinite throughout: then the last is best
             better = good & ((new.objective < old.objective) | torch.isinf(old.objective))
         self.best_z = torch.where(better[:, None], self.current.z, self.best_z)
-        self.best = Measures(
-            *(
-                torch.where(better, getattr(new, name), getattr(old, name))
-                for name in ("residual", "relative", "du", "objective")
-            )
-        )
+        merged = {
+            name: torch.where(better, figure, getattr(old, name))
+            for name, figure in vars(new).items()
+        }
+        self.best = Measures(**merged)
 
     def snapshot(self, kind: TraceKind) -> tuple[Tensor, Tensor | None]:
         """One row of the trace."""
-        residual = sample_norm(self.current.g.detach())
-        return residual, self.current.z.detach() if kind == "states" else None
+        return self.residual, self.current.z.detach() if kind == "states" else None
 
     def result(self, trace: Trace | None) -> SolveResult:
         """The record of the finished solve."""

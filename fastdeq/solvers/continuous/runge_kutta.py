@@ -12,12 +12,14 @@ from fastdeq.solvers.termination import Iterate
 
 @dataclass(frozen=True)
 class Trial:
-    """A proposed step: where it leads, its local error (B, D), and (B,) whose derivative is known
-    there."""
+    """A proposed step: where it leads and its local error, (B, D).
+
+    known: (B,) whose derivative is known there; None for all.
+    """
 
     end: Iterate
     error: Tensor
-    known: Tensor
+    known: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class RungeKutta:
             reached = problem.evaluate(at.z + width * slope, rows)
             stages.append(reached.g)
         error = sum(e * k for e, k in zip(self.tableau.error, stages, strict=True))
-        return Trial(reached, torch.as_tensor(width * error), rows)
+        return Trial(reached, torch.as_tensor(width * error))
 
     def accepted(self, memory: None, at: Iterate, h: Tensor, rows: Tensor) -> None:
         """Nothing to remember."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.continuous.adams import AdamsBashforth3
-from fastdeq.solvers.continuous.runge_kutta import RungeKutta
+from fastdeq.solvers.continuous.runge_kutta import RungeKutta, Trial
 from fastdeq.solvers.continuous.tableaux import BS3, TSIT5
 from fastdeq.solvers.termination import Iterate
 
@@ -75,12 +75,11 @@ class ContinuousSolver(AbstractSolver):
             stuck = problem.active & ~accept & (h < self.min_step)
             # Row by row: one bad sample must not take along those that share its step size.
             lost = stuck & ~torch.isfinite((trial.end.z + trial.error).sum(dim=1))
-        end = problem.evaluate(trial.end.z, accept & ~trial.known)
-        known = (accept & trial.known)[:, None]
-        g = torch.where(known, trial.end.g, end.g)
+        end = _closed(problem, trial, accept)
+        rows = accept[:, None]
         moved = Iterate(
-            torch.where(accept[:, None], trial.end.z, current.z),
-            torch.where(accept[:, None], g, current.g).masked_fill(lost[:, None], torch.nan),
+            torch.where(rows, end.z, current.z),
+            torch.where(rows, end.g, current.g).masked_fill(lost[:, None], torch.nan),
         )
         past = method.accepted(memory.memory, current, memory.h, accept)
         error = torch.where(accept, ratio.clamp(min=1e-4), memory.error)
@@ -111,3 +110,14 @@ class ContinuousSolver(AbstractSolver):
         slope = problem.norm(first.g / (tol + tol * first.z.abs())) / size
         h: Tensor = (1 / slope).clamp(max=1.0) ** (1 / order)
         return h
+
+
+def _closed(problem: Problem, trial: Trial, accept: Tensor) -> Iterate:
+    """The end of the trial with its derivative, evaluated where the method has left it open."""
+    if trial.known is None:
+        return trial.end
+    missing = problem.active & accept & ~trial.known
+    if not bool(missing.any()):  # waits for the device; saves an evaluation of f
+        return trial.end
+    end, rows = problem.evaluate(trial.end.z, missing), missing[:, None]
+    return Iterate(torch.where(rows, end.z, trial.end.z), torch.where(rows, end.g, trial.end.g))

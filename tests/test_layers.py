@@ -1,0 +1,446 @@
+"""The equilibrium layers: what they return, count, train, copy and refuse."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork, Status
+from fastdeq.adjoints import Implicit, JacobianFree, Phantom, Unrolled
+from fastdeq.krylov import GMRES
+from fastdeq.layers import DenseCell, VariationalDropout, Zeros, weight_norm
+from fastdeq.regularizers import jacobian_loss, skip_loss
+from fastdeq.solvers import (
+    Anderson,
+    BroydenSolver,
+    ContinuousSolver,
+    LimitedMemoryBroydenSolver,
+    NewtonKrylov,
+    Picard,
+)
+
+WIDTH = 4
+TIGHT = LimitedMemoryBroydenSolver(tol=1e-12, max_steps=100)
+EXACT = Implicit(solver=GMRES(tol=1e-12))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+class Dense(nn.Module):
+    """f(z, x) = tanh(W z + U x) with ‖W‖₂ = 0.7, so a contraction; counts its calls."""
+
+    def __init__(self, extra: nn.Module | None = None) -> None:
+        super().__init__()
+        self.state = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+        self.injection = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
+        self.extra = nn.Identity() if extra is None else extra
+        nn.init.orthogonal_(self.state.weight, 0.7)
+        self.calls = 0
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(self.extra(self.state(z)) + self.injection(x))
+
+
+class Conv(nn.Module):
+    """f(z, x) = tanh(K * z + x) on 2 channels; |K| is small enough for a contraction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Conv2d(2, 2, 3, padding=1, dtype=torch.float64)
+        with torch.no_grad():
+            self.kernel.weight.mul_(0.4)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.kernel(z) + x)
+
+
+class TwoScales(nn.Module):
+    """A state of two scales, (B, 4) and (B, 2, 3), that feed each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 6, dtype=torch.float64)
+        self.down = nn.Linear(6, WIDTH, dtype=torch.float64)
+
+    def forward(self, z: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        coarse, fine = z
+        return (
+            torch.tanh(0.5 * self.down(fine.flatten(1)) + x),
+            torch.tanh(0.5 * self.up(coarse)).unflatten(1, (2, 3)),
+        )
+
+
+def dense_input(batch: int = 3) -> Tensor:
+    return torch.randn(batch, WIDTH, dtype=torch.float64)
+
+
+def conv_input(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 2, 4, 4, dtype=torch.float64)
+
+
+def explicit_network() -> nn.Module:
+    return nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+
+
+def grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad.clone()
+
+
+def build(start: str, cell: nn.Module, **options: Any) -> DeepEquilibriumNetwork:
+    if start == "vanilla":
+        return DeepEquilibriumNetwork(cell, **options)
+    explicit = explicit_network() if start == "explicit" else None
+    return SkipDeepEquilibriumNetwork(cell, explicit, **options)
+
+
+start = pytest.mark.parametrize("start", ["vanilla", "explicit", "skip_reg"])
+
+
+# What a call returns
+
+
+@pytest.mark.parametrize(("cell", "x"), [(Dense, dense_input), (Conv, conv_input)])
+def test_the_output_is_an_equilibrium_of_the_cell(cell, x):
+    f, x = cell(), x()
+    y, _ = DeepEquilibriumNetwork(f, solver=TIGHT)(x)
+    # f contracts, so one more evaluation leaves less than the relative 1e-12 asked for.
+    assert torch.linalg.vector_norm(f(y, x) - y) < 1e-11 * torch.linalg.vector_norm(y)
+
+
+@start
+def test_the_solution_holds_the_figures_of_the_returned_state(start):
+    layer, x = build(start, Dense(), solver=Picard(tol=1e-3)), dense_input()
+    y, solution = layer(x)
+    z_sol = y - solution.defect
+    assert solution.value is y
+    assert solution.z0.shape == x.shape
+    torch.testing.assert_close(solution.residual, (layer.cell(z_sol, x) - z_sol).norm(dim=1))
+    torch.testing.assert_close(solution.relative_residual, solution.residual / y.norm(dim=1))
+    assert solution.converged.all()
+    assert (solution.relative_residual <= 1e-3).all()
+    assert (solution.status == Status.CONVERGED).all()
+    assert solution.steps.shape == solution.nfe.shape == (len(x),)
+
+
+def test_the_jacobian_loss_comes_on_request_and_is_that_at_the_equilibrium():
+    cell, x = Dense(), dense_input()
+    layer = DeepEquilibriumNetwork(cell)
+    assert layer(x)[1].jacobian_loss is None
+    torch.manual_seed(1)
+    y, solution = layer(x, jacobian_loss=True)
+    torch.manual_seed(1)
+    assert solution.jacobian_loss == jacobian_loss(lambda z: cell(z, x), y)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of NewtonKrylov's jvp
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Picard(),
+        Anderson(),
+        BroydenSolver(),
+        LimitedMemoryBroydenSolver(),
+        NewtonKrylov(),
+        ContinuousSolver(method="tsit5"),
+        ContinuousSolver(method="bs3"),
+        ContinuousSolver(method="vcab3"),
+    ],
+    ids=lambda solver: getattr(solver, "method", type(solver).__name__),
+)
+@start
+def test_nfe_is_the_number_of_calls_of_the_cell(start, solver):
+    cell = Dense()
+    _, solution = build(start, cell, solver=solver)(dense_input(1))
+    # The prediction of Skip Reg. is made before the solve and not counted in it, as documented.
+    assert cell.calls == solution.nfe.item() + (start == "skip_reg")
+
+
+@start
+def test_the_cell_is_called_as_often_as_the_slowest_sample_needs(start):
+    cell = Dense()
+    x = dense_input(4) * torch.tensor([[9.0], [1.0], [0.1], [3.0]])  # saturated ones are easy
+    _, solution = build(start, cell, solver=Picard(tol=1e-6))(x)
+    assert solution.nfe.min() < solution.nfe.max()
+    assert cell.calls == solution.nfe.max() + (start == "skip_reg")
+
+
+def test_a_perfect_prediction_leaves_one_evaluation_and_the_closing_one():
+    cell, x = Dense(), dense_input()
+    y, solution = DeepEquilibriumNetwork(cell, solver=TIGHT)(x)
+    prediction: Tensor = y.detach()
+
+    class Oracle(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return prediction
+
+    _, predicted = SkipDeepEquilibriumNetwork(cell, Oracle(), solver=TIGHT)(x)
+    assert (solution.nfe > 2).all()
+    assert (predicted.nfe == 2).all()
+
+
+def test_a_state_of_another_shape_than_the_input():
+    class Wider(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.injection = nn.Linear(WIDTH, 10)
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            h: Tensor = self.injection(x)
+            return torch.tanh(0.5 * z.roll(1, 2) + h.unflatten(1, (2, 5)))
+
+    x = torch.randn(3, WIDTH)
+    for layer in (
+        DeepEquilibriumNetwork(Wider(), initializer=Zeros([2, 5])),
+        SkipDeepEquilibriumNetwork(Wider(), zeros=Zeros([2, 5])),
+    ):
+        y, solution = layer(x)
+        assert y.shape == solution.z0.shape == (3, 2, 5)
+        assert solution.converged.all()
+
+
+def test_whole_numbers_may_be_the_input_where_the_cell_embeds_them():
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, WIDTH)
+
+        def forward(self, z: Tensor, tokens: Tensor) -> Tensor:
+            h: Tensor = self.table(tokens)
+            return torch.tanh(0.5 * z.roll(1, 2) + h)
+
+    tokens = torch.randint(10, (3, 7))
+    y, solution = DeepEquilibriumNetwork(Embedding(), initializer=Zeros([7, WIDTH]))(tokens)
+    assert y.shape == (3, 7, WIDTH)
+    assert solution.converged.all()
+
+
+def test_a_state_of_several_scales():
+    cell, x = TwoScales(), dense_input()
+    y, solution = DeepEquilibriumNetwork(
+        cell, initializer=Zeros([[WIDTH], [2, 3]]), solver=TIGHT, adjoint=EXACT
+    )(x)
+    assert isinstance(y, tuple)
+    for scale, again in zip(y, cell(y, x), strict=True):
+        torch.testing.assert_close(scale, again)
+    assert solution.defect.shape == (3, WIDTH + 6)
+    sum(scale.square().sum() for scale in y).backward()
+    assert all(grad(p).abs().sum() > 0 for p in cell.parameters())
+
+
+# Gradients
+
+
+@pytest.mark.parametrize(("cell", "x"), [(Dense, dense_input), (Conv, conv_input)])
+def test_the_gradients_of_the_layer_are_those_of_finite_differences(cell, x):
+    layer = DeepEquilibriumNetwork(
+        cell(), solver=LimitedMemoryBroydenSolver(tol=1e-14, max_steps=100), adjoint=EXACT
+    )
+    parameters = dict(layer.named_parameters())
+
+    def output(x, *values):
+        return functional_call(layer, dict(zip(parameters, values, strict=True)), (x,))[0]
+
+    # The solve is exact to about 1e-14, so differences over 1e-6 are exact to about 1e-8.
+    assert torch.autograd.gradcheck(
+        output, (x(2).requires_grad_(), *parameters.values()), eps=1e-6, atol=1e-6, rtol=1e-5
+    )
+
+
+def test_the_skip_loss_trains_the_prediction_and_the_equilibrium():
+    cell, network, x = Dense(), nn.Linear(WIDTH, WIDTH, dtype=torch.float64), dense_input()
+    layer = SkipDeepEquilibriumNetwork(cell, network, solver=TIGHT, adjoint=EXACT)
+    y, solution = layer(x)
+    skip_loss(solution).backward()
+    by_hand = torch.sign(solution.z0 - y).detach().mT @ x / y.numel()
+    torch.testing.assert_close(grad(network.weight), by_hand)
+    got = grad(cell.state.weight)
+    layer.zero_grad()
+    y, solution = layer(x)
+    (solution.z0.detach() - y).abs().mean().backward()
+    torch.testing.assert_close(got, grad(cell.state.weight))
+
+
+def test_without_a_skip_loss_the_prediction_gets_no_gradient():
+    layer = build("explicit", Dense())
+    layer(dense_input())[0].sum().backward()
+    assert all(p.grad is None for p in layer.initializer.parameters())
+    assert all(p.grad is not None for p in layer.cell.parameters())
+
+
+# Pretraining and the explicit prediction
+
+
+@start
+def test_a_fixed_depth_is_the_unrolled_loop_with_its_gradients(start):
+    layer, x = build(start, Dense(), depth=3), dense_input()
+    y, solution = layer(x)
+    y.square().sum().backward()
+    got = {name: p.grad for name, p in layer.named_parameters()}
+    layer.zero_grad(set_to_none=True)
+    z: Any = layer.explicit(x) if start != "vanilla" else torch.zeros_like(x)
+    for _ in range(3):
+        z = layer.cell(z, x)
+    z.square().sum().backward()
+    torch.testing.assert_close(y, z)
+    for name, p in layer.named_parameters():
+        assert p.grad is not None, name
+        torch.testing.assert_close(got[name], p.grad)
+    assert (solution.status == Status.NOT_SOLVED).all()
+    assert (solution.nfe == 3).all()
+    assert not solution.converged.any()
+
+
+def test_leaving_the_fixed_depth_solves_again():
+    layer, x = DeepEquilibriumNetwork(Dense(), depth=1), dense_input()
+    assert not layer(x)[1].converged.any()
+    layer.depth = None
+    assert layer(x)[1].converged.all()
+
+
+@pytest.mark.parametrize(("start", "calls"), [("explicit", 0), ("skip_reg", 1)])
+def test_the_explicit_prediction_is_z0_and_costs_no_solve(start, calls):
+    cell, x = Dense(), dense_input()
+    layer = build(start, cell)
+    prediction = layer.explicit(x)
+    assert cell.calls == calls
+    torch.testing.assert_close(prediction, layer(x)[1].z0)
+
+
+def test_a_vanilla_layer_refuses_to_predict():
+    with pytest.raises(ValueError, match="use SkipDeepEquilibriumNetwork"):
+        DeepEquilibriumNetwork(Dense()).explicit(dense_input())
+
+
+# Chains
+
+
+def test_a_chain_is_the_composition_of_its_layers():
+    stem, head = explicit_network(), explicit_network()
+    deq, x = build("explicit", Dense()), dense_input()
+    chain = DEQChain(stem, deq, head)
+    y, solution = chain(x, jacobian_loss=True)
+    torch.testing.assert_close(y, head(deq(stem(x))[0]))
+    torch.testing.assert_close(chain.explicit(x), head(deq.explicit(stem(x))))
+    assert solution.jacobian_loss is not None
+    assert chain.equilibrium is deq
+
+
+def test_a_layer_may_stand_twice_in_a_chain():
+    shared, deq, x = explicit_network(), DeepEquilibriumNetwork(Dense()), dense_input()
+    torch.testing.assert_close(DEQChain(shared, deq, shared)(x)[0], shared(deq(shared(x))[0]))
+
+
+def test_a_chain_keeps_the_names_of_its_layers():
+    named = DEQChain(stem=nn.Linear(4, 4), deq=DeepEquilibriumNetwork(Dense()))
+    assert {key.split(".")[0] for key in named.state_dict()} == {"stem", "deq"}
+
+
+def test_a_layer_of_a_chain_may_be_named_equilibrium():
+    deq = DeepEquilibriumNetwork(Dense())
+    chain = DEQChain(stem=explicit_network(), equilibrium=deq)
+    assert chain(dense_input())[1].converged.all()
+    assert chain.equilibrium is deq
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_chain_holds_exactly_one_equilibrium_layer(count):
+    layers = [nn.Linear(4, 4), *(DeepEquilibriumNetwork(Dense()) for _ in range(count))]
+    with pytest.raises(ValueError, match=f"exactly one equilibrium layer, but got {count}"):
+        DEQChain(*layers)
+
+
+def test_a_chain_holds_modules_only():
+    with pytest.raises(TypeError, match="layer '1' of the chain is a builtin_function"):
+        DEQChain(DeepEquilibriumNetwork(Dense()), torch.tanh)  # type: ignore[arg-type]
+
+
+# Copies
+
+VARIANTS: dict[str, Callable[[], nn.Module]] = {
+    "plain": Dense,
+    "weight_norm": lambda: weight_norm(Dense()),
+    "dropout": lambda: Dense(VariationalDropout(0.5)),
+}
+
+
+def same_output(one: nn.Module, other: nn.Module, x: Tensor) -> bool:
+    outputs = []
+    for layer in (one, other):
+        torch.manual_seed(1)  # the same dropout mask
+        outputs.append(layer(x)[0])
+    return torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_copies_and_loaded_states_give_the_same_output(variant):
+    layer, x = build("explicit", VARIANTS[variant]()), dense_input()
+    layer(x)[0].sum().backward()  # a used layer must not be harder to copy than a new one
+    other = build("explicit", VARIANTS[variant]())
+    assert not same_output(layer, other, x)
+    other.load_state_dict(layer.state_dict())
+    assert same_output(layer, other, x)
+    assert same_output(layer, copy.deepcopy(layer), x)
+
+
+def test_a_layer_survives_pickling_with_its_settings():
+    solver, adjoint = Anderson(memory=3), Implicit(solver=Picard(damping=0.5))
+    layer = DeepEquilibriumNetwork(DenseCell(WIDTH), solver=solver, adjoint=adjoint)
+    again = pickle.loads(pickle.dumps(layer))
+    assert (again.solver, again.adjoint) == (solver, adjoint)
+    assert same_output(layer, again, torch.ones(2, WIDTH))
+
+
+# Evaluation and mixed precision
+
+
+def test_in_evaluation_a_sample_does_not_depend_on_its_batch_mates():
+    norm = nn.BatchNorm1d(WIDTH, dtype=torch.float64)
+    layer, x = DeepEquilibriumNetwork(Dense(norm), solver=TIGHT), dense_input(8)
+    norm(x)  # in training: running statistics that are not the initial ones
+    layer.eval()
+    alone = torch.cat([layer(sample[None])[0] for sample in x])
+    # Both are within the solver's relative 1e-12 of the equilibrium.
+    torch.testing.assert_close(layer(x)[0], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_without_gradients_the_value_is_the_same_and_holds_no_graph():
+    layer, x = build("explicit", Dense()), dense_input()
+    y, _ = layer(x)
+    with torch.no_grad():
+        quiet, solution = layer(x)
+    with torch.inference_mode():
+        inferred, _ = layer(x)
+    assert torch.equal(quiet, y)
+    assert torch.equal(inferred, y)
+    assert not quiet.requires_grad
+    assert not solution.defect.requires_grad
+    assert not solution.z0.requires_grad
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), JacobianFree(), Phantom(), Unrolled()], ids=repr)
+@start
+def test_under_autocast_the_state_stays_float32_and_weights_keep_their_gradients(start, adjoint):
+    # Older torch reuses casts made without gradients where gradients are on (pytorch 112583).
+    cell, x = Dense(), dense_input().float()
+    layer = build(start, cell, adjoint=adjoint).float()
+    layer(x)[0].sum().backward()
+    wanted = grad(cell.state.weight)
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, solution = layer(x)
+    y.sum().backward()
+    for kept in (y, solution.value, solution.z0, solution.defect, solution.residual):
+        assert kept.dtype == torch.float32
+    # bfloat16 carries 8 bits: 0.4 % an operation, a few of them in a row.
+    largest = wanted.abs().max().item()
+    torch.testing.assert_close(grad(cell.state.weight), wanted, rtol=0, atol=0.05 * largest)

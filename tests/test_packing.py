@@ -1,0 +1,128 @@
+"""A state of scales and its flat form: nothing lost, nothing copied, half precision widened."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdeq import fixed_depth, fixed_point
+from fastdeq.packing import Packing
+from fastdeq.solvers import Picard
+
+STATES: dict[str, Any] = {
+    "dense": lambda: torch.randn(3, 5),
+    "conv": lambda: torch.randn(3, 2, 4, 4),
+    "scalar": lambda: torch.randn(3),
+    "one scale": lambda: (torch.randn(3, 5),),
+    "scales": lambda: (torch.randn(3, 2, 4, 4), torch.randn(3, 5), torch.randn(3, 1, 2)),
+    "scales with a scalar": lambda: (torch.randn(3), torch.randn(3, 2)),
+    "transposed": lambda: torch.randn(3, 4, 2).mT,
+    "mixed dtypes": lambda: (torch.randn(3, 2), torch.randn(3, 2, dtype=torch.float64)),
+    "half": lambda: (torch.randn(3, 2).half(), torch.randn(3, 4).bfloat16()),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def scales_of(state: Any) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else state
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_packing_and_unpacking_give_the_state_back(name):
+    state = STATES[name]()
+    packing = Packing.of(state)
+    flat = packing.pack(state)
+    again = packing.unpack(flat)
+    assert flat.shape == (3, sum(scale[0].numel() for scale in scales_of(state)))
+    assert isinstance(again, Tensor) == isinstance(state, Tensor)
+    for one, other in zip(scales_of(state), scales_of(again), strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == other.dtype
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_of_any_layout_is_solved_for_and_unrolled(name):
+    z0 = STATES[name]()
+
+    def f(z: Any) -> Any:
+        halved = tuple(0.5 * scale + 1 for scale in scales_of(z))
+        return halved[0] if isinstance(z, Tensor) else halved
+
+    for found in (fixed_point(f, z0, solver=Picard(tol=1e-3)), fixed_depth(f, z0, depth=12)):
+        assert isinstance(found.value, Tensor) == isinstance(z0, Tensor)
+        for start, end in zip(scales_of(z0), scales_of(found.value), strict=True):
+            assert (end.shape, end.dtype) == (start.shape, start.dtype)
+            # 2⁻¹² of a start of size 3 is left, and bfloat16 has steps of 2⁻⁷ at 2.
+            torch.testing.assert_close(end, torch.full_like(start, 2.0), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["dense", "conv", "one scale", "scales", "scalar"])
+def test_the_scales_of_a_flat_state_are_views_of_it(name):
+    packing = Packing.of(STATES[name]())
+    flat = packing.pack(STATES[name]())
+    offset = 0
+    for scale in scales_of(packing.unpack(flat)):
+        assert scale.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+        assert scale.data_ptr() == flat.data_ptr() + offset * flat.element_size()
+        offset += scale[0].numel()
+
+
+def test_a_single_contiguous_scale_is_not_copied_on_the_way_in():
+    state = torch.randn(3, 2, 4, 4)
+    assert Packing.of(state).pack(state).data_ptr() == state.data_ptr()
+
+
+def test_the_cell_sees_views_of_one_flat_state():
+    seen: list[tuple[int, ...]] = []
+
+    def f(z: Any) -> Any:
+        seen.append(tuple(scale.untyped_storage().data_ptr() for scale in z))
+        return tuple(0.5 * scale + 1 for scale in z)
+
+    with torch.no_grad():
+        fixed_point(f, (torch.zeros(3, 2), torch.zeros(3, 4, 4)))
+    assert all(first == second for first, second in seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened_for_the_solver_and_restored_for_the_cell(dtype):
+    seen = set()
+
+    def f(z: Any) -> Any:
+        seen.add(z.dtype)
+        return 0.5 * z + 1
+
+    found = fixed_point(f, torch.zeros(3, 4, dtype=dtype))
+    assert seen == {dtype}
+    assert isinstance(found.value, Tensor)
+    assert found.value.dtype == dtype
+    assert found.residual.dtype == found.defect.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wide"),
+    [
+        ((torch.float16,), torch.float32),
+        ((torch.bfloat16, torch.float16), torch.float32),
+        ((torch.float32, torch.float64), torch.float64),
+        ((torch.float64, torch.bfloat16), torch.float64),
+    ],
+)
+def test_the_flat_state_has_the_widest_dtype_and_at_least_float32(dtypes, wide):
+    state = tuple(torch.randn(3, 2).to(dtype) for dtype in dtypes)
+    packing = Packing.of(state)
+    assert packing.dtype == packing.pack(state).dtype == wide
+
+
+def test_gradients_pass_through_packing_and_unpacking():
+    state = tuple(scale.double().requires_grad_() for scale in STATES["scales"]())
+    packing = Packing.of(state)
+    again = packing.unpack(packing.pack(state))
+    sum((i + 1) * scale.sum() for i, scale in enumerate(again)).backward()
+    for i, scale in enumerate(state):
+        assert torch.equal(scale.grad, torch.full_like(scale, i + 1.0))

@@ -1,0 +1,299 @@
+"""What is refused at the door, always with what would be right; and cells that turn non-finite."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdeq import GMRES, DeepEquilibriumNetwork, Status, fixed_depth, fixed_point, gmres
+from fastdeq.adjoints import Implicit, JacobianFree, Phantom, Unrolled
+from fastdeq.layers import (
+    DenseCell,
+    ExplicitNetwork,
+    SkipDeepEquilibriumNetwork,
+    VariationalDropout,
+    Zeros,
+)
+from fastdeq.solvers import Anderson, NewtonKrylov, Picard, solve
+
+ADJOINTS = [Implicit(), JacobianFree(), Phantom(), Unrolled()]
+
+
+def identity(z: Any) -> Any:
+    return z
+
+
+def refused(error: type[Exception], *parts: str) -> Any:
+    """Expect an error whose message holds all parts, in this order."""
+    return pytest.raises(error, match=".*".join(re.escape(part) for part in parts))
+
+
+def both_doors(f: Any, z0: Any, error: type[Exception], *parts: str) -> None:
+    """The same refusal from the solve and from the unrolled loop."""
+    with refused(error, *parts):
+        fixed_point(f, z0)
+    with refused(error, *parts):
+        fixed_depth(f, z0, depth=2)
+
+
+# f and z0
+
+
+def test_a_cell_that_changes_the_shape_is_told_both_shapes():
+    both_doors(
+        lambda z: z[:, :2],
+        torch.zeros(4, 3),
+        ValueError,
+        "f(z) has shape (4, 2) but z has shape (4, 3)",
+        "restore the shape",
+    )
+
+
+def test_a_cell_that_changes_the_batch_is_told_both_shapes():
+    both_doors(lambda z: z[:2], torch.zeros(4, 3), ValueError, "(2, 3)", "(4, 3)")
+
+
+def test_a_cell_that_changes_one_scale_is_told_all_shapes():
+    z0 = (torch.zeros(4, 3), torch.zeros(4, 2, 2))
+    both_doors(
+        lambda z: (z[0], z[1][:, 0]), z0, ValueError, "[(4, 3), (4, 2)]", "[(4, 3), (4, 2, 2)]"
+    )
+
+
+def test_a_cell_that_drops_a_scale_is_told_all_shapes():
+    z0 = (torch.zeros(4, 3), torch.zeros(4, 2))
+    both_doors(lambda z: (z[0],), z0, ValueError, "(4, 3)", "[(4, 3), (4, 2)]")
+
+
+@pytest.mark.parametrize(
+    ("f", "z0"),
+    [
+        (lambda z: (z,), torch.zeros(4, 3)),
+        (lambda z: z[0], (torch.zeros(4, 3),)),
+    ],
+    ids=["tuple for tensor", "tensor for tuple"],
+)
+def test_a_tuple_for_a_tensor_is_told_as_such_and_not_as_two_equal_shapes(f, z0):
+    both_doors(f, z0, ValueError, "f(z)", "tuple")
+
+
+@pytest.mark.parametrize("output", [None, 3.0, "z", [torch.zeros(4, 3)]])
+def test_a_cell_that_returns_no_tensor_is_refused(output):
+    wanted = "f(z) must be a tensor or a tuple of tensors"
+    both_doors(lambda z: output, torch.zeros(4, 3), TypeError, wanted)
+
+
+@pytest.mark.parametrize("z0", [None, 3.0, [torch.zeros(4, 3)], (torch.zeros(4, 3), 1)])
+def test_a_start_that_is_no_tensor_is_refused(z0):
+    both_doors(identity, z0, TypeError, "z0 must be a tensor or a tuple of tensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_a_start_of_whole_numbers_is_refused_with_the_cure(dtype):
+    both_doors(identity, torch.zeros(4, 3, dtype=dtype), TypeError, str(dtype), "z0.float()")
+    mixed = (torch.zeros(4, 3), torch.zeros(4, 2, dtype=dtype))
+    both_doors(identity, mixed, TypeError, str(dtype), "z0.float()")
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), ()])
+def test_an_empty_or_unbatched_start_is_refused(shape):
+    both_doors(
+        identity, torch.zeros(shape), ValueError, f"z0 has shape {shape}", "first axis is the batch"
+    )
+
+
+def test_an_empty_tuple_of_scales_is_refused():
+    both_doors(identity, (), ValueError, "at least one scale")
+
+
+def test_scales_that_disagree_about_the_batch_are_refused():
+    z0 = (torch.zeros(4, 3), torch.zeros(5, 3))
+    both_doors(identity, z0, ValueError, "batch sizes [4, 5]", "the same")
+
+
+@pytest.mark.parametrize("depth", [0, -1])
+def test_a_depth_below_one_is_refused(depth):
+    with refused(ValueError, f"depth is {depth}", "at least 1"):
+        fixed_depth(identity, torch.zeros(4, 3), depth=depth)
+    with refused(ValueError, f"depth is {depth}", "at least 1"):
+        DeepEquilibriumNetwork(DenseCell(3), depth=depth)(torch.zeros(4, 3))
+
+
+# Solvers and adjoints
+
+
+@pytest.mark.parametrize("solver", ["anderson", None, Implicit(), GMRES()])
+def test_what_is_no_solver_is_refused_with_an_example(solver):
+    with refused(TypeError, "is no AbstractSolver", "fastdeq.solvers.Anderson()"):
+        fixed_point(identity, torch.zeros(4, 3), solver=solver)
+
+
+@pytest.mark.parametrize("adjoint", ["implicit", None, Anderson()])
+def test_what_is_no_adjoint_is_refused_with_an_example(adjoint):
+    with refused(TypeError, "is no AbstractAdjoint", "fastdeq.adjoints.Implicit()"):
+        fixed_point(identity, torch.zeros(4, 3), adjoint=adjoint)
+
+
+def test_a_class_for_an_instance_is_told_as_such():
+    wrong: Any = Anderson
+    with refused(TypeError, "is no AbstractSolver: give an instance"):
+        fixed_point(identity, torch.zeros(4, 3), solver=wrong)
+    with refused(TypeError, "is no AbstractAdjoint: give an instance"):
+        fixed_point(identity, torch.zeros(4, 3), adjoint=Phantom)  # type: ignore[arg-type]
+
+
+def test_an_adjoint_that_cannot_serve_the_solver_names_those_that_can():
+    with refused(ValueError, "NewtonKrylov", "use the Implicit adjoint"):
+        fixed_point(identity, torch.zeros(4, 3), solver=NewtonKrylov(), adjoint=Unrolled())
+
+
+def test_an_unknown_trace_is_refused_with_the_choices():
+    with refused(ValueError, "'residuals'", "'states'"):
+        fixed_point(identity, torch.zeros(4, 3), trace="residual")  # type: ignore[arg-type]
+
+
+def test_a_solver_takes_flat_states_and_points_to_the_door_for_others():
+    with refused(ValueError, "(2, 3, 4)", "fixed_point takes any"):
+        solve(Picard(), identity, torch.zeros(2, 3, 4))
+    with refused(TypeError, "torch.int64", "z0.float()"):
+        solve(Picard(), identity, torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_gmres_refuses_what_is_no_batch_of_right_hand_sides():
+    with refused(TypeError, "b.float()"):
+        gmres(identity, torch.ones(2, 3, dtype=torch.int64))
+    with refused(ValueError, "non-empty (B, ...)"):
+        gmres(identity, torch.ones(3))
+    with refused(ValueError, "A v has shape (2, 2), b has (2, 3)"):
+        gmres(lambda v: v[:, :2], torch.ones(2, 3))
+
+
+# Layers
+
+
+class WithExtra(DenseCell):
+    def __init__(self, extra: nn.Module) -> None:
+        super().__init__(4)
+        self.extra = extra
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Dropout(0.1),
+        nn.Dropout2d(0.1),
+        nn.AlphaDropout(0.1),
+        nn.MultiheadAttention(4, 2, dropout=0.1),
+        nn.LSTM(4, 4, num_layers=2, dropout=0.1),
+        nn.TransformerEncoderLayer(4, 2),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_ordinary_dropout_in_a_cell_is_refused_with_its_name_and_the_cure(module):
+    with refused(ValueError, "the cell contains", "('extra", "VariationalDropout"):
+        DeepEquilibriumNetwork(WithExtra(module))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [VariationalDropout(0.1), nn.Dropout(0.0), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4)],
+    ids=lambda module: type(module).__name__,
+)
+def test_modules_that_draw_nothing_new_are_accepted(module):
+    DeepEquilibriumNetwork(WithExtra(module))
+
+
+def test_a_cell_that_is_no_module_is_refused_with_the_cure():
+    with refused(TypeError, "the cell is a function", "use fixed_point for a plain function"):
+        DeepEquilibriumNetwork(lambda z, x: z)  # type: ignore[arg-type]
+
+
+def test_zeros_beside_an_explicit_network_are_refused():
+    with refused(ValueError, "leave out `zeros`"):
+        SkipDeepEquilibriumNetwork(DenseCell(4), nn.Linear(4, 4), zeros=Zeros([4]))
+
+
+@pytest.mark.parametrize("network", [torch.tanh, nn.Linear], ids=["function", "class"])
+def test_an_explicit_network_that_is_no_module_is_refused(network):
+    # Taken silently, its parameters would be missing from the layer's.
+    with refused(TypeError, "nn.Module"):
+        SkipDeepEquilibriumNetwork(DenseCell(4), network)
+    with refused(TypeError, "nn.Module"):
+        ExplicitNetwork(network)
+
+
+def test_an_initializer_that_is_none_is_refused_with_the_cure():
+    with refused(TypeError, "initializer", "SkipDeepEquilibriumNetwork"):
+        DeepEquilibriumNetwork(DenseCell(4), initializer=nn.Linear(4, 4))  # type: ignore[arg-type]
+
+
+def test_an_input_of_whole_numbers_is_refused_with_what_the_layer_needs():
+    tokens = torch.ones(2, 4, dtype=torch.int64)
+    with refused(TypeError, "torch.int64", "float()"):
+        DeepEquilibriumNetwork(DenseCell(4))(tokens)
+
+
+# Cells that turn non-finite
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda adjoint: type(adjoint).__name__)
+def test_a_non_finite_sample_is_warned_of_and_marked_and_leaves_the_others_alone(adjoint, bad):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spoiled = x.clone()
+    spoiled[1] = bad
+
+    def solved(x: Tensor) -> Any:
+        def f(z: Any) -> Any:
+            return 0.5 * z + x
+
+        return fixed_point(f, torch.zeros_like(x), adjoint=adjoint)
+
+    good = solved(x)
+    with pytest.warns(RuntimeWarning, match="not finite at the returned state of 1 of 3 samples"):
+        found = solved(spoiled)
+    assert torch.isfinite(found.value).all()
+    assert found.status.tolist() == [Status.CONVERGED, Status.DIVERGED, Status.CONVERGED]
+    assert torch.equal(found.value[[0, 2]], good.value[[0, 2]])
+    assert "1 diverged" in found.summary()
+
+
+def test_a_start_that_is_not_finite_is_given_up_alone():
+    def f(z: Any) -> Any:
+        return 0.5 * z + 1
+
+    z0 = torch.zeros(3, 4)
+    z0[1, 2] = torch.nan
+    found: Any = fixed_point(f, z0)
+    assert found.status.tolist() == [Status.CONVERGED, Status.DIVERGED, Status.CONVERGED]
+    assert torch.isfinite(found.value).all()
+
+
+def test_a_sample_whose_backward_solve_fails_gets_the_jacobian_free_gradient_with_a_warning():
+    class Poisoned(torch.autograd.Function):
+        """Identity; NaN in the backward pass of sample 1."""
+
+        @staticmethod
+        def forward(ctx: Any, z: Tensor) -> Tensor:
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            (g,) = grads
+            return torch.where(torch.tensor([[False], [True], [False]]), torch.nan, g)
+
+    x = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    found: Any = fixed_point(
+        lambda z: 0.5 * Poisoned.apply(z) + x,
+        torch.zeros(3, 2, dtype=torch.float64),
+        solver=Picard(tol=1e-6),
+        adjoint=Implicit(solver=GMRES(tol=1e-12)),
+    )
+    with pytest.warns(RuntimeWarning, match="backward solve failed for 1 of 3 samples"):
+        found.value.sum().backward()
+    # (I − J)⁻¹ = 2 for the good samples; the bad one falls back to 1.
+    wanted = torch.tensor([[2.0], [1.0], [2.0]], dtype=torch.float64).expand(3, 2)
+    torch.testing.assert_close(x.grad, wanted)
+    assert found.backward.stats.status[1] == Status.DIVERGED
