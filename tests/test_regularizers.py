@@ -11,7 +11,7 @@ from torch.autograd.functional import jacobian
 from torch.nn.functional import conv2d
 
 from fastdeq import Solution, fixed_depth, fixed_point
-from fastdeq.adjoints import Implicit, JacobianFree, Phantom, Unrolled
+from fastdeq.adjoints import Implicit, JacobianFree, Phantom
 from fastdeq.krylov import GMRES
 from fastdeq.regularizers import jacobian_loss, residual_loss, skip_loss, spectral_radius
 from fastdeq.solvers import LimitedMemoryBroydenSolver, Picard
