@@ -100,9 +100,8 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
     taken = 0
     while taken < settings.max_steps:
         active = (residual > target) & ~broken & ~stuck
-        if not bool(
-            active.any()
-        ):  # one wait for the device a cycle, beside those of the cycle itself
+        # Waits for the device once a cycle, beside the cycle's own once a product.
+        if not bool(active.any()):
             break
         size = min(settings.restart or settings.max_steps, settings.max_steps - taken)
         cycle = _Cycle(matvec, r, residual, target, active, size)

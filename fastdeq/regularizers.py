@@ -15,8 +15,7 @@ from fastdeq.solution import Solution
 
 
 def skip_loss(solution: Solution) -> Tensor:
-    """Σ_scales mean|z₀ − z*|, a scalar; gradients flow into the prediction and into the
-    equilibrium."""
+    """Σ_scales mean|z₀ − z*|, a scalar; gradients flow into both, z₀ and z*."""
     pairs = zip(_scales(solution.z0), _scales(solution.value), strict=True)
     return torch.stack([(z0 - z).abs().mean() for z0, z in pairs]).sum()
 

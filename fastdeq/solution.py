@@ -102,8 +102,7 @@ class SolveResult(SolveStats):
 
 @dataclass(kw_only=True)
 class BackwardReport:
-    """Filled in when the backward pass runs: `stats` is None before, and for adjoints that solve
-    nothing."""
+    """Filled in by the backward pass; `stats` stays None where the adjoint solves nothing."""
 
     stats: SolveStats | None = None
 

@@ -10,8 +10,7 @@ from fastdeq.notation import State, StateMap
 
 
 class AbstractInitializer(nn.Module):
-    """Makes z₀ from the input. `predicts` tells whether z₀ is a prediction worth reading on its
-    own."""
+    """Makes z₀ from the input; `predicts` tells whether z₀ is worth reading on its own."""
 
     predicts: bool = True
 
@@ -49,8 +48,7 @@ class Zeros(AbstractInitializer):
 
 
 class ExplicitNetwork(AbstractInitializer):
-    """z₀ = g_φ(x): an explicit network predicts the equilibrium (Skip DEQ; arXiv 2201.12240,
-    §3.2)."""
+    """z₀ = g_φ(x): an explicit network predicts z* (Skip DEQ; arXiv 2201.12240, §3.2)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

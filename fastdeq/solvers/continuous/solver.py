@@ -95,8 +95,7 @@ class ContinuousSolver(AbstractSolver):
         return torch.maximum(scaled / size, problem.norm(error) / (_MOVEMENT * movement))
 
     def _change(self, ratio: Tensor, last: Tensor, accept: Tensor, order: int) -> Tensor:
-        """The factor on the step size: proportional–integral control (Hairer & Wanner II,
-        §IV.2)."""
+        """The factor on the step size, (B,): PI control (Hairer & Wanner, ODEs II, §IV.2)."""
         ratio = torch.nan_to_num(ratio, nan=torch.inf).clamp(min=1e-10)
         factor = _SAFETY * ratio ** (-0.7 / order) * last ** (0.4 / order)
         plain = _SAFETY * ratio ** (-1 / order)
