@@ -22,11 +22,6 @@ TIGHT = LimitedMemoryBroydenSolver(tol=1e-12, max_steps=100)
 EXACT = Implicit(solver=GMRES(tol=1e-12))
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 class Dense(nn.Module):
     """f(z, x) = tanh(extra(W z) + U x), a contraction also with features doubled by dropout."""
 

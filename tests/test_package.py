@@ -1,5 +1,6 @@
 """The package as it is installed: what the wheel holds, and what importing it loads."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -60,7 +61,7 @@ def test_the_wheel_requires_torch_alone(wheel):
     (metadata,) = wheel.glob("*.dist-info/METADATA")
     lines = metadata.read_text(encoding="utf-8").splitlines()
     required = [line for line in lines if line.startswith("Requires-Dist:") and "extra" not in line]
-    assert required == ["Requires-Dist: torch>=2.4"]
+    assert [re.split(r"[^\w-]", line.split(": ")[1])[0] for line in required] == ["torch"]
 
 
 def test_the_wheel_is_imported_from_where_it_was_unpacked(wheel, tmp_path):

@@ -23,11 +23,6 @@ STATES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def scales_of(state: Any) -> tuple[Tensor, ...]:
     return (state,) if isinstance(state, Tensor) else state
 

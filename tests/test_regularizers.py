@@ -19,11 +19,6 @@ from fastdeq.solvers import LimitedMemoryBroydenSolver, Picard
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def dense_cell(weight: Tensor, x: Tensor) -> Callable[[Any], Any]:
     return lambda z: torch.tanh(z @ weight.mT + x)
 

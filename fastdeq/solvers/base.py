@@ -56,9 +56,9 @@ class Problem:
         g = output.to(shown.dtype) - shown
         return Iterate(shown, g.masked_fill((rows & ~usable)[:, None], torch.nan))
 
-    def count(self, rows: Tensor) -> None:
-        """Add one evaluation to the samples in `rows`, (B,)."""
-        self.nfe = self.nfe + rows
+    def count(self, evaluations: Tensor) -> None:
+        """Add evaluations, (B,): how many, or a mask for one each."""
+        self.nfe = self.nfe + evaluations
 
     def norm(self, v: Tensor) -> Tensor:
         """Norm of a (B, D) tensor, (B,): per sample or shared, as the solver was set."""

@@ -47,12 +47,14 @@ class NewtonKrylov(AbstractSolver):
         linear = GMRES(tol=self.krylov_tol, max_steps=self.krylov_steps, per_sample=self.per_sample)
 
         def matvec(v: Tensor) -> Tensor:
-            problem.count(problem.active)
-            return v - forward_product(problem.f, problem.hold, v)
+            product = v - forward_product(problem.f, problem.hold, v)
+            # NaN of a lost sample would spread through a Krylov space that the batch shares.
+            return torch.where(problem.active[:, None], product, v)
 
         # A frozen sample has nothing to solve: with a zero right-hand side it costs no iteration.
         right = torch.where(problem.active[:, None], current.g, 0.0)
-        direction = linear.solve(matvec, right).value
+        solved = linear.solve(matvec, right)
+        problem.count(torch.where(problem.active, solved.nfe, 0))
         slack = 1.0 / (1 + memory) ** 2
-        new = norm_descent(problem, current, direction, slack, self.line_search_steps)
+        new = norm_descent(problem, current, solved.value, slack, self.line_search_steps)
         return Step(new), memory + 1
