@@ -71,8 +71,8 @@ def _least_squares(rows: Tensor, target: Tensor, ridge: float) -> Tensor:
     # An all-zero row (a sample at rest) gets coefficient 0 from a unit diagonal.
     damp = torch.where(normal.detach().diagonal(dim1=1, dim2=2) > 0, ridge, 1.0)
     right = project(rows, target).double() / length
-    # The _ex form does not raise for the whole batch where one sample is singular (without a ridge);
-    # that sample takes the plain damped step.
+    # The _ex form does not raise for the whole batch where one sample is singular (without a
+    # ridge); that sample takes the plain damped step.
     solution, _ = torch.linalg.solve_ex(normal + torch.diag_embed(damp), right[:, :, None])
     solution = torch.where(torch.isfinite(solution).all(dim=1, keepdim=True), solution, 0.0)
     coefficients: Tensor = solution[:, :, 0] / length
