@@ -132,11 +132,11 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
 
 
 class _Cycle:
-    """One Arnoldi process with its least-squares problem, for the `active` samples.
+    """One Arnoldi process A V_k = V_{k+1} H with its least-squares problem, for `active` samples.
 
-    The basis V (B, j + 1, D) has the dtype of the residual; the small matrices are float64. A
-    column that a sample does not use (it was finished before) is a unit column with a zero
-    right-hand side.
+    The basis V, (B, k + 1, D), has the dtype of the residual. H is kept as Q H = R, with R
+    triangular and Q the product of all Givens rotations so far; these small matrices are float64. A
+    column that a sample does not use (it was finished before) is a unit column with weight zero.
     """
 
     def __init__(
@@ -145,10 +145,11 @@ class _Cycle:
         self.matvec, self.target, self.active, self.size = matvec, target.double(), active, size
         start = torch.where(active, 1.0 / torch.where(beta > 0, beta, 1.0), 0.0)
         self.basis = torch.where(active[:, None], r * start[:, None], 0.0)[:, None]
-        self.columns: list[Tensor] = []  # of R, (B, size), zero-padded
-        self.givens: list[tuple[Tensor, Tensor]] = []
-        self.right = torch.zeros(len(r), size + 1, dtype=torch.float64, device=r.device)
-        self.right[:, 0] = torch.where(active, beta, 0.0).double()
+        self.beta = torch.where(active, beta, 0.0).double()
+        eye = torch.eye(size + 1, dtype=torch.float64, device=r.device)
+        self.rotation = eye.repeat(len(r), 1, 1)  # Q
+        self.columns: list[Tensor] = []  # of R, (B, size + 1), zero below the diagonal
+        self.usable: list[Tensor] = []  # (B,) for each column
         self.used = torch.zeros(len(r), dtype=torch.int64, device=r.device)
         self.broken = torch.zeros_like(active)
 
@@ -160,7 +161,7 @@ class _Cycle:
             self.broken = self.broken | (self.active & ~finite)
             self.active = self.active & finite
             h, rest = self._orthogonalize(torch.where(self.active[:, None], product, 0.0))
-            self._rotate(j, h, rest)
+            self._append(j, h, rest)
             if not bool(self.active.any()):  # waits for the device; saves a product with A
                 return j + 1
         return self.size
@@ -180,35 +181,37 @@ class _Cycle:
         self.basis = torch.cat((self.basis, (product * inverse[:, None])[:, None]), dim=1)
         return h, rest.double()
 
-    def _rotate(self, j: int, h: Tensor, rest: Tensor) -> None:
-        """Append column j to the triangular factor by a Givens rotation; judge who is finished."""
-        column = torch.zeros_like(self.right)
+    def _append(self, j: int, h: Tensor, rest: Tensor) -> None:
+        """Rotate column j of H into the triangular factor, and judge who is finished."""
+        column = torch.zeros_like(self.rotation[:, 0])
         column[:, : j + 1], column[:, j + 1] = h, rest
-        for i, (cos, sin) in enumerate(self.givens):
-            upper, lower = column[:, i].clone(), column[:, i + 1].clone()
-            column[:, i] = cos * upper + sin * lower
-            column[:, i + 1] = cos * lower - sin * upper
+        column = torch.bmm(self.rotation, column[:, :, None])[:, :, 0]
         pivot = torch.hypot(column[:, j], column[:, j + 1])
-        # A zero pivot: A is singular on this space. The column cannot be used, and no later one
-        # comes.
+        # A zero pivot: A is singular on this space. The column cannot be used, and none comes
+        # after.
         usable = self.active & (pivot > torch.finfo(torch.float64).tiny)
         divisor = torch.where(usable, pivot, 1.0)
-        cos = torch.where(usable, column[:, j] / divisor, 1.0)
-        sin = torch.where(usable, column[:, j + 1] / divisor, 0.0)
-        self.givens.append((cos, sin))
-        column[:, j], column[:, j + 1] = divisor, 0.0
+        cos = torch.where(usable, column[:, j] / divisor, 1.0)[:, None]
+        sin = torch.where(usable, column[:, j + 1] / divisor, 0.0)[:, None]
+        upper, lower = self.rotation[:, j].clone(), self.rotation[:, j + 1].clone()
+        self.rotation[:, j], self.rotation[:, j + 1] = (
+            cos * upper + sin * lower,
+            cos * lower - sin * upper,
+        )
         column[:, :j] = torch.where(usable[:, None], column[:, :j], 0.0)
+        column[:, j], column[:, j + 1 :] = divisor, 0.0
         self.columns.append(column)
-        right = self.right[:, j].clone()
-        self.right[:, j] = torch.where(usable, cos * right, 0.0)
-        self.right[:, j + 1] = torch.where(usable, -sin * right, 0.0)
+        self.usable.append(usable)
         self.used = self.used + self.active
-        self.active = usable & (rest > 0) & (self.right[:, j + 1].abs() > self.target)
+        left = (self.beta * self.rotation[:, j + 1, 0]).abs()  # the residual, by the recurrence
+        self.active = usable & (rest > 0) & (left > self.target)
 
     def correction(self) -> Tensor:
         """The combination of the basis that minimizes each sample's residual, (B, D)."""
         k = len(self.columns)
         triangle = torch.stack([column[:, :k] for column in self.columns], dim=2)
-        y = torch.linalg.solve_triangular(triangle, self.right[:, :k, None], upper=True)
+        right = self.beta[:, None] * self.rotation[:, :k, 0]
+        right = torch.where(torch.stack(self.usable, dim=1), right, 0.0)
+        y = torch.linalg.solve_triangular(triangle, right[:, :, None], upper=True)
         weights = y[:, :, 0].to(self.basis.dtype)
         return torch.bmm(weights[:, None, :], self.basis[:, :k])[:, 0]
