@@ -42,7 +42,7 @@ def fixed_point(
     floating-point tensors; ValueError for an empty batch, for f(z) of another shape than z, and for
     an adjoint that cannot serve the solver. Warns (RuntimeWarning) where f itself is not finite.
     """
-    _check_settings(solver, adjoint)
+    check_settings(solver, adjoint)
     if trace not in (None, *get_args(TraceKind)):
         raise ValueError(f"trace is {trace!r}, but must be 'residuals', 'states' or None")
     packing = Packing.of(z0)
@@ -66,8 +66,8 @@ def fixed_depth(f: StateMap, z0: State, *, depth: int) -> Solution:
 
     Memory grows with the depth. Raises: as `fixed_point`, and ValueError for a depth below 1.
     """
-    if depth < 1:
-        raise ValueError(f"depth is {depth}, but must be at least 1")
+    if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
+        raise ValueError(f"depth is {depth!r}, but must be a whole number of at least 1")
     packing = Packing.of(z0)
     z = last = packing.pack(z0)
     for _ in range(depth):
@@ -105,7 +105,11 @@ def _without_nonfinite(found: Equilibrium) -> tuple[Tensor, SolveStats]:
     return value, replace(forward.stats, status=status)
 
 
-def _check_settings(solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:
+def check_settings(solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:
+    """Refuse what is no solver or no adjoint, or a class where its settings should be.
+
+    Raises: TypeError with an example of what to give.
+    """
     for given, kind, example in (
         (solver, AbstractSolver, "fastdeq.solvers.Anderson()"),
         (adjoint, AbstractAdjoint, "fastdeq.adjoints.Implicit()"),

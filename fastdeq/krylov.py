@@ -1,5 +1,4 @@
-"""L1: batched GMRES, matrix-free: one small least-squares problem a sample, stopped a sample at a
-time."""
+"""L1: batched, matrix-free GMRES: one small least-squares problem a sample, stopped one by one."""
 
 from collections.abc import Callable
 

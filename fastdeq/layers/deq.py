@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeq.adjoints import AbstractAdjoint, Implicit
-from fastdeq.fixed_point import fixed_depth, fixed_point
+from fastdeq.fixed_point import check_settings, fixed_depth, fixed_point
 from fastdeq.layers.call import CellCall, check_cell
 from fastdeq.layers.initializers import (
     AbstractInitializer,
@@ -36,7 +36,8 @@ class DeepEquilibriumNetwork(nn.Module):
     are the same; running statistics of batch norms in the cell move once a call, at z*. A batch
     norm that uses batch statistics couples the samples of a batch: use `per_sample=False` with it.
 
-    Raises: TypeError for a cell that is no module, ValueError for ordinary dropout in it.
+    Raises: TypeError for a cell that is no module, and for a solver, adjoint or initializer that is
+    none; ValueError for ordinary dropout in the cell.
     """
 
     def __init__(
@@ -58,14 +59,17 @@ class DeepEquilibriumNetwork(nn.Module):
         self.cell = cell
         self.solver = LimitedMemoryBroydenSolver() if solver is None else solver
         self.adjoint = Implicit() if adjoint is None else adjoint
+        check_settings(self.solver, self.adjoint)
         self.initializer = Zeros() if initializer is None else initializer
         self.depth = depth
 
     def forward(self, x: Any, *, jacobian_loss: bool = False) -> tuple[State, Solution]:
         """(z*, solution) from the input x, (B, ...) or whatever the cell takes.
 
-        jacobian_loss: also estimate ‖J‖²_F / D at z*, as `solution.jacobian_loss`
-        (regularizers.py). Errors as `fixed_point`.
+        jacobian_loss: also estimate ‖J‖²_F / D at z*, as `solution.jacobian_loss`; see
+            `fastdeq.regularizers`.
+
+        Raises and warns as `fixed_point`.
         """
         with parametrizations_cached(self):
             f = CellCall(self.cell, x)
@@ -109,10 +113,11 @@ def SkipDeepEquilibriumNetwork(
     """A DEQ whose solver starts at a prediction (Pal et al. 2022, arXiv 2201.12240, §3.2).
 
     explicit: the network g_φ, x ↦ z₀ (Skip DEQ). None takes z₀ = f(0, x) (Skip Reg.), with `zeros`
-        to make the 0 where the state has not the input's shape. Train it with
-        `regularizers.skip_loss`, which draws prediction and equilibrium together. The other
-        arguments and the errors are those of `DeepEquilibriumNetwork`; also ValueError for `zeros`
-        beside an explicit network.
+        to make the 0 where the state has not the input's shape.
+
+    Train it with `regularizers.skip_loss`, which draws prediction and equilibrium together; nothing
+    else trains g_φ, since z* does not depend on z₀. The other arguments and the errors are those of
+    `DeepEquilibriumNetwork`; also ValueError for `zeros` beside an explicit network.
     """
     if explicit is not None and zeros is not None:
         raise ValueError("an explicit network makes z₀ itself: leave out `zeros`")

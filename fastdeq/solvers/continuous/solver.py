@@ -42,8 +42,9 @@ class ContinuousSolver(AbstractSolver):
         one once started, with a narrower range of stable steps).
     ode_tol: tolerance of the local error, absolute and relative; None takes `tol`.
     first_step: initial step size; None guesses it from the slope at z0.
-    min_step: a sample that would need smaller steps is stalled (or diverged, where f is not
-    finite). A rejected step counts as a step.
+    min_step: a sample that would need smaller steps is stalled, or diverged where f is not finite.
+
+    A rejected step counts as a step.
 
     Departures from the references:
     1. A step's error is also held below a fifth of the step's own movement. Near the equilibrium
