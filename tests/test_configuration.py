@@ -11,6 +11,9 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from fastdeq.adjoints import Implicit
+from fastdeq.solvers import Anderson
+
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
@@ -85,6 +88,13 @@ def test_beside_tolerance_and_limits_the_files_hold_the_defaults_of_the_classes(
     built = instantiate(composed(f"solver={solver}").solver)
     method = {"method": built.method} if hasattr(built, "method") else {}
     assert built == type(built)(tol=5e-3, **method)
+
+
+def test_the_backward_pass_takes_any_solver_from_the_command_line() -> None:
+    adjoint = instantiate(
+        composed("adjoint=implicit_fixed_point", "solver@adjoint.solver=anderson").adjoint
+    )
+    assert adjoint == Implicit(solver=Anderson(tol=5e-3))
 
 
 def test_models_bring_the_loss_that_fits_them_and_the_command_line_has_the_last_word() -> None:
