@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdeq.adjoints import AbstractAdjoint, Equilibrium, Implicit
 from fastdeq.norms import sample_norm
-from fastdeq.notation import State, StateMap
+from fastdeq.notation import FlatMap, State, StateMap
 from fastdeq.packing import Packing
 from fastdeq.solution import Solution, SolveStats, Status, TraceKind
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver
@@ -46,11 +46,7 @@ def fixed_point(
     if trace not in (None, *get_args(TraceKind)):
         raise ValueError(f"trace is {trace!r}, but must be 'residuals', 'states' or None")
     packing = Packing.of(z0)
-
-    def flat_f(z: Tensor) -> Tensor:
-        return packing.pack_output(f(packing.unpack(z)), z)
-
-    found = adjoint.equilibrium(flat_f, packing.pack(z0), solver, trace)
+    found = adjoint.equilibrium(_flat(f, packing), packing.pack(z0), solver, trace)
     value, stats = _without_nonfinite(found)
     return Solution(
         value=packing.unpack(value),
@@ -69,9 +65,10 @@ def fixed_depth(f: StateMap, z0: State, *, depth: int) -> Solution:
     if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
         raise ValueError(f"depth is {depth!r}, but must be a whole number of at least 1")
     packing = Packing.of(z0)
+    flat_f = _flat(f, packing)
     z = last = packing.pack(z0)
     for _ in range(depth):
-        last, z = z, packing.pack_output(f(packing.unpack(z)), z)
+        last, z = z, flat_f(z)
     residual, size = sample_norm((z - last).detach()), sample_norm(z.detach())
     steps = torch.full((len(z),), depth, device=z.device)
     return Solution(
@@ -84,6 +81,28 @@ def fixed_depth(f: StateMap, z0: State, *, depth: int) -> Solution:
         nfe=steps.clone(),
         status=torch.full_like(steps, int(Status.NOT_SOLVED)),
     )
+
+
+def _flat(f: StateMap, packing: Packing) -> FlatMap:
+    """f on flat states, (B, D) → (B, D), checked.
+
+    Raises: as `Packing.pack_output`, and ValueError for an f that writes into its argument.
+    """
+
+    def flat_f(z: Tensor) -> Tensor:
+        if z.is_inference():  # counts no versions: let f write into a copy
+            return packing.pack_output(f(packing.unpack(z.clone())), z)
+        version = z._version
+        output = packing.pack_output(f(packing.unpack(z)), z)
+        if z._version != version:
+            raise ValueError(
+                "f changes its argument z in place, which would make f(z) − z zero everywhere: use "
+                "operations that make a new tensor (torch.relu(z) for torch.relu_(z), z * a for "
+                "z.mul_(a))"
+            )
+        return output
+
+    return flat_f
 
 
 def _without_nonfinite(found: Equilibrium) -> tuple[Tensor, SolveStats]:
@@ -106,9 +125,9 @@ def _without_nonfinite(found: Equilibrium) -> tuple[Tensor, SolveStats]:
 
 
 def check_settings(solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:
-    """Refuse what is no solver or no adjoint, or a class where its settings should be.
+    """Refuse what is no solver or no adjoint, and an adjoint that cannot serve the solver.
 
-    Raises: TypeError with an example of what to give.
+    Raises: TypeError with an example of what to give; ValueError where the two do not go together.
     """
     for given, kind, example in (
         (solver, AbstractSolver, "fastdeq.solvers.Anderson()"),
@@ -117,3 +136,4 @@ def check_settings(solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:
         if not isinstance(given, kind):
             hint = "an instance" if isinstance(given, type) else "settings"
             raise TypeError(f"{given!r} is no {kind.__name__}: give {hint}, such as {example}")
+    adjoint.check(solver)

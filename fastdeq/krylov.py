@@ -1,16 +1,17 @@
 """L1: batched, matrix-free GMRES: one small least-squares problem a sample, stopped one by one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fastdeq.norms import sample_norm
+from fastdeq.norms import sample_largest, sample_norm
 from fastdeq.notation import FlatMap
 from fastdeq.settings import setting, settings
 from fastdeq.solution import SolveResult, Status
 
-_STAGNATION = 0.9  # a restart that gains less than this factor will gain nothing more
+_STAGNATION = 0.999  # a cycle that gains less than this factor will not be followed by a better one
 
 
 @settings
@@ -41,9 +42,9 @@ class GMRES:
         A sample that cannot be solved keeps its best finite x and says so in its status.
         """
         if self.per_sample:
-            return _restarted(self, matvec, b)
+            return _scaled(self, matvec, b)
         shape = b.shape
-        flat = _restarted(self, lambda v: matvec(v.view(shape)).reshape(1, -1), b.reshape(1, -1))
+        flat = _scaled(self, lambda v: matvec(v.view(shape)).reshape(1, -1), b.reshape(1, -1))
         return SolveResult(
             value=flat.value.view(shape),
             **{
@@ -85,7 +86,21 @@ def gmres(
 
     with torch.no_grad():
         result = solver.solve(flat_matvec, b.reshape(len(b), -1))
-    return SolveResult(**{**vars(result), "value": result.value.view(b.shape)})
+    return replace(result, value=result.value.view(b.shape))
+
+
+def _scaled(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
+    """Solve for b with entries of order 1, and scale back.
+
+    Squares of tiny gradients underflow in float32, and a norm of 0 would pass for a solved problem.
+    """
+    largest = sample_largest(b)
+    largest = torch.where(torch.isfinite(largest), largest, 0.0).amax()
+    # A power of two, so that no sample's rounding depends on its batch mates; one for all, so that
+    # an operator that couples the samples stays the same.
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    result = _restarted(settings, matvec, b / unit)
+    return replace(result, value=result.value * unit, residual=result.residual * unit)
 
 
 def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
@@ -111,7 +126,8 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
         new = sample_norm(remainder)
         better = active & (new < residual)  # False for NaN
         broken = broken | (active & cycle.broken)
-        stuck = stuck | (active & ~(new < _STAGNATION * residual))
+        if taken < settings.max_steps:  # a last cycle cut short proves nothing
+            stuck = stuck | (active & ~(new < _STAGNATION * residual))
         x = torch.where(better[:, None], trial, x)
         # Where A couples the samples, one at rest may have lost its solution to another's step.
         seen = better | (~active & torch.isfinite(new))
@@ -121,7 +137,7 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
     for here, code in (
         (stuck, Status.STALLED),
         (broken, Status.DIVERGED),
-        (residual <= target, Status.CONVERGED),
+        ((residual <= target) & ~broken, Status.CONVERGED),
     ):
         status = torch.where(here, int(code), status)
     relative = torch.where(scale > 0, residual / scale, 0.0)

@@ -18,15 +18,15 @@
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
 """What a user's f takes and returns: a (B, ...) tensor, or one (B, ...) tensor a scale."""
 
-StateMap: TypeAlias = Callable[[State], State]
-"""The user's f with its input bound, z ↦ f(z, x)."""
+StateMap: TypeAlias = Callable[[Any], State]
+"""The user's f with its input bound, z ↦ f(z, x): takes the kind of state it is started with."""
 
 FlatMap: TypeAlias = Callable[[Tensor], Tensor]
 """The same map on flat states, (B, D) → (B, D): what solvers and adjoints see."""

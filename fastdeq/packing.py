@@ -75,20 +75,24 @@ class Packing:
 
     def unpack(self, flat: Tensor) -> State:
         """The scales as views of the flat tensor (copies only where the dtype differs)."""
+        if self.single:  # one plain view; those of split() refuse to be written to, with a riddle
+            return flat.view(len(flat), *self.shapes[0]).to(self.dtypes[0])
         sizes = [shape.numel() for shape in self.shapes]
-        scales = tuple(
+        return tuple(
             part.unflatten(1, shape).to(dtype) if shape else part.squeeze(1).to(dtype)
             for part, shape, dtype in zip(
                 flat.split(sizes, dim=1), self.shapes, self.dtypes, strict=True
             )
         )
-        return scales[0] if self.single else scales
 
 
 def _as_tuple(state: State, name: str) -> tuple[Tensor, ...]:
     scales = (state,) if isinstance(state, Tensor) else state
     if not isinstance(scales, tuple) or not all(isinstance(scale, Tensor) for scale in scales):
         kind = type(state).__name__
+        if isinstance(scales, tuple):
+            odd = [type(scale).__name__ for scale in scales if not isinstance(scale, Tensor)]
+            kind = f"tuple with {', '.join(odd)}"
         raise TypeError(
             f"{name} must be a tensor or a tuple of tensors, one a scale; it is a {kind}"
         )

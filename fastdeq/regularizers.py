@@ -44,17 +44,15 @@ def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
     _check_can_differentiate("jacobian_loss")
     if samples < 1:
         raise ValueError(f"samples is {samples}, but must be at least 1")
-    packing = Packing.of(z)
+    packing, keeps_graph = Packing.of(z), torch.is_grad_enabled()
     with torch.enable_grad():
         at = _differentiable(packing.pack(z))
         output = packing.pack_output(f(packing.unpack(at)), at)
-        squares = [
-            transposed_product(output, at, torch.randn_like(output), create_graph=True)
-            .square()
-            .sum()
+        products = [
+            transposed_product(output, at, torch.randn_like(output), create_graph=keeps_graph)
             for _ in range(samples)
         ]
-        return torch.stack(squares).mean() / at.numel()
+    return torch.stack(products).square().sum() / (samples * at.numel())
 
 
 def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:

@@ -7,6 +7,7 @@ the keys of their YAML. A misspelt or out-of-range field is refused with the cur
 import dataclasses
 import difflib
 import math
+import numbers
 import types
 from collections.abc import Callable
 from typing import (
@@ -44,6 +45,8 @@ def setting(
 def settings(cls: type[_T]) -> type[_T]:
     """Class decorator: a frozen keyword-only dataclass that checks names, types and ranges.
 
+    A method `check_together` is called last, for what single fields cannot tell.
+
     Raises (at construction): TypeError for an unknown field or a value of the wrong type,
     ValueError for a value out of range.
     """
@@ -54,6 +57,8 @@ def settings(cls: type[_T]) -> type[_T]:
         _check_names(type(self), args, given)
         plain_init(self, **given)
         _check_values(self)
+        if hasattr(self, "check_together"):
+            self.check_together()
 
     made.__init__ = __init__  # type: ignore[method-assign]
     return made
@@ -78,7 +83,7 @@ def _check_values(record: Any) -> None:
         if not _fits(value, hints[field.name]):
             raise TypeError(f"{where} is {value!r}, but must be {_describe(hints[field.name])}")
         bounds = field.metadata.get("bounds", {})
-        if isinstance(value, int | float) and not _within(value, bounds):
+        if isinstance(value, numbers.Real) and not _within(float(value), bounds):
             wanted = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items())
             raise ValueError(
                 f"{where} is {value!r}, but must be finite{' and ' * bool(bounds)}{wanted}"
@@ -99,7 +104,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return any(value == option and type(value) is type(option) for option in get_args(hint))
     if hint in (int, float):  # bool is an int in Python, but `max_steps=True` is a mistake
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        kind = numbers.Integral if hint is int else numbers.Real  # NumPy's numbers too
+        return isinstance(value, kind) and not isinstance(value, bool)
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 

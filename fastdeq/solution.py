@@ -51,13 +51,13 @@ class Trace:
     states: Tensor | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # == of tensors has no single answer
 class SolveStats:
     """Per-sample figures of one solve, forward or backward.
 
-    residual: (B,) ‖f(z) − z‖ (Euclidean) at the returned iterate; of a linear solve, ‖w − (I − Jᵀ)
-        v‖.
-    relative_residual: (B,) the same over ‖f(z)‖; of a linear solve, over ‖w‖.
+    residual: (B,) ‖f(z) − z‖ (Euclidean) at the solver's iterate z_sol (a `Solution` returns
+        f(z_sol), one evaluation further); in a backward solve ‖w − (I − Jᵀ) v‖.
+    relative_residual: (B,) the same over ‖f(z)‖; of GMRES, over ‖w‖.
     steps: (B,) int64, iterations of the method while the sample was active.
     nfe: (B,) int64, evaluations of f (of a linear solve: products with the matrix).
     status: (B,) int64, values of `Status`.
@@ -85,7 +85,7 @@ class SolveStats:
         )
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SolveResult(SolveStats):
     """What a solver returns: `value` (B, D), never non-finite, and its figures."""
 
@@ -107,7 +107,7 @@ class BackwardReport:
     stats: SolveStats | None = None
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Solution(SolveStats):
     """An equilibrium with everything that is known about it; the statistics are those of the
     forward solve.

@@ -84,6 +84,23 @@ def test_a_sample_whose_f_is_nan_is_reported_and_the_input_gradient_of_the_other
     torch.testing.assert_close(got[here], expected, rtol=1e-8, atol=1e-10)
 
 
+def test_a_backward_solve_without_any_progress_is_jacobian_free_and_not_zero():
+    # I − Jᵀ is a cyclic shift: GMRES gains nothing before step D, and its x stays 0.
+    size = 12
+    shift = torch.roll(torch.eye(size), 1, 0)
+    x = torch.zeros(1, size, requires_grad=True)
+    adjoint = Implicit(solver=GMRES(max_steps=5))
+    solution = fixed_point(lambda z: z - z @ shift.T + x, torch.zeros(1, size), adjoint=adjoint)
+    w = torch.zeros(1, size)
+    w[0, 3] = 1
+    assert isinstance(solution.value, Tensor)
+    with pytest.warns(RuntimeWarning, match="no progress.*max_steps"):
+        (gradient,) = torch.autograd.grad(solution.value, x, w)
+    assert torch.equal(gradient, w)
+    assert solution.backward.stats is not None
+    assert not solution.backward.stats.converged.any()
+
+
 # Modules, precisions and modes
 
 
@@ -219,3 +236,41 @@ def test_the_jacobian_loss_reaches_the_input_through_the_equilibrium_too():
         return torch.autograd.grad(jacobian_loss(problem.f, at), problem.x)[0]
 
     assert not torch.allclose(gradient(value), gradient(value.detach()), rtol=0.1)
+
+
+# What nobody asked to differentiate
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), JacobianFree(), Phantom(), Unrolled()], ids=repr)
+def test_the_value_of_a_frozen_f_wants_no_gradient(adjoint):
+    x = torch.randn(3, 4)
+    solution = fixed_point(lambda z: 0.5 * z + x, torch.zeros(3, 4), adjoint=adjoint)
+    assert isinstance(solution.value, Tensor)
+    assert not solution.value.requires_grad
+
+
+def test_without_gradients_the_jacobian_loss_is_a_plain_number():
+    weight = torch.randn(4, 4, requires_grad=True)
+    with torch.no_grad():
+        assert not jacobian_loss(lambda z: z @ weight, torch.ones(2, 4)).requires_grad
+
+
+def test_the_value_of_phantom_is_untouched_where_its_steps_overflow():
+    adjoint, solver = Phantom(), Picard(max_steps=1)
+    x = torch.ones(1, 1, requires_grad=True)
+    phantom, free = (
+        fixed_point(lambda z: 1e10 * (z**2 + x), torch.ones(1, 1), solver=solver, adjoint=a)
+        for a in (adjoint, JacobianFree())
+    )
+    assert torch.equal(torch.as_tensor(phantom.value), torch.as_tensor(free.value))
+
+
+def test_unrolling_through_a_sample_that_diverged_is_not_silent():
+    weight = torch.ones(1, requires_grad=True)
+    start = torch.tensor([[1.0], [-3.0]])
+
+    def f(z: Tensor) -> Tensor:  # the second sample leaves the domain of the root after a step
+        return weight * torch.sqrt(1.5 - z)
+
+    with pytest.warns(RuntimeWarning, match="diverged"):
+        fixed_point(f, start, solver=Picard(), adjoint=Unrolled())

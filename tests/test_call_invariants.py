@@ -342,3 +342,40 @@ def test_running_statistics_stand_still_in_evaluation(frozen):
     layer(x, jacobian_loss=True)
     assert all(torch.equal(before[key], kept) for key, kept in norm.state_dict().items())
     assert norm.track_running_stats
+
+
+def test_a_dropout_that_stands_in_two_places_has_a_mask_for_each():
+    class Twice(Dense):
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            self.seen = (self.extra(torch.ones_like(z)), self.extra(torch.ones(len(z), 64)))
+            return torch.tanh(self.state(z) * 0.5 * self.seen[0] + self.injection(x))
+
+    cell, masks = Twice(VariationalDropout(0.5)), []
+    cell.register_forward_hook(lambda module, args, output: masks.append(module.seen))
+    DeepEquilibriumNetwork(cell, solver=TIGHT, adjoint=EXACT)(dense_input())
+    for first, second in masks:
+        assert torch.equal(first, masks[0][0])
+        assert torch.equal(second, masks[0][1])
+
+
+def test_instance_norm_statistics_move_once_a_call_and_not_in_evaluation():
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.InstanceNorm1d(2, track_running_stats=True)
+            self.values: list[Tensor] = []
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            output = 0.1 * torch.tanh(self.norm(z)) + x
+            assert self.norm.running_mean is not None
+            self.values.append(self.norm.running_mean.clone())
+            return output
+
+    cell, x = Normed(), torch.randn(3, 2, 5)
+    layer = DeepEquilibriumNetwork(cell)
+    layer(x)
+    moved = [bool((value != 0).any()) for value in cell.values]
+    assert moved == [False] * (len(moved) - 1) + [True]
+    cell.values.clear()
+    layer.eval()(x)
+    assert all(torch.equal(value, cell.values[0]) for value in cell.values)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from fastdeq import experiment
+from fastdeq import DEQChain, experiment
+from fastdeq.data import read_digits
 from tests.test_configuration import composed
 
 pytestmark = pytest.mark.filterwarnings(
@@ -95,6 +97,28 @@ def test_the_checkpoint_loads_as_weights_only_and_gives_the_tested_accuracy(
     summary = json.loads((folder / "summary.json").read_text())
     # One sample is 1/360: the accuracy is a count, equal but for the last digit of its float.
     assert accuracy == pytest.approx(summary["figures"]["test/accuracy"], abs=1e-6)
+
+
+def test_the_explicit_accuracy_is_that_of_the_prediction_and_not_of_the_solve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A prediction that always says 3 is as good as the share of threes.
+    monkeypatch.setattr(
+        DEQChain, "explicit", lambda self, x: torch.eye(10)[torch.full((len(x),), 3)]
+    )
+    figures = json.loads((run(tmp_path) / "summary.json").read_text())["figures"]
+    threes = (read_digits().test_labels == 3).float().mean().item()
+    assert figures["test/explicit_accuracy"] == pytest.approx(threes, abs=1e-6)
+
+
+def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for overrides, cure in (
+        (("solver=newton_krylov", "adjoint=unrolled"), "use the Implicit adjoint"),
+        (("model=deq", "loss=skip"), "loss=plain"),
+    ):
+        with pytest.raises(InstantiationException, match=cure):
+            run(tmp_path, *overrides)
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_never_share_a_folder(tmp_path: Path) -> None:

@@ -327,6 +327,26 @@ def test_a_sample_solved_early_is_judged_by_the_final_state_of_its_batch_mates()
     torch.testing.assert_close(result.residual, true, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e25])
+def test_tiny_and_huge_right_hand_sides_are_solved_like_those_of_order_one(size):
+    # In float32 the square of 1e-22 underflows: its norm would be 0, and 0 would pass for solved.
+    a = torch.eye(6) + 0.5 * torch.randn(3, 6, 6) / 6**0.5
+    b = torch.randn(3, 6)
+
+    def matvec(v: Tensor) -> Tensor:
+        return torch.bmm(a, v[:, :, None])[:, :, 0]
+
+    one, scaled = gmres(matvec, b, tol=1e-5), gmres(matvec, size * b, tol=1e-5)
+    torch.testing.assert_close(scaled.value / size, one.value, rtol=1e-4, atol=1e-5)
+    assert scaled.steps.tolist() == one.steps.tolist()
+
+
+def test_a_last_cycle_cut_short_is_the_step_limit_and_no_stall():
+    a = torch.linspace(1, 30, 20).double()
+    result = gmres(lambda v: a * v, torch.ones(1, 20).double(), tol=1e-10, max_steps=6, restart=5)
+    assert result.status.tolist() == [Status.STEP_LIMIT]
+
+
 # Settings and inputs
 
 

@@ -126,9 +126,31 @@ def test_none_is_refused_where_a_number_is_needed(kind, name):
         kind(**{name: None})
 
 
+def alone(name: str) -> dict[str, Any]:
+    """What makes a lone `abstol` meaningful."""
+    return {"termination": "norm"} if name == "abstol" else {}
+
+
 @every_number
 def test_a_whole_number_is_taken_where_a_number_is_wanted(kind, name):
-    assert getattr(kind(**{name: 1}), name) == 1
+    assert getattr(kind(**{name: 1}, **alone(name)), name) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"abstol": 1e-9},
+        {"abstol": 1e-9, "termination": "rel"},
+        {"reltol": 1e-9, "termination": "abs"},
+    ],
+)
+def test_a_tolerance_that_the_mode_would_ignore_is_refused_with_the_cure(fields):
+    with pytest.raises(ValueError, match=r"no effect.*give (reltol|abstol) or tol"):
+        Picard(**fields)
+
+
+def test_both_tolerances_may_be_given_for_any_mode():
+    assert Picard(abstol=1e-9, reltol=1e-6).rule.threshold == 1e-6
 
 
 @pytest.mark.parametrize("value", ["gmres", GMRES, None, Phantom()])
@@ -205,7 +227,7 @@ def test_a_value_out_of_range_is_refused_with_the_bound(kind, name, value, bound
     ],
 )
 def test_the_bounds_themselves_are_allowed_where_they_say_so(kind, name, value):
-    assert getattr(kind(**{name: value}), name) == value
+    assert getattr(kind(**{name: value}, **alone(name)), name) == value
 
 
 # Records
@@ -228,7 +250,7 @@ def test_equal_settings_are_equal_and_hash_alike(kind):
 
 @every_number
 def test_settings_that_differ_in_one_number_are_different(kind, name):
-    one, other = kind(**{name: 1}), kind()
+    one, other = kind(**{name: 1}, **alone(name)), kind(**alone(name))
     assert (one == other) == (getattr(other, name) == 1)
 
 

@@ -1,6 +1,7 @@
 """What is refused at the door, always with what would be right; and cells that turn non-finite."""
 
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -297,3 +298,21 @@ def test_a_sample_whose_backward_solve_fails_gets_the_jacobian_free_gradient_wit
     wanted = torch.tensor([[2.0], [1.0], [2.0]], dtype=torch.float64).expand(3, 2)
     torch.testing.assert_close(x.grad, wanted)
     assert found.backward.stats.status[1] == Status.DIVERGED
+
+
+@pytest.mark.parametrize("entry", ["fixed_point", "fixed_depth"])
+def test_an_f_that_writes_into_its_argument_is_refused_and_names_the_cure(entry):
+    z0 = torch.ones(2, 3)
+    entries: dict[str, Any] = {
+        "fixed_point": fixed_point,
+        "fixed_depth": partial(fixed_depth, depth=2),
+    }
+    with pytest.raises(ValueError, match=r"in place[^;]*torch\.relu"):
+        entries[entry](lambda z: z.mul_(0.5).add_(1), z0)
+
+
+def test_in_inference_mode_an_f_that_writes_into_its_argument_is_given_a_copy():
+    with torch.inference_mode():
+        solution = fixed_point(lambda z: z.mul_(0.5).add_(1), torch.ones(2, 3), solver=Picard())
+    assert solution.converged.all()
+    torch.testing.assert_close(solution.value, torch.full((2, 3), 2.0), atol=1e-2, rtol=0)

@@ -39,14 +39,17 @@ class AbstractAdjoint(ABC):
     − Jᵀ) v = w, or by something cheaper.
     """
 
+    def check(self, solver: AbstractSolver) -> None:  # noqa: B027 (most adjoints serve every solver)
+        """Refuse a solver that this adjoint cannot serve.
+
+        Raises: ValueError that names one that it can.
+        """
+
     @abstractmethod
     def equilibrium(
         self, f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
     ) -> Equilibrium:
-        """Solve from z0 (B, D) and attach the gradient.
-
-        Raises: ValueError where this adjoint cannot serve the solver.
-        """
+        """Solve from z0 (B, D) and attach the gradient. The solver has passed `check`."""
 
 
 def solve_without_graph(

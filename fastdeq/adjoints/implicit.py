@@ -29,8 +29,9 @@ class Implicit(AbstractAdjoint):
     through the cell, not through the solve); differentiating twice raises RuntimeError and names
     the cure.
 
-    A sample whose linear solve turns non-finite falls back to v = w (the Jacobian-free gradient)
-    with a warning, and its status says so; never zeros, never a silent NaN.
+    A sample whose linear solve turns non-finite, or ends without any progress, falls back to v = w
+    (the Jacobian-free gradient) with a warning, and its status says so: never zeros, never a silent
+    NaN.
     """
 
     solver: GMRES | AbstractSolver = setting(default=GMRES())
@@ -44,6 +45,9 @@ class Implicit(AbstractAdjoint):
             return Equilibrium(output, output - forward.value, forward)
         z_sol = forward.value.clone().requires_grad_()
         output = f(z_sol)
+        if not _leads_elsewhere(output, z_sol):  # nothing to differentiate: all is frozen
+            output = output.detach()
+            return Equilibrium(output, output - forward.value, forward)
         report = BackwardReport()
         value = _ImplicitFunction.apply(output, z_sol, self.solver, report)  # type: ignore[no-untyped-call]
         return Equilibrium(value, output - z_sol.detach(), forward, report)
@@ -99,6 +103,24 @@ class _DifferentiableOnce(torch.autograd.Function):
         )
 
 
+def _leads_elsewhere(output: Tensor, z_in: Tensor) -> bool:
+    """Whether the graph of output reaches a leaf that wants gradients other than z_in.
+
+    Ends at the first one found, so that in training it looks at a few nodes only.
+    """
+    waiting, seen = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)  # of an AccumulateGrad node
+        if leaf is not None and leaf is not z_in:
+            return True
+        waiting += [parent for parent, _ in node.next_functions]
+    return False
+
+
 def _solve_transposed(
     output: Tensor,
     z_in: Tensor,
@@ -117,7 +139,8 @@ def _solve_transposed(
         else:
             result = solve(solver, lambda v: product(v) + w, w)
     report.stats = result.stats
-    lost = result.status == Status.DIVERGED
+    idle = (result.value == 0).all(dim=1) & (w != 0).any(dim=1)
+    lost = (result.status == Status.DIVERGED) | (idle & ~result.converged)
     if bool(lost.any()):
         _warn(lost, w)
         return torch.where(lost[:, None], w, result.value)
@@ -126,7 +149,10 @@ def _solve_transposed(
 
 def _warn(lost: Tensor, w: Tensor) -> None:
     if bool(torch.isfinite(w).all()):
-        why = "the product with the Jacobian turned non-finite; their gradients are Jacobian-free"
+        why = (
+            "it turned non-finite or made no progress, and their gradients are Jacobian-free; give "
+            "the adjoint's solver more max_steps, or another solver"
+        )
     else:
         why = "the incoming gradient is not finite already: look at the loss"
     warnings.warn(

@@ -1,11 +1,14 @@
 """L2: backpropagation through the solver, as a reference and a baseline."""
 
+import warnings
+
+import torch
 from torch import Tensor
 
 from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium
 from fastdeq.notation import FlatMap
 from fastdeq.settings import settings
-from fastdeq.solution import TraceKind
+from fastdeq.solution import Status, TraceKind
 from fastdeq.solvers import AbstractSolver, solve
 
 
@@ -15,17 +18,30 @@ class Unrolled(AbstractAdjoint):
 
     Equals the implicit one in the limit of a tight solve. Memory grows with the steps.
 
-    Raises: ValueError for a solver whose steps autograd cannot run through (NewtonKrylov).
+    Raises: ValueError for a solver whose steps autograd cannot run through (NewtonKrylov). Warns
+    (RuntimeWarning) where a sample diverged: its steps' derivatives may not be finite.
     """
 
-    def equilibrium(
-        self, f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
-    ) -> Equilibrium:
+    def check(self, solver: AbstractSolver) -> None:
+        """Refuse a solver that autograd cannot run through."""
         if not solver.differentiable:
             raise ValueError(
                 f"Unrolled cannot backpropagate through {type(solver).__name__}: use the Implicit "
                 "adjoint with it, or unroll Picard, Anderson or LimitedMemoryBroydenSolver"
             )
+
+    def equilibrium(
+        self, f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
+    ) -> Equilibrium:
         forward = solve(solver, f, z0, trace=trace)
         output = f(forward.value)
+        # Where f is not finite even there, fixed_point says so itself.
+        lost = (forward.status == Status.DIVERGED) & torch.isfinite(output.detach().sum(dim=1))
+        if torch.is_grad_enabled() and bool(lost.any()):
+            warnings.warn(
+                "a sample diverged, and gradients through its steps may be NaN: use the Implicit "
+                "adjoint, or damp the solver",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return Equilibrium(output, output - forward.value, forward)

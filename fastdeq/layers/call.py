@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fastdeq.layers.variational_dropout import Masks, VariationalDropout, masks_of_call
 from fastdeq.notation import State
@@ -18,8 +19,8 @@ class CellCall:
     """z ↦ cell(z, x), the same function at every evaluation of one call.
 
     Dropout masks are drawn once and belong to this call: evaluations made later (the backward
-    pass's) use them too, whatever calls came in between. Running statistics of batch norms stand
-    still; they move once, when the layer says so.
+    pass's) use them too, whatever calls came in between. Running statistics of batch and
+    instance norms stand still; they move once, when the layer says so.
     """
 
     def __init__(self, cell: nn.Module, x: Any) -> None:
@@ -27,7 +28,9 @@ class CellCall:
         self._masks: Masks = {}
         self._dropouts = [m for m in cell.modules() if isinstance(m, VariationalDropout)]
         self._tracking = [
-            m for m in cell.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
+            m
+            for m in cell.modules()
+            if isinstance(m, _NormBase) and m.training and m.track_running_stats
         ]
 
     def __call__(self, z: State) -> State:
@@ -44,22 +47,26 @@ class CellCall:
 
         Costs an evaluation, made only where there are such statistics.
         """
-        if any(module.training for module in self._tracking):
+        if self._tracking:
             with torch.no_grad(), masks_of_call(self._dropouts, self._masks):
                 self.cell(z, self.x)
 
 
 @contextmanager
-def _statistics_held(modules: list[_BatchNorm]) -> Iterator[None]:
-    # In training a batch norm that does not track still normalizes by the batch; in evaluation it
-    # still reads the running statistics that it has. So only the update is switched off.
-    for module in modules:
-        module.track_running_stats = False
+def _statistics_held(modules: list[_NormBase]) -> Iterator[None]:
+    # A batch norm in training that does not track still normalizes by the batch; an instance norm
+    # writes to its statistics even then, but with momentum 0 writes what they are.
+    fields = [
+        "momentum" if isinstance(m, _InstanceNorm) else "track_running_stats" for m in modules
+    ]
+    before = [getattr(module, field) for module, field in zip(modules, fields, strict=True)]
+    for module, field in zip(modules, fields, strict=True):
+        setattr(module, field, 0.0 if field == "momentum" else False)
     try:
         yield
     finally:
-        for module in modules:
-            module.track_running_stats = True
+        for module, field, kept in zip(modules, fields, before, strict=True):
+            setattr(module, field, kept)
 
 
 def check_cell(cell: nn.Module) -> None:

@@ -28,9 +28,9 @@ class Zeros(AbstractInitializer):
 
     predicts = False
 
-    def __init__(self, shape: list[int] | list[list[int]] | None = None) -> None:
+    def __init__(self, shape: int | list[int] | list[list[int]] | None = None) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape = [shape] if isinstance(shape, int) else shape
 
     def forward(self, f: StateMap, x: Any) -> State:
         reference: Tensor = x if isinstance(x, Tensor) else x[0]

@@ -7,8 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-Masks: TypeAlias = dict["VariationalDropout", Tensor]
-"""The masks of one call, by the module that drew them."""
+Masks: TypeAlias = dict[tuple["VariationalDropout", int], Tensor]
+"""The masks of one call, by the module and the how-manieth use of it in an evaluation."""
 
 
 class VariationalDropout(nn.Module):
@@ -30,6 +30,7 @@ class VariationalDropout(nn.Module):
         self.p = p
         self._masks: Masks | None = None
         self._in_cell = False
+        self._uses = 0  # in the evaluation under way
 
     def forward(self, h: Tensor) -> Tensor:
         if not self.training or self.p == 0:
@@ -39,11 +40,13 @@ class VariationalDropout(nn.Module):
                 "VariationalDropout in a cell is evaluated again by the backward pass, outside its "
                 "call: do not checkpoint inside a cell, the implicit adjoints keep one evaluation"
             )
-        mask = None if self._masks is None else self._masks.get(self)
+        place = (self, self._uses)
+        self._uses += 1
+        mask = None if self._masks is None else self._masks.get(place)
         if mask is None:
             mask = self._draw(h)
             if self._masks is not None:
-                self._masks[self] = mask
+                self._masks[place] = mask
         return h * mask
 
     def _draw(self, h: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ def masks_of_call(modules: list[VariationalDropout], masks: Masks) -> Iterator[N
     """Within, the modules use the masks of `masks` and add what is missing there."""
     before = [module._masks for module in modules]
     for module in modules:
-        module._masks, module._in_cell = masks, True
+        module._masks, module._in_cell, module._uses = masks, True, 0
     try:
         yield
     finally:

@@ -70,7 +70,7 @@ class AbstractSolver(ABC):
     """Find z = f(z). A solver is a record of settings; `init` and `step` are its method.
 
     tol: tolerance of the termination test; stands for `abstol` and `reltol` where they are not
-        given.
+        given. One alone that the termination mode does not look at is refused.
     termination: one of the nine modes of `termination.py`.
     max_steps: iterations of the method at most, per sample.
     per_sample: stop, and choose steps, sample by sample; False uses the whole batch vector, which
@@ -90,6 +90,16 @@ class AbstractSolver(ABC):
     max_steps: int = setting(default=50, at_least=1)
     per_sample: bool = setting(default=True)
     check_every: int = setting(default=1, at_least=1)
+
+    def check_together(self) -> None:
+        """Refuse a tolerance that the termination mode would never look at."""
+        for name, mode, other in (("abstol", "rel", "reltol"), ("reltol", "abs", "abstol")):
+            alone = getattr(self, name) is not None and getattr(self, other) is None
+            if alone and self.termination.startswith(mode):
+                raise ValueError(
+                    f"{type(self).__name__}.{name} has no effect with termination="
+                    f"'{self.termination}': give {other} or tol, or termination='norm'"
+                )
 
     @property
     def rule(self) -> Termination:

@@ -6,7 +6,6 @@ from torch import Tensor
 from fastdeq.solvers.base import Problem
 from fastdeq.solvers.termination import Iterate
 
-_FULL_STEP_RATIO = 0.9  # ρ: a full step that shrinks the residual this much is taken at once
 _DECREASE = 1e-3  # σ: how much decrease the length of the step must bring
 _SHRINK = 0.5  # how the step shrinks from one trial to the next
 
@@ -15,6 +14,9 @@ def norm_descent(
     problem: Problem, current: Iterate, direction: Tensor, slack: float, trials: int
 ) -> Iterate:
     """Shrink α from 1 until ‖g(z + α d)‖ ≤ (1 + η) ‖g(z)‖ − σ ‖α d‖² (Li & Fukushima 2000, §2).
+
+    The last term, which keeps steps from growing without bound, has the units of z², as in the
+    reference: states far from order 1 see more trials.
 
     direction: d, (B, D). slack: η ≥ 0; over a solve the slacks must have a finite sum. trials:
     shorter steps tried at most after the full one. Each sample has its own α; evaluations are
@@ -26,9 +28,8 @@ def norm_descent(
     before, length = problem.norm(current.g), problem.norm(direction)
     best = problem.evaluate(current.z + direction)
     lowest = problem.norm(best.g)
-    found = lowest <= _FULL_STEP_RATIO * before - _DECREASE * length**2
-    found = found | _descends(before, lowest, length, slack)
     alpha = 1.0
+    found = _descends(before, lowest, alpha * length, slack)
     for _ in range(trials):
         searching = problem.active & ~found
         if not bool(

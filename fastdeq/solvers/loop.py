@@ -41,7 +41,7 @@ def solve(
     history = [run.snapshot(trace)] if trace else []
     memory = solver.init(problem, run.current)
     for k in range(solver.max_steps):
-        # The only wait for the device; everything else stays queued there.
+        # The loop's only wait for the device (a method may have its own, which it then names).
         if k % solver.check_every == 0 and not bool(problem.active.any()):
             break
         step, memory = solver.step(problem, run.current, memory)

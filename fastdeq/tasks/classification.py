@@ -24,10 +24,9 @@ class ClassificationTask(LightningModule):
     optimizer. weights: of the regularizers. classes: how many.
 
     Logged by epoch as `<stage>/<figure>`, stage train, val or test: loss (in training with its
-    regularizers), accuracy, nfe (mean over
-    samples), residual (relative, mean), unconverged (share of samples); in training also the parts
-    of the loss and nfe_backward; in evaluation, for models that predict z₀, explicit_accuracy: the
-    head on z₀ without a solve.
+    regularizers), accuracy, nfe (mean over samples), residual (relative, mean), unconverged (share
+    of samples); in training also the parts of the loss, nfe_backward and unconverged_backward; in
+    evaluation, for models that predict z₀, explicit_accuracy: the head on z₀ without a solve.
     """
 
     def __init__(
@@ -39,6 +38,11 @@ class ClassificationTask(LightningModule):
         classes: int,
     ) -> None:
         super().__init__()
+        if weights.skip and not model.equilibrium.initializer.predicts:
+            raise ValueError(
+                "the skip loss would draw z* to zero in a model that predicts nothing: use a skip "
+                "model (model=skip_deq), or no skip loss (loss=plain)"
+            )
         self.model = model
         self.make_optimizer = optimizer
         self.weights = weights
@@ -69,8 +73,12 @@ class ClassificationTask(LightningModule):
         """Log how the adjoint's solve went."""
         solution, self._solution = self._solution, None
         if solution is not None and solution.backward.stats is not None:
-            nfe = solution.backward.stats.nfe.float().mean()
-            self._log_all("train", {"nfe_backward": nfe}, len(solution.status))
+            stats = solution.backward.stats
+            figures = {
+                "nfe_backward": stats.nfe.float().mean(),
+                "unconverged_backward": (~stats.converged).float().mean(),
+            }
+            self._log_all("train", figures, len(solution.status))
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Figures of a batch of the validation set."""
