@@ -30,6 +30,3 @@ StateMap: TypeAlias = Callable[[Any], State]
 
 FlatMap: TypeAlias = Callable[[Tensor], Tensor]
 """The same map on flat states, (B, D) → (B, D): what solvers and adjoints see."""
-
-Cell: TypeAlias = Callable[[State, Tensor], State]
-"""A cell f(z, x): usually an nn.Module."""

@@ -16,24 +16,16 @@ from fastdeq.krylov import GMRES
 from fastdeq.layers import VariationalDropout, weight_norm
 from fastdeq.layers.call import CellCall
 from fastdeq.solvers import LimitedMemoryBroydenSolver
+from tests.cells import EXACT, TIGHT, DenseTanh
 
 WIDTH = 6
-TIGHT = LimitedMemoryBroydenSolver(tol=1e-12, max_steps=100)
-EXACT = Implicit(solver=GMRES(tol=1e-12))
 
 
-class Dense(nn.Module):
-    """f(z, x) = tanh(extra(W z) + U x), a contraction also with features doubled by dropout."""
+class Dense(DenseTanh):
+    """A contraction also with features doubled by dropout."""
 
     def __init__(self, extra: nn.Module | None = None) -> None:
-        super().__init__()
-        self.state = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
-        self.injection = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
-        self.extra = nn.Identity() if extra is None else extra
-        nn.init.orthogonal_(self.state.weight, 0.4)
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(self.extra(self.state(z)) + self.injection(x))
+        super().__init__(WIDTH, 0.4, extra)
 
 
 class Broken(nn.Module):

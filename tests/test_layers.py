@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastdeq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork, Status
-from fastdeq.adjoints import Implicit
-from fastdeq.krylov import GMRES
 from fastdeq.layers import Zeros
 from fastdeq.regularizers import jacobian_loss, skip_loss
 from fastdeq.solvers import (
@@ -20,26 +18,16 @@ from fastdeq.solvers import (
     NewtonKrylov,
     Picard,
 )
+from tests.cells import EXACT, TIGHT, DenseTanh
 
 WIDTH = 4
-TIGHT = LimitedMemoryBroydenSolver(tol=1e-12, max_steps=100)
-EXACT = Implicit(solver=GMRES(tol=1e-12))
 
 
-class Dense(nn.Module):
-    """f(z, x) = tanh(W z + U x) with ‖W‖₂ = 0.7, so a contraction; counts its calls."""
+class Dense(DenseTanh):
+    """A contraction."""
 
     def __init__(self, extra: nn.Module | None = None) -> None:
-        super().__init__()
-        self.state = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
-        self.injection = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
-        self.extra = nn.Identity() if extra is None else extra
-        nn.init.orthogonal_(self.state.weight, 0.7)
-        self.calls = 0
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        self.calls += 1
-        return torch.tanh(self.extra(self.state(z)) + self.injection(x))
+        super().__init__(WIDTH, 0.7, extra)
 
 
 class Conv(nn.Module):

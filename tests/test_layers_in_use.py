@@ -16,7 +16,8 @@ from fastdeq.solvers import (
     Anderson,
     Picard,
 )
-from tests.test_layers import TIGHT, WIDTH, Dense, build, dense_input, explicit_network, grad, start
+from tests.cells import TIGHT
+from tests.test_layers import WIDTH, Dense, build, dense_input, explicit_network, grad, start
 
 # Pretraining and the explicit prediction
 
