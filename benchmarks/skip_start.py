@@ -18,23 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 import fastdeq
+from fastdeq.layers import TwoLayerCell
 from fastdeq.regularizers import skip_loss
 from fastdeq.solvers import ContinuousSolver
 
 SKIP_WEIGHT = 1e-2
-
-
-class Cell(nn.Module):
-    """W₂ relu(W₁ z + W₁' x)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state, self.injection = nn.Linear(100, 200, bias=False), nn.Linear(100, 200)
-        self.output = nn.Linear(200, 100)
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        y: Tensor = self.output(torch.relu(self.state(z) + self.injection(x)))
-        return y
 
 
 @dataclass(frozen=True)
@@ -58,11 +46,11 @@ def build(kind: str) -> fastdeq.DEQChain:
     """The model of a row: vanilla, skip reg. or skip."""
     solver = ContinuousSolver(method="bs3", tol=1e-3, max_steps=50)
     if kind == "vanilla":
-        deq = fastdeq.DeepEquilibriumNetwork(Cell(), solver=solver)
+        deq = fastdeq.DeepEquilibriumNetwork(TwoLayerCell(100, 200), solver=solver)
     else:
         network = nn.Sequential(nn.Linear(100, 200), nn.ReLU(), nn.Linear(200, 100))
         explicit = network if kind == "skip" else None
-        deq = fastdeq.SkipDeepEquilibriumNetwork(Cell(), explicit, solver=solver)
+        deq = fastdeq.SkipDeepEquilibriumNetwork(TwoLayerCell(100, 200), explicit, solver=solver)
     stem = nn.Sequential(nn.Linear(1, 100), nn.ReLU())
     return fastdeq.DEQChain(stem=stem, deq=deq, head=nn.Linear(100, 1))
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastdeq.clock import now
 from fastdeq.norms import sample_largest, sample_norm
 from fastdeq.notation import FlatMap
 from fastdeq.settings import setting, settings
@@ -41,17 +42,9 @@ class GMRES:
 
         A sample that cannot be solved keeps its best finite x and says so in its status.
         """
-        if self.per_sample:
-            return _scaled(self, matvec, b)
-        shape = b.shape
-        flat = _scaled(self, lambda v: matvec(v.view(shape)).reshape(1, -1), b.reshape(1, -1))
-        return SolveResult(
-            value=flat.value.view(shape),
-            **{
-                name: getattr(flat, name).expand(len(b)).clone()
-                for name in ("residual", "relative_residual", "steps", "nfe", "status")
-            },
-        )
+        start = now(b.device)
+        result = _scaled(self, matvec, b) if self.per_sample else _shared(self, matvec, b)
+        return replace(result, seconds=now(b.device) - start)
 
 
 def gmres(
@@ -87,6 +80,19 @@ def gmres(
     with torch.no_grad():
         result = solver.solve(flat_matvec, b.reshape(len(b), -1))
     return replace(result, value=result.value.view(b.shape))
+
+
+def _shared(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
+    """One problem for the whole batch vector; every sample gets its figures."""
+    shape = b.shape
+    flat = _scaled(settings, lambda v: matvec(v.view(shape)).reshape(1, -1), b.reshape(1, -1))
+    return SolveResult(
+        value=flat.value.view(shape),
+        **{
+            name: getattr(flat, name).expand(len(b)).clone()
+            for name in ("residual", "relative_residual", "steps", "nfe", "status")
+        },
+    )
 
 
 def _scaled(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:

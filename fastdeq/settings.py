@@ -80,8 +80,8 @@ def _check_values(record: Any) -> None:
     hints = get_type_hints(type(record))
     for field in dataclasses.fields(record):
         value, where = getattr(record, field.name), f"{type(record).__name__}.{field.name}"
-        if not _fits(value, hints[field.name]):
-            raise TypeError(f"{where} is {value!r}, but must be {_describe(hints[field.name])}")
+        if not fits(value, hints[field.name]):
+            raise TypeError(f"{where} is {value!r}, but must be {describe(hints[field.name])}")
         bounds = field.metadata.get("bounds", {})
         if isinstance(value, numbers.Real) and not _within(float(value), bounds):
             wanted = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items())
@@ -98,9 +98,10 @@ def _within(value: float, bounds: dict[str, float]) -> bool:
     )
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type that an annotation asks for; containers are not looked into."""
     if get_origin(hint) in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
+        return any(fits(value, option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return any(value == option and type(value) is type(option) for option in get_args(hint))
     if hint in (int, float):  # bool is an int in Python, but `max_steps=True` is a mistake
@@ -109,9 +110,10 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """An annotation in words, for messages."""
     if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in get_args(hint))
+        return " or ".join(describe(option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(option) for option in get_args(hint))
     if hint is types.NoneType:

@@ -61,6 +61,7 @@ class SolveStats:
     steps: (B,) int64, iterations of the method while the sample was active.
     nfe: (B,) int64, evaluations of f (of a linear solve: products with the matrix).
     status: (B,) int64, values of `Status`.
+    seconds: wall-clock time of the whole batch's solve, the device awaited; 0 where none was made.
     """
 
     residual: Tensor
@@ -68,6 +69,7 @@ class SolveStats:
     steps: Tensor
     nfe: Tensor
     status: Tensor
+    seconds: float = 0.0
     trace: Trace | None = None
 
     @property

@@ -20,7 +20,8 @@ DATA, DOOR = "D", "door"
 LEVELS: dict[str, int | str] = {
     "fastdeq": DOOR,
     **dict.fromkeys(
-        [f"fastdeq.{m}" for m in ("notation", "settings", "solution", "norms", "packing")], 0
+        [f"fastdeq.{m}" for m in ("clock", "notation", "settings", "solution", "norms", "packing")],
+        0,
     ),
     "fastdeq.products": 0,
     "fastdeq.solvers": 1,

@@ -1,40 +1,79 @@
-"""L7: one plain line an epoch: readable on a terminal, in a log and in a pipe."""
+"""L7: what a person sees while a model trains: a line an epoch, and a bar on a terminal."""
 
-from typing import Any
+import logging
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import RichProgressBar
 
-# name, heading, format, width
-_COLUMNS = (
-    ("loss", "loss", "{:.4f}", 9),
-    ("accuracy", "accuracy", "{:.2%}", 10),
-    ("nfe", "NFE", "{:.2f}", 7),
-    ("residual", "residual", "{:.1e}", 10),
-)
-_STAGES = (("train", "train"), ("val", "test"))  # the set evaluated every epoch is the test set
+from fastdeq.report.columns import Group, groups, heading, row
+from fastdeq.tasks import AbstractTask, RegressionTask
+
+log = logging.getLogger("fastdeq")
+
+_BAR = ("loss", "accuracy", "nfe", "residual")
 
 
 class EpochLines(Callback):
-    """Prints loss, accuracy, NFE and residual of training and evaluation, a line an epoch."""
+    """Logs the first release's columns of training and evaluation, one plain line an epoch."""
+
+    def __init__(self) -> None:
+        self._finished: int | None = None  # the epoch whose line is still to come
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The headings."""
-        width = sum(width for *_, width in _COLUMNS)
-        titles = "".join(f"   {title + ' ':─<{width}}" for _, title in _STAGES)
-        names = "".join(f"{heading:>{width}}" for _, heading, _, width in _COLUMNS)
-        pl_module.print(f"{'':7}{titles}\n{'epoch':>7}" + f"   {names}" * len(_STAGES))
+        if trainer.is_global_zero:
+            log.info("%s", heading(table_of(trainer, pl_module, "val", residual=True), "epoch"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The line: this hook runs after the epoch's evaluation, when all figures are known."""
-        epoch = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
-        cells = "".join(f"   {_cells(stage, trainer.callback_metrics)}" for stage, _ in _STAGES)
-        pl_module.print(f"{epoch:>7}{cells}")
+        """Remember the epoch: the module logs its training figures after this hook."""
+        self._finished = trainer.current_epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The line of the epoch before."""
+        self._print(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The line of the last epoch."""
+        self._print(trainer, pl_module)
+
+    def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._finished is None or not trainer.is_global_zero:
+            return
+        last, epoch = trainer.max_epochs, self._finished + 1
+        name = f"{epoch}" if last in (None, -1) else f"{epoch}/{last}"
+        figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        table = table_of(trainer, pl_module, "val", residual=True)
+        log.info("%s", row(table, name, figures))
+        self._finished = None
 
 
-def _cells(stage: str, figures: dict[str, Any]) -> str:
-    texts = []
-    for name, _, text, width in _COLUMNS:
-        figure = figures.get(f"{stage}/{name}")
-        shown = "" if figure is None else text.format(float(figure))
-        texts.append(f"{shown:>{width}}")
-    return "".join(texts)
+def table_of(
+    trainer: Trainer, pl_module: LightningModule, evaluated: str, *, residual: bool = False
+) -> tuple[Group, ...]:
+    """The columns that this task and model have, with the training's residual if it is wanted."""
+    assert isinstance(pl_module, AbstractTask)
+    data = getattr(trainer, "datamodule", None)
+    on_test = evaluated == "test" or getattr(data, "validates_on_test", True)
+    regression = isinstance(pl_module, RegressionTask)
+    return groups(
+        evaluated,
+        "test" if on_test else "validation",
+        accuracy=not regression,
+        explicit=pl_module.model.equilibrium.initializer.predicts,
+        loss="{:.2e}" if regression else "{:.4f}",
+        residual=residual,
+    )
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich bar with loss, accuracy, NFE and residual of the step."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=False)
+
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """The step's own figures, without the prefix."""
+        figures = trainer.progress_bar_metrics
+        return {name: figures[f"step/{name}"] for name in _BAR if f"step/{name}" in figures}

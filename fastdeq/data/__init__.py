@@ -4,19 +4,35 @@
 C. Kaynak, 1998, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49) as distributed
 with scikit-learn, under CC BY 4.0; the README in this folder says how it was made.
 
+``python -m fastdeq.data NAME`` prepares or verifies a set and shows what it holds.
+
 Needs the ``experiment`` extra: ``pip install "fastdeq[experiment]"``.
 """
 
-from fastdeq.data.batches import Batches, Normalization
+from fastdeq.data.batches import Batch, Batches, Normalization
 from fastdeq.data.digits import DigitsDataModule, read_digits
+from fastdeq.data.idx import read_idx
+from fastdeq.data.memory import InMemoryDataModule, Samples
+from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule
+from fastdeq.data.polynomial import PolynomialDataModule, polynomial
 from fastdeq.data.store import ImageSet, read_store, write_store
+from fastdeq.data.stored import StoredDataModule
 
 __all__ = [
+    "Batch",
     "Batches",
     "DigitsDataModule",
+    "FashionMnistDataModule",
     "ImageSet",
+    "InMemoryDataModule",
+    "MnistDataModule",
     "Normalization",
+    "PolynomialDataModule",
+    "Samples",
+    "StoredDataModule",
+    "polynomial",
     "read_digits",
+    "read_idx",
     "read_store",
     "write_store",
 ]

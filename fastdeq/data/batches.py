@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,18 @@ class Normalization:
             raise ValueError(f"mean and std must have one value for each channel: {self}")
 
 
+class Batch(NamedTuple):
+    """One process's part of a batch: ``inputs`` (B, ...), ``targets`` (B, ...) and ``weight``.
+
+    The mean over processes of ``weight`` × (mean over the part) is the mean over the whole batch.
+    A part of weight 0 stands in where there are fewer samples than processes: count nothing of it.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weight: float = 1.0
+
+
 class Batches:
     """Iterate over ``inputs`` (N, C, ...) and ``targets`` (N, ...) in batches, on their device.
 
@@ -45,11 +58,17 @@ class Batches:
     chooses one. A pass that follows ``load_state_dict`` gives exactly the batches that had not
     been given yet when the state was saved.
 
-    A batch is (inputs, targets), the inputs float32 and normalized if ``normalization`` is given.
-    Without it and without ``shuffle`` a batch is a view of the stored tensors: do not write to it.
+    A ``Batch`` has float32, normalized inputs if ``normalization`` is given. Without it and without
+    ``shuffle`` it is a view of the stored tensors: do not write to it.
 
-    Raises ValueError for lengths or devices that differ, for a ``batch_size`` or ``seed`` out of
-    range, for a normalization of another channel count, and where an epoch would have no batch.
+    Of several processes (``ranks``) that hold the same tensors, each gets its contiguous part of
+    every batch; ``batch_size`` counts the samples of the whole batch, over all of them. The parts
+    differ by one sample at most, and ``Batch.weight`` evens that out. All ranks see equally many
+    batches, and their saved positions are the same.
+
+    Raises ValueError for lengths or devices that differ, for a ``batch_size``, ``seed`` or ``rank``
+    out of range, for a normalization of another channel count, and where an epoch would have no
+    batch.
     """
 
     def __init__(
@@ -62,6 +81,8 @@ class Batches:
         seed: int = 0,
         drop_last: bool = False,
         normalization: Normalization | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         if len(inputs) != len(targets):
             raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
@@ -71,6 +92,10 @@ class Batches:
         self._batch_size = require_integer("batch_size", batch_size, minimum=1)
         self._seed = require_integer("seed", seed, minimum=0)
         self._shuffle, self._drop_last = shuffle, drop_last
+        self._ranks = require_integer("ranks", ranks, minimum=1)
+        self._rank = require_integer("rank", rank, minimum=0)
+        if rank >= ranks:
+            raise ValueError(f"rank {rank} is none of {ranks} ranks: they count from 0")
         if len(self) == 0:
             raise ValueError(
                 f"batch_size {batch_size} leaves no batch of {len(inputs)} samples"
@@ -89,7 +114,7 @@ class Batches:
         whole, rest = divmod(len(self._inputs), self._batch_size)
         return whole if self._drop_last or not rest else whole + 1
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing moves before the first batch is asked for. Lightning makes iterators
         # that it does not use, and one more before it restores a position.
         if not self._restored and self._position > 0:
@@ -99,9 +124,8 @@ class Batches:
         for position in range(self._position, len(self)):
             # Counted before it is handed over: a state saved while it is used does not repeat it.
             self._position = position + 1
-            start = position * self._batch_size
-            window = slice(start, start + self._batch_size)
-            yield self._batch(window if order is None else order[window])
+            window, weight = self._part(position)
+            yield self._batch(window if order is None else order[window], weight)
 
     @property
     def epoch(self) -> int:
@@ -154,11 +178,21 @@ class Batches:
         order = torch.randperm(len(self._inputs), generator=generator)
         return order.to(self._inputs.device)  # the epoch's one transfer
 
-    def _batch(self, index: slice | Tensor) -> tuple[Tensor, Tensor]:
+    def _part(self, position: int) -> tuple[slice, float]:
+        """Return which places of the epoch's order are this rank's, and its mean's weight."""
+        first = position * self._batch_size
+        size = min(self._batch_size, len(self._inputs) - first)
+        start, stop = (rank * size // self._ranks for rank in (self._rank, self._rank + 1))
+        weight = (stop - start) * self._ranks / size
+        # An empty part would leave this rank a batch short, and the others waiting for it: a sample
+        # of a neighbour stands in. start < size, because rank < ranks.
+        return slice(first + start, first + max(stop, start + 1)), weight
+
+    def _batch(self, index: slice | Tensor, weight: float) -> Batch:
         inputs, targets = self._inputs[index], self._targets[index]
         if self._normalization is not None:
             inputs = (inputs.float() / self._normalization.scale - self._mean) / self._std
-        return inputs, targets
+        return Batch(inputs, targets, weight)
 
 
 def _by_channel(values: tuple[float, ...], inputs: Tensor) -> Tensor:

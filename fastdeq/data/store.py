@@ -7,6 +7,7 @@ Datasets: ``train/images`` and ``test/images`` uint8 (N, C, H, W), ``train/label
 ``"<name> uint8 <dimensions joined by x>\\n"`` followed by its values in C order, one byte each.
 """
 
+import glob
 import hashlib
 import os
 import secrets
@@ -26,6 +27,7 @@ REQUIRED_ATTRIBUTES = ("name", "version", "source", "licence", "split")
 
 _LIBVER = ("v110", "v110")  # fixed, for equal bytes; HDF5 checksums its own metadata since 1.8
 _CHUNK = 1024  # samples
+_ASIDE = ".{name}.{random}.tmp"  # the file that is written before it gets its name
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,13 +62,20 @@ def write_store(path: str | Path, images: ImageSet) -> str:
     if problem := _layout_problem(arrays) or _attribute_problem(images.attributes):
         raise ValueError(f"{path}: cannot be written: {problem}")
     checksum = _checksum(arrays)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    aside = path.with_name(_ASIDE.format(name=path.name, random=secrets.token_hex(8)))
     try:
         _write_file(aside, arrays, {**images.attributes, "sha256": checksum})
         _publish(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     return checksum
+
+
+def remove_unfinished(path: str | Path) -> None:
+    """Delete what killed writers of ``path`` left beside it; call it only while nobody writes."""
+    path = Path(path)
+    for aside in path.parent.glob(_ASIDE.format(name=glob.escape(path.name), random="*")):
+        aside.unlink(missing_ok=True)
 
 
 def read_store(path: str | Path, *, cure: str = "delete it and make it again") -> ImageSet:
@@ -83,7 +92,8 @@ def read_store(path: str | Path, *, cure: str = "delete it and make it again") -
             attributes = {key: _text(value) for key, value in file.attrs.items()}
             arrays = {name: np.asarray(file[name]) for name in DATASETS if name in file}
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:  # h5py's for damage
-        raise ValueError(f"{path}: not a readable HDF5 file ({error}): {cure}") from error
+        reason = " ".join(str(error).split())  # HDF5's messages can take several lines
+        raise ValueError(f"{path}: not a readable HDF5 file ({reason}): {cure}") from error
     problem = _layout_problem(arrays) or _attribute_problem(attributes)
     if problem is None and attributes.get("sha256") != _checksum(arrays):
         problem = "the data do not match their sha256"

@@ -1,6 +1,6 @@
 """L4: equilibrium layers, and what may stand inside a cell."""
 
-from fastdeq.layers.cells import DenseCell
+from fastdeq.layers.cells import DenseCell, TwoLayerCell
 from fastdeq.layers.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
 from fastdeq.layers.initializers import (
     AbstractInitializer,
@@ -18,6 +18,7 @@ __all__ = [
     "ExplicitNetwork",
     "FirstEvaluation",
     "SkipDeepEquilibriumNetwork",
+    "TwoLayerCell",
     "VariationalDropout",
     "Zeros",
     "weight_norm",

@@ -1,5 +1,7 @@
 """L4: ready-made cells f(z, x)."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -18,3 +20,33 @@ class DenseCell(nn.Module):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return torch.relu(self.state(z)) + torch.relu(self.injection(x))
+
+
+class TwoLayerCell(nn.Module):
+    """f(z, x) = W₂ σ(W₁ z + U x + b) + b₂: the cell of the first release's polynomial fitting (σ
+    relu) and of its picture of the dynamics (σ tanh, no b₂) (arXiv 2201.12240).
+
+    width: features of z and of x, both (B, width). hidden: rows of W₁ and U. activation: σ.
+    output_bias: whether there is b₂.
+
+    Raises: ValueError for another activation.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: Literal["relu", "tanh"] = "relu",
+        output_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if activation not in ("relu", "tanh"):
+            raise ValueError(f"activation is {activation!r}, but must be 'relu' or 'tanh'")
+        self.state = nn.Linear(width, hidden, bias=False)
+        self.injection = nn.Linear(width, hidden)
+        self.activation = torch.relu if activation == "relu" else torch.tanh
+        self.output = nn.Linear(hidden, width, bias=output_bias)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        y: Tensor = self.output(self.activation(self.state(z) + self.injection(x)))
+        return y

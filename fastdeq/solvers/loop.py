@@ -9,9 +9,12 @@ Departures from a plain `while residual > tol`:
    the loop runs on, which changes nothing for frozen samples.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from fastdeq.clock import now
 from fastdeq.norms import sample_norm
 from fastdeq.notation import FlatMap
 from fastdeq.solution import SolveResult, Status, Trace, TraceKind
@@ -34,6 +37,7 @@ def solve(
     for an f that changes the shape.
     """
     _check_start(z0)
+    start = now(z0.device)
     startable = torch.isfinite(z0.sum(dim=1))
     problem = Problem(f, torch.where(startable[:, None], z0, 0.0), solver.pooling)
     problem.active = problem.alive = startable
@@ -49,7 +53,7 @@ def solve(
         run.take(step.iterate, step.stalled)
         if trace:
             history.append(run.snapshot(trace))
-    return run.result(_as_trace(history))
+    return replace(run.result(_as_trace(history)), seconds=now(z0.device) - start)
 
 
 class _Run:

@@ -1,6 +1,18 @@
 """L6: what is trained: thin LightningModules around built parts."""
 
+from fastdeq.tasks.base import AbstractTask
 from fastdeq.tasks.classification import ClassificationTask
 from fastdeq.tasks.objective import LossWeights
+from fastdeq.tasks.regression import RegressionTask
+from fastdeq.tasks.schedules import AbstractSchedule, Constant, Cosine, Staircase
 
-__all__ = ["ClassificationTask", "LossWeights"]
+__all__ = [
+    "AbstractSchedule",
+    "AbstractTask",
+    "ClassificationTask",
+    "Constant",
+    "Cosine",
+    "LossWeights",
+    "RegressionTask",
+    "Staircase",
+]

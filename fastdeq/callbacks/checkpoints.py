@@ -1,0 +1,33 @@
+"""L7: which states of a run are kept."""
+
+from pathlib import Path
+
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from fastdeq.tasks import AbstractTask
+
+BEST, LAST = "best.ckpt", "last.ckpt"
+
+
+def checkpoints(folder: Path, task: AbstractTask) -> list[ModelCheckpoint]:
+    """Callbacks that keep, in `folder`, the last epoch's state and the one of the best validation.
+
+    Where the test set is the validation set (the published tables' protocol), best.ckpt has been
+    selected on it: report last.ckpt.
+    """
+    figure, direction = task.monitor
+    last = ModelCheckpoint(
+        dirpath=folder,
+        filename=Path(LAST).stem,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,  # after the evaluation: not at the mercy of its figures
+    )
+    best = ModelCheckpoint(
+        dirpath=folder,
+        filename=Path(BEST).stem,
+        monitor=f"val/{figure}",
+        mode=direction,
+        enable_version_counter=False,
+        auto_insert_metric_name=False,
+    )
+    return [best, last]

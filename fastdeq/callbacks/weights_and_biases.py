@@ -1,0 +1,56 @@
+"""L7: Weights & Biases by choice (conf/logger/wandb.yaml); needs the extra `wandb`.
+
+Not imported by the package itself: who does not choose it need not have it.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal, cast
+
+import wandb
+from pytorch_lightning.loggers import WandbLogger
+
+Mode = Literal["auto", "online", "offline", "disabled"]
+
+
+class WeightsAndBiases(WandbLogger):
+    """One W&B run for one experiment, in its run folder; call `close` in the end, whatever came.
+
+    mode: auto is online where credentials are known (WANDB_API_KEY, netrc) and offline elsewhere;
+    the environment's WANDB_MODE comes first. Nothing is asked, and no network is needed offline
+    (send it later: wandb sync <folder>/wandb/offline-run-*).
+    """
+
+    def __init__(
+        self,
+        *,
+        save_dir: Path,
+        project: str,
+        name: str | None = None,
+        group: str | None = None,
+        mode: Mode = "auto",
+    ) -> None:
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            group=group,
+            dir=save_dir,
+            mode=_mode(mode),
+            reinit="create_new",  # a sweep's jobs follow each other in one process
+            # train.log has the console, and taking it over disturbs the progress bar.
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+        super().__init__(experiment=self._run, save_dir=str(save_dir), log_model=False)
+
+    def close(self) -> None:
+        """Finish the run: what is left is written, and the next job gets one of its own."""
+        self._run.finish()
+
+
+def _mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
+    chosen = os.environ.get("WANDB_MODE")
+    if chosen is not None:
+        mode = cast(Mode, chosen)  # what W&B does not know, it refuses itself
+    if mode != "auto":
+        return mode
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"

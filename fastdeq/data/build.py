@@ -1,0 +1,149 @@
+"""An image set's store: built once from its verified source files, read from then on."""
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from filelock import FileLock
+
+from fastdeq.data.download import download
+from fastdeq.data.sources import ImageSource, Publication
+from fastdeq.data.store import ImageSet, read_store, remove_unfinished, write_store
+
+_CURE = "delete it and it is built again"
+
+
+def store_folder(store: Path | None) -> Path:
+    """Return ``store``, or without it the folder that the environment says.
+
+    That is $FASTDEQ_CACHE, else $XDG_CACHE_HOME/fastdeq, else ~/.cache/fastdeq.
+    """
+    if store is not None:
+        return store
+    if cache := os.environ.get("FASTDEQ_CACHE"):
+        return Path(cache).expanduser()
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache).expanduser() / "fastdeq"
+    return Path.home() / ".cache" / "fastdeq"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredSet:
+    """The store of an image set, ``<store>/<name>.h5``, and where it can be built from.
+
+    ``root``: a folder that holds the source files, or has a folder with them; None: none is given.
+    ``store``: the folder of the store (see ``store_folder``). ``download``: whether source files
+    that are missing are fetched, into ``root`` (or a folder of the set in it), or without it into
+    ``<store>/<name>``. ``verify``: whether the source files must be the official ones; if not, the
+    store's name carries a checksum of their contents, so that different sets never mix.
+    """
+
+    source: ImageSource
+    root: Path | None
+    store: Path
+    download: bool
+    verify: bool
+
+    def __post_init__(self) -> None:
+        if not self.verify and self.root is None:
+            raise ValueError("verify=false is for files of your own: give data.root=PATH too")
+        if not self.verify and self.download:
+            raise ValueError(
+                "verify=false is for files of your own and download=true for the official ones: "
+                "set one of them"
+            )
+
+    def ensure(self) -> Path:
+        """Return the path of the store, built if it was missing.
+
+        Building is exclusive, other processes wait for it; it leaves a whole store or none.
+
+        Raises FileNotFoundError or NotADirectoryError for a ``root`` that is missing or no folder,
+        and for source files that are; ValueError for source files that are not right; OSError where
+        the store or a download cannot be written.
+        """
+        if self.root is not None and not self.root.is_dir():
+            kind = NotADirectoryError if self.root.exists() else FileNotFoundError
+            raise kind(f"{self.root}: no such folder: data.root is the folder with the files")
+        path = self.store / f"{self._publication.name}.h5"
+        if self.verify and path.exists():
+            return path
+        files = self._find_files()
+        if not self.verify:
+            path = path.with_stem(f"{path.stem}-{_fingerprint(files)}")
+        if not path.exists():
+            _build(path, self._mark(self.source.read(files, verify=self.verify)))
+        return path
+
+    def read(self, path: Path) -> ImageSet:
+        """Return the set in the store at ``path`` (``ensure``), verified by its own checksum.
+
+        Raises ValueError for a store that is damaged or of another set.
+        """
+        images = read_store(path, cure=_CURE)
+        wanted = self._mark(images).attributes
+        for key in ("name", "version"):
+            if images.attributes[key] != wanted[key]:
+                found = images.attributes[key]
+                raise ValueError(f"{path}: its {key} is {found!r}, not {wanted[key]!r}: {_CURE}")
+        return images
+
+    @property
+    def _publication(self) -> Publication:
+        return self.source.publication
+
+    def _find_files(self) -> list[Path]:
+        """Return the source files in the publication's order, downloaded if need be."""
+        wanted, beside = self._publication, self.store / self._publication.name
+        folder = beside if self.root is None else wanted.folder_in(self.root)
+        missing = wanted.missing_in(folder)
+        if missing and self.download:
+            download(missing, folder, wanted.mirrors)
+            missing = []
+        if missing and self.root is None:
+            raise FileNotFoundError(
+                f"{wanted.title} is not here yet: give the folder with its files, data.root=PATH "
+                "(or FASTDEQ_DATA), or download it with data.download=true"
+            )
+        if missing:
+            place = folder if folder.is_dir() else self.root
+            raise FileNotFoundError(
+                f"{place}: {missing[0].names[0]} of {wanted.title} is not there: give the folder "
+                "that has it as data.root, or download it with data.download=true"
+            )
+        return [file for file in (file.find(folder) for file in wanted.files) if file is not None]
+
+    def _mark(self, images: ImageSet) -> ImageSet:
+        """Let the attributes of a set that was not verified say so."""
+        if self.verify:
+            return images
+        unofficial = {
+            "version": "not verified",
+            "source": f"files of the user's own, in the format of {self._publication.title}",
+            "licence": "that of these files",
+        }
+        return replace(images, attributes={**images.attributes, **unofficial})
+
+
+def _fingerprint(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def _build(path: Path, images: ImageSet) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            remove_unfinished(path)  # whoever wrote there is dead: the lock was free
+            if not path.exists():
+                write_store(path, images)
+    except (OSError, RuntimeError) as error:  # RuntimeError: h5py's on a full disk, when closing
+        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+        raise OSError(
+            f"{path}: cannot be written ({reason}): choose a folder for it with data.store=PATH "
+            "or FASTDEQ_CACHE"
+        ) from error

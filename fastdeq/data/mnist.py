@@ -1,0 +1,193 @@
+"""MNIST and Fashion-MNIST: 28 × 28 images of ten classes, 60,000 for training and 10,000 for test.
+
+MNIST: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Gradient-Based Learning Applied to Document
+Recognition, 1998. Fashion-MNIST: H. Xiao, K. Rasul, R. Vollgraf, arXiv 1708.07747.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+
+from fastdeq.data.batches import Normalization
+from fastdeq.data.idx import IdxArray, is_gzip, read_idx
+from fastdeq.data.sources import ImageSource, Publication, SourceFile
+from fastdeq.data.store import ImageSet
+from fastdeq.data.stored import StoredDataModule
+
+_SIDE = 28  # pixels
+_CLASSES = 10
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class IdxImages(ImageSource):
+    """Four IDX files, of images and labels for training, then of images and labels for test.
+
+    Verified are, of each file, the ``sha256`` of its content where these are known. Else, of a
+    compressed file, the published MD5; and of all, that no content is in ``foreign`` and that each
+    class has ``per_class`` = (training, test) samples.
+    """
+
+    publication: Publication
+    sha256: tuple[str, ...] = ()
+    per_class: tuple[int, int] = (0, 0)
+    foreign: tuple[str, ...] = ()
+
+    def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
+        """Read the four files into one set, its labels 0..9 (see ``ImageSource``)."""
+        arrays = [read_idx(path) for path in files]
+        if verify:
+            for number, path in enumerate(files):
+                self._verify(number, path, arrays[number].sha256)
+        for split in (0, 1):
+            self._check_split(split, files[2 * split :], arrays[2 * split :], verify)
+        train_images, train_labels, test_images, test_labels = (
+            torch.from_numpy(array.values) for array in arrays
+        )
+        checksums = (f"{path.name} {a.sha256}" for path, a in zip(files, arrays, strict=True))
+        return ImageSet(
+            train_images=train_images.unsqueeze(1),
+            train_labels=train_labels.long(),
+            test_images=test_images.unsqueeze(1),
+            test_labels=test_labels.long(),
+            attributes={
+                **self.publication.attributes(),
+                "source_sha256": ", ".join(checksums),
+            },
+        )
+
+    def _verify(self, number: int, path: Path, found: str) -> None:
+        title = self.publication.title
+        if found in self.foreign:
+            raise ValueError(f"{path}: a file of another set, not of {title}: give the right one")
+        if self.sha256:
+            kind, wanted = "SHA-256 of the content", self.sha256[number]
+        elif is_gzip(path):
+            kind, wanted = "MD5 of the file", self.publication.files[number].md5
+            found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        else:
+            return
+        if found != wanted:
+            raise ValueError(
+                f"{path}: not the official file of {title}, the {kind} is {found}: delete it and "
+                "get it again, or take your own files as they are with data.verify=false"
+            )
+
+    def _check_split(
+        self, split: int, files: Sequence[Path], arrays: Sequence[IdxArray], verify: bool
+    ) -> None:
+        """Check shapes and labels of the split whose images and labels come first in the lists."""
+        images, labels = arrays[0].values, arrays[1].values
+        if images.shape[1:] != (_SIDE, _SIDE):
+            raise ValueError(f"{files[0]}: not images of {_SIDE} × {_SIDE}, but {images.shape}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{files[1]}: not a label for each image, {len(images)}, but {labels.shape}"
+            )
+        if labels.max() >= _CLASSES:
+            raise ValueError(f"{files[1]}: label {labels.max()} is not one of 0..{_CLASSES - 1}")
+        counts = np.bincount(labels, minlength=_CLASSES)
+        if verify and not self.sha256 and (counts != self.per_class[split]).any():
+            raise ValueError(
+                f"{files[1]}: not the official file of {self.publication.title}, which has "
+                f"{self.per_class[split]} samples of each class: delete it and get it again, or "
+                "take your own files as they are with data.verify=false"
+            )
+
+
+def _files(md5: Sequence[str]) -> tuple[SourceFile, ...]:
+    """Return the four files with the names they go by; the compressed ones come first."""
+    stems = ("train-images", "train-labels", "t10k-images", "t10k-labels")
+    kinds = ("idx3-ubyte", "idx1-ubyte") * 2
+    return tuple(
+        SourceFile(
+            names=tuple(f"{stem}{dot}{kind}{end}" for end in (".gz", "") for dot in "-."),
+            md5=one,
+        )
+        for stem, kind, one in zip(stems, kinds, md5, strict=True)
+    )
+
+
+MNIST = IdxImages(
+    publication=Publication(
+        name="mnist",
+        title="MNIST",
+        version="1998",
+        source="Y. LeCun, C. Cortes, C. J. C. Burges, The MNIST Database of Handwritten Digits, "
+        "http://yann.lecun.com/exdb/mnist/",
+        licence="CC BY-SA 3.0 (Y. LeCun and C. Cortes)",
+        split="the authors': 60,000 for training, 10,000 for test",
+        files=_files(
+            (
+                "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+                "d53e105ee54ea40749a09fcbcd1e9432",
+                "9fb629c4189551a2d022fa330f9573f3",
+                "ec29112dd5afa0611ce80d1b7f02629c",
+            )
+        ),
+        folders=("MNIST/raw",),
+        mirrors=(
+            "https://ossci-datasets.s3.amazonaws.com/mnist/",
+            "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        ),
+    ),
+    # Of the contents: the originals are also handed on compressed anew, which changes the MD5.
+    sha256=(
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+)
+
+FASHION_MNIST = IdxImages(
+    publication=Publication(
+        name="fashion_mnist",
+        title="Fashion-MNIST",
+        version="2017",
+        source="H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv 1708.07747, "
+        "https://github.com/zalandoresearch/fashion-mnist",
+        licence="MIT (Zalando SE)",
+        split="the authors': 60,000 for training, 10,000 for test",
+        files=_files(
+            (
+                "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+                "25c81989df183df01b3e8a0aad5dffbe",
+                "bef4ecab320f06d8554ea6380940ec79",
+                "bb300cfdad3c16e7a12a480ee83cd310",
+            )
+        ),
+        folders=("FashionMNIST/raw",),
+        mirrors=(
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        ),
+    ),
+    per_class=(6000, 1000),
+    foreign=MNIST.sha256,
+)
+
+
+@final
+class MnistDataModule(StoredDataModule):
+    """MNIST, handwritten digits: batches as ``StoredDataModule`` says, of shape (B, 1, 28, 28)."""
+
+    source = MNIST
+    input_shape = (1, _SIDE, _SIDE)
+    outputs = _CLASSES
+    normalization = Normalization(scale=255.0, mean=(0.1307,), std=(0.3081,))
+
+
+@final
+class FashionMnistDataModule(StoredDataModule):
+    """Fashion-MNIST, articles of clothing in MNIST's format (see ``MnistDataModule``)."""
+
+    source = FASHION_MNIST
+    input_shape = (1, _SIDE, _SIDE)
+    outputs = _CLASSES
+    normalization = Normalization(scale=255.0, mean=(0.2860,), std=(0.3530,))

@@ -1,0 +1,73 @@
+"""Data modules of published image sets, read from a store that is built once."""
+
+from pathlib import Path
+
+from fastdeq.data.build import StoredSet, store_folder
+from fastdeq.data.memory import InMemoryDataModule, Samples, image_samples
+from fastdeq.data.sources import ImageSource
+
+
+class StoredDataModule(InMemoryDataModule):
+    """Batches of a published image set, float32 (B, C, H, W) normalized, labels int64 (B,).
+
+    A subclass is final and says its ``source`` beside what ``InMemoryDataModule`` asks for.
+    ``root``, ``store``, ``download`` and ``verify`` are those of ``StoredSet``; ``store`` None is
+    the folder that ``store_folder`` says.
+
+    Raises ValueError for arguments of another type, for ``verify=False`` without a ``root`` or with
+    ``download``, and what ``InMemoryDataModule`` raises; ``prepare_data`` and ``setup`` raise what
+    ``StoredSet`` does.
+    """
+
+    source: ImageSource
+
+    def __init__(
+        self,
+        *,
+        root: str | Path | None = None,
+        store: str | Path | None = None,
+        download: bool = False,
+        verify: bool = True,
+        batch_size: int = 128,
+        eval_batch_size: int = 1000,
+        seed: int = 0,
+        validation: int = 0,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            seed=seed,
+            validation=validation,
+        )
+        self._stored = StoredSet(
+            source=self.source,
+            root=_folder("root", root),
+            store=store_folder(_folder("store", store)),
+            download=_flag("download", download),
+            verify=_flag("verify", verify),
+        )
+
+    def prepare(self) -> None:
+        """Build the store if it is missing."""
+        self._stored.ensure()
+
+    def load(self) -> tuple[Samples, Samples]:
+        """Read and verify the store; build it if it is missing."""
+        path = self._stored.ensure()
+        images = self._stored.read(path)
+        self.facts = {"file": str(path), **images.attributes}
+        return image_samples(images)
+
+
+def _folder(name: str, value: object) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError(f"{name} must be the path of a folder, not {value!r}")
+    return Path(value).expanduser()
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, not {value!r}")
+    return value

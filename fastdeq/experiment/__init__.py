@@ -1,0 +1,11 @@
+"""L8: experiments; the only room that knows Hydra.
+
+`command_line` and `job` are what train.py is made of. `run` is one experiment: it checks a composed
+configuration (`checks`), makes the run folder (`folder`), and starts the processes (`launch`) that
+do the work (`job`).
+"""
+
+from fastdeq.experiment.command import command_line, job
+from fastdeq.experiment.run import run
+
+__all__ = ["command_line", "job", "run"]

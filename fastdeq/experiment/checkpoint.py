@@ -1,0 +1,42 @@
+"""L8: weights from a checkpoint of another run."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdeq.tasks import AbstractTask
+
+
+def load_weights(task: AbstractTask, path: Path) -> None:
+    """Put the weights of a Lightning checkpoint into `task`; nothing else is taken from it.
+
+    Raises: FileNotFoundError where there is none; ValueError for a file that is damaged, or no
+    checkpoint, or of another model.
+    """
+    weights = _read(path).get("state_dict")
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path} is no checkpoint of a run: give best.ckpt or last.ckpt of one")
+    try:
+        task.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2]
+        raise ValueError(
+            f"{path} holds another model than this configuration ({''.join(first).strip()}): "
+            "start from its run (from_run=FOLDER), or choose its model and arch"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: {path} is no file: give last.ckpt of a run folder")
+    try:
+        # Tensors and plain containers only: a checkpoint can run no code.
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"checkpoint: {path} cannot be read: it is truncated, damaged or no checkpoint; take "
+            "another one of its run"
+        ) from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,96 @@
+"""L8: the command line around Hydra: errors in a line, runs that start from others, sweeps."""
+
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from fastdeq.experiment.explain import explain
+from fastdeq.experiment.folder import OVERRIDES
+from fastdeq.experiment.run import read_score, run
+from fastdeq.experiment.sweep import Refused, record_job
+
+
+def command_line(main: Callable[[], object]) -> None:
+    """Let Hydra compose and call `main`; whatever goes wrong ends in one line and status 1.
+
+    main: the function that `hydra.main` has decorated. With debug=true among the arguments, errors
+    keep their traceback.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors on, instead of printing them itself
+    try:
+        sys.argv[1:] = with_saved_overrides(sys.argv[1:])
+        main()
+    except Refused as error:
+        fail(error.cause)
+    except Exception as error:
+        fail(error)
+
+
+def job(cfg: DictConfig) -> float:
+    """One job of the command, alone or in a sweep; its test score, NaN for a job that failed.
+
+    A job of a sweep that fails does not stop the others; the table and the exit status tell.
+    """
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        try:
+            return read_score(run(cfg))
+        except Exception as error:
+            fail(error, debug=bool(cfg.get("debug")))
+    folder = None
+    try:
+        folder = run(cfg)
+        score = read_score(folder)
+    except Exception as error:
+        report(error, debug=bool(cfg.get("debug")))
+        record_job(folder, explain(error))
+        return math.nan
+    record_job(folder, None)
+    return score
+
+
+def fail(error: Exception, *, debug: bool | None = None) -> None:
+    """Report the error and end the process with status 1."""
+    report(error, debug="debug=true" in sys.argv if debug is None else debug)
+    sys.exit(1)
+
+
+def report(error: Exception, *, debug: bool) -> None:
+    """One line on stderr, after the traceback if it is wanted."""
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+
+
+def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
+    """For `from_run=FOLDER`, the arguments of that run with these in their places or after them.
+
+    Raises: FileNotFoundError for a folder that holds no run.
+    """
+    folders = [word.partition("=")[2] for word in arguments if word.startswith("from_run=")]
+    if not folders or folders[-1] in ("", "null"):
+        return list(arguments)
+    path = Path(folders[-1]) / OVERRIDES
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"from_run: {folders[-1]} is no run folder ({OVERRIDES} is missing): give the folder "
+            "that a run has printed"
+        )
+    given = {_key(word) for word in arguments}
+    saved = [word for word in json.loads(path.read_text()) if _key(word) not in given | _ONCE]
+    return [*saved, *arguments]
+
+
+_ONCE = {"from_run", "mode", "checkpoint", "paths.run", "debug"}
+"""What belongs to one command, and is not handed on to the runs that start from it."""
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")

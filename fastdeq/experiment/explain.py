@@ -1,0 +1,88 @@
+"""L8: an exception as one line for the person who typed the command."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from hydra.errors import (
+    ConfigCompositionException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from fastdeq.experiment.checks import nearest
+
+
+def explain(error: BaseException) -> str:
+    """What is wrong and, where it is known, the cure."""
+    for kind, sentence in _KINDS:
+        if isinstance(error, kind):
+            return _one_line(sentence(error))
+    name = (
+        "" if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: "
+    )
+    return _one_line(f"{name}{error}" if str(error) else type(error).__name__)
+
+
+def _missing_choice(error: MissingConfigException) -> str:
+    options = list(error.options or ())
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    if not group:
+        return str(error)
+    listing = f" choices: {', '.join(options)}" if options else ""
+    return f"{group}={choice} is no choice{nearest(choice, options) or ';'}{listing}"
+
+
+def _composition(error: ConfigCompositionException) -> str:
+    cause = error.__cause__
+    if isinstance(cause, ConfigKeyError) or hasattr(cause, "parent_node"):
+        key = str(getattr(cause, "full_key", "") or _quoted(error))
+        parent = getattr(cause, "parent_node", None)
+        prefix = f"{key.rpartition('.')[0]}." if "." in key else ""
+        known = [f"{prefix}{name}" for name in (parent or ()) if not str(name).startswith("_")]
+        names = sorted(name for name in known if name != "hydra")
+        return f"there is no key '{key}'{nearest(key, known) or ';'} keys: {', '.join(names)}"
+    return str(error)
+
+
+def _quoted(error: BaseException) -> str:
+    found = re.search(r"'([^']+)'", str(error))
+    return found.group(1) if found else str(error)
+
+
+def _instantiation(error: InstantiationException) -> str:
+    found = re.search(r"full_key: (\S+)", str(error))
+    cause = error.__cause__
+    text = explain(cause) if cause is not None else str(error).splitlines()[0]
+    return f"{found.group(1)}: {text}" if found else text
+
+
+def _resolution(error: InterpolationResolutionError) -> str:
+    return f"{error.full_key}: {str(error).splitlines()[0]}"
+
+
+def _process(error: ProcessRaisedException) -> str:
+    """Its text is the traceback of the process that failed first."""
+    return f"a process failed: {str(error).strip().splitlines()[-1]}"
+
+
+def _parsing(error: OverrideParseException) -> str:
+    return f"cannot read '{error.override}': {str(error).splitlines()[0]}"
+
+
+_KINDS: tuple[tuple[type[Exception], Callable[[Any], str]], ...] = (
+    (MissingConfigException, _missing_choice),
+    (OverrideParseException, _parsing),
+    (ConfigCompositionException, _composition),
+    (InstantiationException, _instantiation),
+    (InterpolationResolutionError, _resolution),
+    (OmegaConfBaseException, lambda error: str(error).splitlines()[0]),
+    (ProcessRaisedException, _process),
+)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

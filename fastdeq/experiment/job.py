@@ -1,0 +1,227 @@
+"""L8: one run, on every process that takes part: seed, build, fit, test, record.
+
+Everything here works from a plain, resolved configuration: a process that trains never composes
+one, so that nothing (a sweep, the clock in a name) can come out differently on another rank.
+"""
+
+import logging
+import os
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as lightning
+import torch
+from hydra.utils import instantiate
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from pytorch_lightning.loggers import CSVLogger, Logger
+
+from fastdeq.callbacks import EpochLines, ProgressBar, StepTimer, checkpoints, table_of
+from fastdeq.experiment.checkpoint import load_weights
+from fastdeq.experiment.folder import LOG, SUMMARY, peak_memory, provenance, write_json
+from fastdeq.report import heading, row
+from fastdeq.tasks import AbstractTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a process needs to know; picklable.
+
+    config: resolved, plain containers. checkpoint: weights to begin with. choices: of the
+    configuration's groups. reference: published figures of this row, if there are any. started:
+    when the command began, on the clock of `time.time` (which processes share).
+    """
+
+    config: dict[str, Any]
+    folder: Path
+    command: str
+    checkpoint: Path | None = None
+    choices: dict[str, str] = field(default_factory=dict)
+    reference: dict[str, Any] | None = None
+    ranks: int = 1
+    interactive: bool = False
+    started: float = field(default_factory=time.time)
+
+
+def work(job: Job) -> None:
+    """Run the job as the process that the environment says (LOCAL_RANK); rank 0 writes the summary.
+
+    Raises: whatever the parts raise.
+    """
+    cfg = job.config
+    lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
+    data = instantiate(cfg["data"])
+    task = instantiate(cfg["task"], _convert_="all")
+    if job.checkpoint is not None:
+        load_weights(task, job.checkpoint)
+    # Weights are equal on all ranks; what is drawn while training (dropout, ε) must not be.
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if rank:
+        torch.manual_seed(cfg["seed"] + rank)
+    timer = StepTimer()
+    loggers = _make_loggers(cfg, job.folder, rank)
+    try:
+        trainer = make_trainer(cfg, task, job, timer, loggers)
+        if rank == 0:
+            _announce(task, trainer, job)
+        figures = _run(cfg, trainer, task, data, timer)
+        if rank == 0:
+            summary = _summary(job, trainer, task, timer, figures)
+            write_json(job.folder / SUMMARY, summary)
+            _conclude(summary, job, trainer, task)
+    finally:
+        for logger in loggers:
+            if close := getattr(logger, "close", None):
+                close()
+
+
+def make_trainer(
+    cfg: dict[str, Any],
+    task: AbstractTask,
+    job: Job | None = None,
+    timer: StepTimer | None = None,
+    loggers: list[Logger] | None = None,
+) -> lightning.Trainer:
+    """The trainer of the configuration; without a job one that only shows that it can be built."""
+    _quiet()
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+    if job is not None:
+        chosen = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
+        bar = [ProgressBar()] if job.interactive else []
+        options = {
+            "logger": loggers,
+            "callbacks": [*chosen, EpochLines(), timer, *checkpoints(job.folder, task), *bar],
+            "default_root_dir": job.folder,
+            "enable_progress_bar": job.interactive,
+        }
+    trainer = instantiate(cfg["trainer"], _convert_="all", _partial_=True)
+    if callable(strategy := trainer.keywords.get("strategy")):
+        # Looking for idle parameters costs a walk through the graph in every step.
+        options["strategy"] = strategy(find_unused_parameters=task.leaves_parameters_unused)
+        options["plugins"] = [LightningEnvironment()]  # not what a cluster's variables suggest
+    made: lightning.Trainer = trainer(**options)
+    return made
+
+
+def _quiet() -> None:
+    """Keep Lightning's advice that does not apply here off the screen; real warnings stay."""
+    # Its banner (hardware found, loggers on offer) is replaced by the lines of _announce.
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        "Experiment logs directory",  # the folder is new, and config.yaml is in it first
+        "Checkpoint directory",  # likewise
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning 2.6 on torch 2.13
+        ".*does not have many workers",  # batches are cut from memory
+        "It is recommended to use `self.log",  # the tasks' means are synchronized already
+        "The number of training batches",  # fewer in an epoch than log_every_n_steps
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _make_loggers(cfg: dict[str, Any], folder: Path, rank: int) -> list[Logger]:
+    loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="")]
+    if rank == 0:
+        for node in (cfg.get("logger") or {}).values():
+            logger = instantiate(node)(save_dir=folder)
+            logger.log_hyperparams(cfg)
+            loggers.append(logger)
+    return loggers
+
+
+def _run(
+    cfg: dict[str, Any],
+    trainer: lightning.Trainer,
+    task: AbstractTask,
+    data: Any,
+    timer: StepTimer,
+) -> dict[str, float]:
+    """Fit, if that is the mode, and test the last state; all figures of the last epoch."""
+    figures: dict[str, float] = {}
+    if cfg["mode"] == "train":
+        begin = time.perf_counter()
+        trainer.fit(task, datamodule=data)
+        figures["train_seconds"] = time.perf_counter() - begin
+        figures |= _epoch_figures(trainer)
+    trainer.test(task, datamodule=data, verbose=False)
+    return figures | _epoch_figures(trainer)
+
+
+def _epoch_figures(trainer: lightning.Trainer) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if not name.startswith("step/")
+    }
+
+
+def _summary(
+    job: Job,
+    trainer: lightning.Trainer,
+    task: AbstractTask,
+    timer: StepTimer,
+    figures: dict[str, float],
+) -> dict[str, Any]:
+    seconds = figures.pop("train_seconds", None)
+    first = timer.first_start
+    # Two clocks: the command's start is only known on the one that processes share.
+    waited = None if first is None else time.time() - (time.perf_counter() - first) - job.started
+    score = task.monitor[0]
+    return {
+        "score": {"figure": f"test/{score}", "value": figures[f"test/{score}"]},
+        "figures": figures,
+        "train_seconds": None if seconds is None else round(seconds, 3),
+        "train_ms_per_step": timer.median_ms,
+        "seconds_to_first_step": None if waited is None else round(waited, 3),
+        "peak_memory_bytes": peak_memory(trainer.strategy.root_device),
+        "mode": job.config["mode"],
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "parameters": _count_parameters(task),
+        "seed": job.config["seed"],
+        "devices": job.ranks,
+        "name": job.config["name"],
+        "choices": job.choices,
+        "reference": job.reference,
+        **provenance(trainer.strategy.root_device, job.command),
+    }
+
+
+def _announce(task: AbstractTask, trainer: lightning.Trainer, job: Job) -> None:
+    layer, device = task.model.equilibrium, trainer.strategy.root_device
+    LOG.info("run folder  %s", job.folder)
+    LOG.info("device      %s%s", device, f" × {job.ranks}" if job.ranks > 1 else "")
+    LOG.info("parameters  %s", f"{_count_parameters(task):,}")
+    LOG.info("solver      %s", layer.solver)
+    LOG.info("adjoint     %s", layer.adjoint)
+    LOG.info("loss        %s", task.weights)
+
+
+def _conclude(
+    summary: dict[str, Any], job: Job, trainer: lightning.Trainer, task: AbstractTask
+) -> None:
+    """The final table, with the published row beside the measured one, and where it stands."""
+    table = table_of(trainer, task, "test")
+    LOG.info("\n%s", heading(table, ""))
+    LOG.info("%s", row(table, "measured", summary["figures"]))
+    if job.reference is not None:
+        LOG.info("%s", row(table, "published", job.reference["figures"]))
+        LOG.info("published: %s", job.reference["source"])
+    residual, unconverged = (summary["figures"][f"test/{name}"] for name in _CONVERGENCE)
+    LOG.info(
+        "test solves: relative residual %.1e, %.2f %% unconverged", residual, 100 * unconverged
+    )
+    if summary["train_seconds"] is not None:
+        step = summary["train_ms_per_step"]
+        pace = "" if step is None else f", {step:.1f} ms a step (median)"
+        LOG.info("%d steps in %.1f s%s", summary["steps"], summary["train_seconds"], pace)
+    LOG.info("see %s", job.folder)
+
+
+_CONVERGENCE = ("residual", "unconverged")
+
+
+def _count_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

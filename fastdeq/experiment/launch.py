@@ -1,0 +1,59 @@
+"""L8: the processes of a job: this one, or one for each device, started here.
+
+Lightning would start ranks by running the command line again, and with it Hydra: under a sweep,
+every child would begin the whole sweep (Lightning issue 11300). These children get a resolved
+configuration instead.
+"""
+
+import os
+import socket
+import sys
+from contextlib import nullcontext
+
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from fastdeq.experiment.folder import logging_to
+from fastdeq.experiment.job import Job, work
+
+
+def launch(job: Job) -> None:
+    """Run the job to its end on `job.ranks` processes.
+
+    Raises: what the work raises; of several processes, that of the first that failed, and the
+    others are ended.
+    """
+    log = job.folder / f"{job.config['mode']}.log"
+    if job.ranks == 1:
+        with logging_to(log):
+            work(job)
+        return
+    spawn(_rank, args=(job, _free_port()), nprocs=job.ranks)
+
+
+def _rank(rank: int, job: Job, port: int) -> None:
+    """The life of one process: the variables that Lightning's environment reads, then the work."""
+    os.environ |= {
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if job.config["trainer"]["accelerator"] == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // job.ranks))
+    # Only the first speaks; the others' failures reach the parent through `spawn`.
+    log = job.folder / f"{job.config['mode']}.log"
+    with logging_to(log) if rank == 0 else nullcontext():
+        work(job)
+
+
+def interactive() -> bool:
+    """Whether a person watches: a progress bar in a log would fill it."""
+    return sys.stdout.isatty()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

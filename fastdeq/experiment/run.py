@@ -1,0 +1,156 @@
+"""L8: from a composed configuration to a finished run folder."""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from fastdeq.callbacks import LAST
+from fastdeq.experiment.checkpoint import load_weights
+from fastdeq.experiment.checks import RunSettings, check_values, count_ranks
+from fastdeq.experiment.folder import CONFIG, OVERRIDES, SUMMARY, make_folder, write_json
+from fastdeq.experiment.job import Job, make_trainer
+from fastdeq.experiment.launch import interactive, launch
+
+
+def run(cfg: DictConfig) -> Path:
+    """Check, train and test what `cfg` describes; the run's folder.
+
+    The folder, <paths.outputs>/<name>/<date and time>, holds the resolved configuration
+    (config.yaml), the overrides it came from (overrides.json), the figures of every epoch
+    (metrics.csv), the states of the last epoch and of the best validation (last.ckpt, best.ckpt),
+    what was printed (train.log), and summary.json: the final figures and what they were made with.
+
+    Raises, before anything is written: ValueError, TypeError, OSError or Hydra's
+    InstantiationException for settings, data or a checkpoint that cannot be used.
+    """
+    started = _started()
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    settings = check_values(config)
+    ranks = count_ranks(config["trainer"])
+    checkpoint = _checkpoint(settings)
+    _check_parts(cfg, config, ranks, checkpoint)
+    choices = _choices()
+    paths = config["paths"]
+    chosen = None if paths["run"] is None else Path(paths["run"])
+    folder = make_folder(Path(paths["outputs"]), settings.name, chosen)
+    (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    write_json(folder / OVERRIDES, list(HydraConfig.get().overrides.task))
+    job = Job(
+        config=config,
+        folder=folder,
+        command=shlex.join(sys.argv),
+        checkpoint=checkpoint,
+        choices=choices,
+        reference=find_reference(config, choices),
+        ranks=ranks,
+        interactive=interactive(),
+        started=started,
+    )
+    launch(job)
+    return folder
+
+
+def read_score(folder: Path) -> float:
+    """What a sweeper may optimize: the test accuracy, or the test loss of a regression."""
+    summary = json.loads((folder / SUMMARY).read_text())
+    return float(summary["score"]["value"])
+
+
+def find_reference(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any] | None:
+    """The published row whose `where` (choices of groups, values of keys) this run fulfils."""
+    reference = config.get("reference") or {}
+    for row in reference.get("rows", ()):
+        if all(_value(key, config, choices) == wanted for key, wanted in row["where"].items()):
+            return {"source": reference["source"], **row}
+    return None
+
+
+def _value(key: str, config: Any, choices: Mapping[str, str]) -> Any:
+    if key in choices:
+        return choices[key]
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def _checkpoint(settings: RunSettings) -> Path | None:
+    if settings.checkpoint is not None:
+        return Path(settings.checkpoint)
+    if settings.mode == "test" and settings.from_run is not None:
+        return Path(settings.from_run) / LAST
+    return None
+
+
+def _check_parts(
+    cfg: DictConfig, config: dict[str, Any], ranks: int, checkpoint: Path | None
+) -> None:
+    """Build everything once, so that what cannot be built is known before a folder is made."""
+    for key in ("solver", "adjoint", "loss", "scheduler", "callbacks"):
+        with _blamed_on(key):
+            instantiate(cfg[key], _convert_="all")
+    with _blamed_on("data"):
+        data = instantiate(cfg.data, _convert_="all")
+    if data.batch_size < ranks:
+        raise ValueError(
+            f"data.batch_size is {data.batch_size}, the batch of all devices together, but there "
+            f"are {ranks} of them: use at least one sample a device"
+        )
+    task = instantiate(cfg.task, _convert_="all")
+    with _blamed_on("optimizer"):
+        task.make_optimizer(task.parameters())
+    with _blamed_on("trainer"):
+        make_trainer(config, task)
+    wanted, found = (tuple(cfg.sizes.input), cfg.sizes.outputs), (data.input_shape, data.outputs)
+    if wanted != found:
+        raise ValueError(
+            f"sizes say inputs {wanted[0]} and {wanted[1]} outputs, but the data has {found[0]} "
+            f"and {found[1]}: leave sizes to the data group (data=...)"
+        )
+    if checkpoint is not None:
+        load_weights(task, checkpoint)
+    with _blamed_on("data"):
+        data.prepare_data()
+    task.check_model(data.sample_batch())
+
+
+@contextmanager
+def _blamed_on(key: str) -> Iterator[None]:
+    """Let an error name the key of the configuration that it comes from."""
+    try:
+        yield
+    except InstantiationException:
+        raise  # knows its key
+    except Exception as error:
+        if type(error) not in _PLAIN:
+            raise
+        raise type(error)(f"{key}: {error}") from error
+
+
+_PLAIN = (ValueError, TypeError, FileNotFoundError, FileExistsError, OSError)
+"""Errors that are made of a message alone, and can be made again with a longer one."""
+
+
+def _choices() -> dict[str, str]:
+    chosen = HydraConfig.get().runtime.choices
+    return {str(key): str(value) for key, value in chosen.items() if not key.startswith("hydra/")}
+
+
+def _started() -> float:
+    """When the command began, by `time.time`: with the process, or with this job of a sweep."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN or not Path("/proc/self/stat").exists():
+        return time.time()
+    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age

@@ -1,0 +1,95 @@
+"""L7: the columns that every run prints: those of the first release, for training, evaluation and
+the explicit prediction.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Figures = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of a table: its name in the metrics, heading, format and width."""
+
+    figure: str
+    heading: str
+    text: str
+    width: int
+    factor: float = 1.0
+
+    def cell(self, figures: Figures) -> str:
+        """The figure as text, right-aligned; blank where there is none."""
+        value = figures.get(self.figure)
+        missing = value is None or math.isnan(value)
+        return f"{'' if missing else self.text.format(self.factor * value):>{self.width}}"  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Columns under a common title."""
+
+    title: str
+    columns: tuple[Column, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(column.width for column in self.columns)
+
+
+def groups(
+    evaluated: str,
+    title: str,
+    *,
+    accuracy: bool,
+    explicit: bool,
+    loss: str = "{:.4f}",
+    residual: bool = False,
+) -> tuple[Group, ...]:
+    """NFE, accuracy, loss and milliseconds a batch: of training, evaluation, explicit prediction.
+
+    evaluated: the stage whose figures stand in the second group ("val" or "test"), under `title`.
+    accuracy: whether the task has one. explicit: whether the model predicts without a solve.
+    residual: whether training shows it too (relative, of the solver).
+    """
+    shown = (Column("train/residual", "residual", "{:.0e}", 9),) if residual else ()
+    made = [
+        Group("train", (*_columns("train/", accuracy=accuracy, loss=loss), *shown)),
+        Group(title, _columns(f"{evaluated}/", accuracy=accuracy, loss=loss)),
+    ]
+    if explicit:
+        columns = _columns(f"{evaluated}/explicit_", accuracy=accuracy, loss=loss)
+        made.append(Group("explicit", columns[1:]))  # no solve: no NFE
+    return tuple(made)
+
+
+def _columns(prefix: str, *, accuracy: bool, loss: str) -> tuple[Column, ...]:
+    share = (Column(f"{prefix}accuracy", "accuracy", "{:.2f} %", 10, 100.0),) if accuracy else ()
+    return (
+        Column(f"{prefix}nfe", "NFE", "{:.2f}", 7),
+        *share,
+        Column(f"{prefix}loss", "loss", loss, 10),
+        Column(f"{prefix}seconds", "ms", "{:.1f}", 8, 1000.0),
+    )
+
+
+def heading(table: tuple[Group, ...], first: str) -> str:
+    """Two lines: the groups' titles and the columns' headings; `first` heads the rows' names."""
+    titles = "".join(f"  {group.title + ' ':─<{group.width}}" for group in table)
+    names = "".join(
+        "  " + "".join(f"{column.heading:>{column.width}}" for column in group.columns)
+        for group in table
+    )
+    return f"{'':{_FIRST}}{titles}\n{first:{_FIRST}}{names}"
+
+
+def row(table: tuple[Group, ...], name: str, figures: Figures) -> str:
+    """One line of the table."""
+    cells = "".join(
+        "  " + "".join(column.cell(figures) for column in group.columns) for group in table
+    )
+    return f"{name:{_FIRST}}{cells}".rstrip()
+
+
+_FIRST = 9  # width of the rows' names

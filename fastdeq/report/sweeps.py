@@ -1,0 +1,111 @@
+"""L7: the table at the end of a sweep: mean ± standard deviation over seeds, a row a setting."""
+
+import csv
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SEED = "seed"
+
+# heading, figure of summary.json (or of its "figures"), format, factor
+_COLUMNS = (
+    ("test accuracy %", "test/accuracy", "{:.2f}", 100.0),
+    ("test loss", "test/loss", "{:.3g}", 1.0),
+    ("without a solve %", "test/explicit_accuracy", "{:.2f}", 100.0),
+    ("explicit loss", "test/explicit_loss", "{:.3g}", 1.0),
+    ("test NFE", "test/nfe", "{:.2f}", 1.0),
+    ("unconverged %", "test/unconverged", "{:.2f}", 100.0),
+    ("ms a training step", "train_ms_per_step", "{:.1f}", 1.0),
+    ("training s", "train_seconds", "{:.1f}", 1.0),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepJob:
+    """One job of a sweep: what was set, where it ran, and what came out (None: it failed)."""
+
+    number: int
+    overrides: dict[str, str]
+    folder: str | None
+    error: str | None
+    summary: dict[str, Any] | None
+
+    def figure(self, name: str) -> float | None:
+        """A figure of the summary, wherever it stands there."""
+        if self.summary is None:
+            return None
+        value = self.summary["figures"].get(name, self.summary.get(name))
+        return None if value is None else float(value)
+
+
+def read_jobs(folder: Path) -> list[SweepJob]:
+    """The jobs of a sweep's folder in their order, with their summaries."""
+    jobs = []
+    for path in sorted(folder.glob("jobs/*.json"), key=lambda path: int(path.stem)):
+        record = json.loads(path.read_text())
+        summary = None
+        if record["error"] is None:
+            summary = json.loads((Path(record["folder"]) / "summary.json").read_text())
+        jobs.append(SweepJob(number=int(path.stem), summary=summary, **record))
+    return jobs
+
+
+class SweepTable:
+    """Jobs that differ in their seed alone, in one row."""
+
+    def __init__(self, jobs: Sequence[SweepJob]) -> None:
+        keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
+        self.varied = [
+            key for key in keys if key != SEED and len({job.overrides.get(key) for job in jobs}) > 1
+        ]
+        self.groups: dict[tuple[str, ...], list[SweepJob]] = {}
+        for job in jobs:
+            row = tuple(job.overrides.get(key, "") for key in self.varied)
+            self.groups.setdefault(row, []).append(job)
+        self.columns = [
+            column for column in _COLUMNS if any(job.figure(column[1]) is not None for job in jobs)
+        ]
+
+    def rows(self) -> list[list[str]]:
+        """Headings, then a row a setting: the settings, runs done of runs started, the figures."""
+        table = [[*self.varied, "runs", *(column[0] for column in self.columns)]]
+        for settings, jobs in self.groups.items():
+            done = sum(job.summary is not None for job in jobs)
+            runs = f"{done}" if done == len(jobs) else f"{done} of {len(jobs)}"
+            table.append([*settings, runs, *(_cell(column, jobs) for column in self.columns)])
+        return table
+
+    def markdown(self) -> str:
+        """The table with aligned columns."""
+        table = self.rows()
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = [
+            "| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) + " |"
+            for line in table
+        ]
+        rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+        return "\n".join([lines[0], rule, *lines[1:]])
+
+    def write(self, folder: Path) -> None:
+        """table.md, and table.csv with the same cells."""
+        (folder / "table.md").write_text(self.markdown() + "\n")
+        with (folder / "table.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(self.rows())
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n − 1); None for that of a single value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.fmean(values), deviation
+
+
+def _cell(column: tuple[str, str, str, float], jobs: Sequence[SweepJob]) -> str:
+    _, figure, text, factor = column
+    values = [factor * value for job in jobs if (value := job.figure(figure)) is not None]
+    if not values:
+        return ""
+    mean, deviation = mean_and_deviation(values)
+    return text.format(mean) + ("" if deviation is None else f" ± {text.format(deviation)}")

@@ -1,0 +1,209 @@
+"""L6: what all tasks share: the training step, the evaluation, and the figures they log."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from fastdeq.clock import now
+from fastdeq.layers import ExplicitNetwork
+from fastdeq.models import DEQChain
+from fastdeq.solution import Solution
+from fastdeq.tasks.figures import FigureMeans, backward_figures, solver_figures
+from fastdeq.tasks.objective import LossWeights
+from fastdeq.tasks.schedules import AbstractSchedule, Constant
+
+Batch: TypeAlias = tuple[Tensor, Tensor, float]
+"""Inputs, targets, and what this process's mean counts for (0: the batch only stands in)."""
+
+OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+STAGES = ("train", "val", "test")
+_FIGURES = (
+    *("loss", "loss_task", "loss_skip", "loss_jacobian", "loss_residual", "accuracy"),
+    *("nfe", "residual", "unconverged"),
+    *("nfe_backward", "residual_backward", "unconverged_backward"),
+    *("seconds", "solve_seconds", "backward_seconds"),
+    *("explicit_loss", "explicit_accuracy", "explicit_seconds"),
+)
+
+
+class AbstractTask(LightningModule):
+    """An equilibrium model, its loss and its figures.
+
+    model: returns (prediction, solution). optimizer: takes the parameters, returns the optimizer.
+    weights: of the regularizers. schedule: of the learning rate, moved on at every step.
+    seed: of draws that all processes must agree on.
+
+    Figures of an epoch are logged as `<stage>/<figure>`, stage train, val or test, those of every
+    `log_every_n_steps`-th training step as `step/<figure>` (on several devices: of the first):
+
+    loss (in training with its regularizers; its parts are loss_task, loss_skip, loss_jacobian,
+    loss_residual), accuracy; nfe, residual (relative) and unconverged (share) of the forward solve,
+    means over samples; seconds (of a whole training step, or of a prediction), solve_seconds (of
+    the forward solve), means over batches; in training nfe_backward, residual_backward,
+    unconverged_backward and backward_seconds of the adjoint's solve; in evaluation, for models that
+    predict z₀, explicit_loss, explicit_accuracy and explicit_seconds: the head on z₀, no solve.
+
+    Raises: ValueError for a skip loss with a model that predicts nothing.
+    """
+
+    monitor: tuple[str, Literal["min", "max"]]
+    """The figure that tells how good a model is, and which direction is better."""
+
+    def __init__(
+        self,
+        *,
+        model: DEQChain,
+        optimizer: OptimizerFactory,
+        weights: LossWeights,
+        schedule: AbstractSchedule | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if weights.skip and not model.equilibrium.initializer.predicts:
+            raise ValueError(
+                "the skip loss would draw z* to zero in a model that predicts nothing: use a skip "
+                "model (model=skip_deq), or no skip loss (loss=plain)"
+            )
+        self.model = model
+        self.make_optimizer = optimizer
+        self.weights = weights
+        self.schedule = Constant() if schedule is None else schedule
+        self.seed = seed
+        self.means = nn.ModuleDict({f"{stage}_means": FigureMeans(_FIGURES) for stage in STAGES})
+        self._step: tuple[Solution, dict[str, Any]] | None = None  # its backward pass is to come
+
+    @abstractmethod
+    def criterion(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        """The task's loss, a scalar: the mean over the batch."""
+
+    @abstractmethod
+    def scores(self, prediction: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """What is reported beside the loss: scalars, means over the batch."""
+
+    @abstractmethod
+    def check_fit(self, prediction: Tensor, targets: Tensor) -> None:
+        """Raises: ValueError where the criterion cannot compare the two."""
+
+    @property
+    def leaves_parameters_unused(self) -> bool:
+        """Whether some parameters get no gradient: an explicit network that no loss draws to z*."""
+        explicit = isinstance(self.model.equilibrium.initializer, ExplicitNetwork)
+        return explicit and not self.weights.skip
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over all parameters, and its schedule."""
+        optimizer = self.make_optimizer(self.parameters())
+        if isinstance(self.schedule, Constant):
+            return optimizer
+        scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """The loss of a batch, in proportion to this process's share of the samples."""
+        x, targets, weight = batch
+        estimate = self.weights.wants_jacobian(self.global_step, self.seed)
+        prediction, solution = self.model(x, jacobian_loss=estimate)
+        parts = {"task": self.criterion(prediction, targets), **self.weights.parts(solution)}
+        loss = torch.stack(list(parts.values())).sum()
+        if weight:
+            named = {f"loss_{name}": part.detach() for name, part in parts.items()}
+            scores = self.scores(prediction.detach(), targets)
+            figures = {"loss": loss.detach(), **named, **scores, **solver_figures(solution)}
+            self._step = (solution, figures)
+        return loss if weight == 1 else loss * weight
+
+    def on_after_backward(self) -> None:
+        """Record the step's figures, now that the adjoint's solve is known too."""
+        if self._step is None:
+            return
+        (solution, figures), self._step = self._step, None
+        seconds = {"solve_seconds": solution.seconds}
+        if solution.backward.stats is not None:
+            figures |= backward_figures(solution.backward.stats)
+            seconds["backward_seconds"] = solution.backward.stats.seconds
+        self.record("train", figures, len(solution.status))
+        self.record("train", seconds)
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set at run time
+        if (self.global_step + 1) % every == 0:
+            figures["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+            named = {f"step/{name}": float(value) for name, value in (figures | seconds).items()}
+            self.log_dict(named, on_step=True, on_epoch=False, prog_bar=True)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Figures of a batch of the validation set."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, index: int) -> None:
+        """Figures of a batch of the test set."""
+        self._evaluate("test", batch)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means."""
+        self._log_means("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the validation set."""
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the test set."""
+        self._log_means("test")
+
+    def record(self, stage: str, figures: Mapping[str, Tensor | float], weight: float = 1) -> None:
+        """Add figures to the stage's means: of so many samples, or of one batch."""
+        means = self.means[f"{stage}_means"]
+        assert isinstance(means, FigureMeans)
+        means.update(figures, weight)
+
+    def check_model(self, batch: Batch) -> None:
+        """Run the model once, without gradients and without touching any random state.
+
+        Raises: ValueError where the model cannot take these inputs, or predicts something that does
+        not go with these targets.
+        """
+        x, targets, _ = batch
+        training = self.model.training
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            try:
+                prediction, _ = self.model.eval()(x)
+            except (RuntimeError, ValueError, TypeError) as error:
+                shape = tuple(x.shape[1:])
+                raise ValueError(
+                    f"the model does not take inputs of shape {shape} ({error}): choose the arch "
+                    "that goes with the data, or set its sizes"
+                ) from error
+            finally:
+                self.model.train(training)
+        self.check_fit(prediction, targets)
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        x, targets, weight = batch
+        if not weight:
+            return
+        start = now(self.device)
+        prediction, solution = self.model(x)
+        seconds = {"seconds": now(self.device) - start, "solve_seconds": solution.seconds}
+        figures = {"loss": self.criterion(prediction, targets)}
+        figures |= self.scores(prediction, targets) | solver_figures(solution)
+        if self.model.equilibrium.initializer.predicts:
+            start = now(self.device)
+            explicit = self.model.explicit(x)
+            seconds["explicit_seconds"] = now(self.device) - start
+            figures["explicit_loss"] = self.criterion(explicit, targets)
+            scores = self.scores(explicit, targets)
+            figures |= {f"explicit_{name}": score for name, score in scores.items()}
+        self.record(stage, figures, len(targets))
+        self.record(stage, seconds)
+
+    def _log_means(self, stage: str) -> None:
+        means = self.means[f"{stage}_means"]
+        assert isinstance(means, FigureMeans)
+        figures = means.compute()
+        means.reset()
+        # Already the same on all processes: nothing is left to synchronize.
+        self.log_dict({f"{stage}/{name}": figure.float() for name, figure in figures.items()})

@@ -1,0 +1,34 @@
+"""L6: regression with an equilibrium model."""
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from fastdeq.tasks.base import AbstractTask
+
+
+class RegressionTask(AbstractTask):
+    """Mean squared error of predictions and targets of one shape, (B, ...), in the square of the
+    target's unit; figures and errors as in `AbstractTask`, without accuracy.
+    """
+
+    monitor: tuple[str, Literal["min", "max"]] = ("loss", "min")
+
+    def criterion(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        return mse_loss(prediction, targets)
+
+    def scores(self, prediction: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def check_fit(self, prediction: Tensor, targets: Tensor) -> None:
+        if not targets.is_floating_point():
+            raise ValueError(
+                f"regression takes floating-point targets, but these are {targets.dtype}: use "
+                "task=classification for this data"
+            )
+        if prediction.shape != targets.shape:
+            raise ValueError(
+                f"the model predicts {tuple(prediction.shape[1:])} a sample, but the targets are "
+                f"{tuple(targets.shape[1:])}: let the head have sizes.outputs outputs"
+            )
