@@ -45,6 +45,8 @@ def job(cfg: DictConfig) -> float:
         except Exception as error:
             fail(error, debug=bool(cfg.get("debug")))
     folder = None
+    hydra = HydraConfig.get()
+    print(f"\njob {hydra.job.num}  {' '.join(hydra.overrides.task)}", flush=True)
     try:
         folder = run(cfg)
         score = read_score(folder)

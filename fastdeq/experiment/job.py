@@ -18,7 +18,15 @@ from hydra.utils import instantiate
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.loggers import CSVLogger, Logger
 
-from fastdeq.callbacks import EpochLines, ProgressBar, StepTimer, checkpoints, table_of
+from fastdeq.callbacks import (
+    BEST,
+    LAST,
+    EpochLines,
+    ProgressBar,
+    StepTimer,
+    checkpoints,
+    table_of,
+)
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.folder import LOG, SUMMARY, peak_memory, provenance, write_json
 from fastdeq.report import heading, row
@@ -116,6 +124,7 @@ def _quiet() -> None:
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning 2.6 on torch 2.13
         ".*does not have many workers",  # batches are cut from memory
         "It is recommended to use `self.log",  # the tasks' means are synchronized already
+        "`ModelCheckpoint\\(monitor=",  # a run that stops before its first validation: _conclude
         "The number of training batches",  # fewer in an epoch than log_every_n_steps
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -217,6 +226,8 @@ def _conclude(
         step = summary["train_ms_per_step"]
         pace = "" if step is None else f", {step:.1f} ms a step (median)"
         LOG.info("%d steps in %.1f s%s", summary["steps"], summary["train_seconds"], pace)
+    if job.config["mode"] == "train" and not (job.folder / BEST).exists():
+        LOG.info("the run ended before its first validation: there is %s and no %s", LAST, BEST)
     LOG.info("see %s", job.folder)
 
 
