@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastdeq.data.batches import Batches, Normalization
+from fastdeq.data.batches import Batch, Batches, Normalization
 
 SAMPLES = 23
 
@@ -14,7 +14,7 @@ def make(**settings) -> Batches:
 
 
 def one_pass(batches: Batches) -> list[list[int]]:
-    return [targets.tolist() for _, targets in batches]
+    return [batch.targets.tolist() for batch in batches]
 
 
 def flat(batches: list[list[int]]) -> list[int]:
@@ -31,8 +31,9 @@ def test_a_pass_gives_every_sample_once_in_full_batches_but_the_last(shuffle):
 
 
 def test_inputs_and_targets_stay_together():
-    for inputs, targets in make():
+    for inputs, targets, weight in make():
         assert torch.equal(inputs[:, 0], targets)
+        assert weight == 1.0
 
 
 def test_drop_last_leaves_out_only_the_incomplete_batch():
@@ -104,7 +105,7 @@ def test_a_restored_position_gives_exactly_the_batches_not_yet_given(given):
     uninterrupted, interrupted, resumed = make(), make(), make(seed=99)
     expected = one_pass(uninterrupted) + one_pass(uninterrupted)
     iterator = iter(interrupted)
-    before = [next(iterator)[1].tolist() for _ in range(given)]
+    before = [next(iterator).targets.tolist() for _ in range(given)]
     resumed.load_state_dict(interrupted.state_dict())
     after = one_pass(resumed)
     if given < len(resumed):  # otherwise the first pass was already the next epoch
@@ -149,11 +150,67 @@ def test_an_incomplete_state_is_refused():
         make().load_state_dict({"epoch": 0, "batch_size": 5, "samples": SAMPLES})
 
 
+# Several processes
+
+
+def parts(ranks: int, **settings) -> list[tuple[Batch, ...]]:
+    """What every rank gets of each batch of one epoch."""
+    every = [list(make(rank=rank, ranks=ranks, **settings)) for rank in range(ranks)]
+    return list(zip(*every, strict=True))  # strict: all ranks see equally many batches
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])
+def test_the_parts_of_a_batch_are_disjoint_and_together_the_whole_one(ranks, shuffle):
+    # 23 samples in batches of 5: whole ones, which no number of ranks but 1 and 5 divides, and one
+    # of 3, with fewer samples than some of these numbers.
+    whole = one_pass(make(shuffle=shuffle))
+    for together, expected in zip(parts(ranks, shuffle=shuffle), whole, strict=True):
+        counted = [part.targets.tolist() for part in together if part.weight > 0]
+        assert flat(counted) == expected
+        sizes = [len(part.targets) if part.weight else 0 for part in together]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 23])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 30])
+def test_the_mean_of_the_weighted_means_is_the_mean_of_the_whole_batch(ranks, batch_size):
+    whole = make(batch_size=batch_size)
+    for together, batch in zip(parts(ranks, batch_size=batch_size), whole, strict=True):
+        means = [part.weight * part.targets.double().mean().item() for part in together]
+        # float64 sums of at most 30 numbers below 30
+        assert sum(means) / ranks == pytest.approx(batch.targets.double().mean().item(), rel=1e-13)
+
+
+def test_a_rank_without_samples_gets_one_that_does_not_count():
+    for together in parts(8):
+        assert all(len(part.inputs) == len(part.targets) >= 1 for part in together)
+        assert [part.weight for part in together].count(0.0) >= 3
+
+
+def test_a_position_saved_by_one_rank_is_that_of_all():
+    ranks = [make(rank=rank, ranks=3) for rank in range(3)]
+    for batches in ranks:
+        iterator = iter(batches)
+        next(iterator), next(iterator)
+    states = [batches.state_dict() for batches in ranks]
+    assert states[0] == states[1] == states[2]
+    expected = one_pass(make(rank=2, ranks=3))[2:]
+    resumed = make(rank=2, ranks=3)
+    resumed.load_state_dict(states[0])
+    assert one_pass(resumed) == expected
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_the_number_of_batches_does_not_depend_on_the_ranks(drop_last):
+    assert len(make(drop_last=drop_last)) == len(make(drop_last=drop_last, rank=2, ranks=3))
+
+
 def test_normalization_is_the_formula_for_each_channel():
     images = torch.randint(0, 256, (6, 2, 3, 3), dtype=torch.uint8)
     normalization = Normalization(scale=255.0, mean=(0.25, 0.5), std=(0.125, 2.0))
     batches = Batches(images, torch.arange(6), batch_size=6, normalization=normalization)
-    ((inputs, _),) = list(batches)
+    ((inputs, _, _),) = list(batches)
     assert inputs.dtype == torch.float32
     for channel, (mean, std) in enumerate(zip((0.25, 0.5), (0.125, 2.0), strict=True)):
         expected = (images[:, channel].float() / 255.0 - mean) / std
@@ -170,6 +227,9 @@ def test_normalization_is_the_formula_for_each_channel():
         ({"batch_size": True}, "batch_size must be an integer"),
         ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"batch_size": 24, "drop_last": True}, "leaves no batch of 23 samples"),
+        ({"ranks": 0}, "ranks must be an integer of at least 1, not 0"),
+        ({"rank": -1, "ranks": 2}, "rank must be an integer of at least 0, not -1"),
+        ({"rank": 2, "ranks": 2}, "rank 2 is none of 2 ranks: they count from 0"),
         ({"normalization": Normalization(scale=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)}, "3 channel"),
     ],
 )
@@ -202,4 +262,4 @@ def test_the_order_is_the_same_on_a_gpu_and_batches_stay_there():
     inputs, targets = torch.arange(SAMPLES).view(-1, 1), torch.arange(SAMPLES)
     on_gpu = Batches(inputs.cuda(), targets.cuda(), batch_size=5, shuffle=True, seed=7)
     assert one_pass(on_gpu) == one_pass(make())
-    assert next(iter(on_gpu))[0].is_cuda
+    assert next(iter(on_gpu)).inputs.is_cuda

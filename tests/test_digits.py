@@ -5,14 +5,20 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from fastdeq.data import DigitsDataModule, ImageSet, read_digits, read_store, write_store
+from fastdeq.data import (
+    Batch,
+    DigitsDataModule,
+    ImageSet,
+    read_digits,
+    read_store,
+    write_store,
+)
 from fastdeq.data.digits import NORMALIZATION
 
 
@@ -187,12 +193,11 @@ class Recorder(pl.LightningModule):
         torch.nn.init.zeros_(self.layer.bias)
         self.seen: list[Tensor] = []
 
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        inputs, labels = batch
-        self.seen.append(labels.cpu())
-        return torch.nn.functional.cross_entropy(self.layer(inputs.flatten(1)), labels)
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        self.seen.append(batch.targets.cpu())
+        return torch.nn.functional.cross_entropy(self.layer(batch.inputs.flatten(1)), batch.targets)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+    def validation_step(self, batch: Batch, index: int) -> None:
         pass
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -231,12 +236,13 @@ def trainer(folder: Path, **settings) -> pl.Trainer:
 def test_batches_have_the_documented_shapes_types_and_scale():
     data = DigitsDataModule(batch_size=64, eval_batch_size=100)
     data.setup("fit")
-    inputs, labels = next(iter(data.train_dataloader()))
+    inputs, labels, weight = next(iter(data.train_dataloader()))
+    assert weight == 1.0
     assert inputs.shape == (64, *data.input_shape)
     assert inputs.dtype == torch.float32
     assert labels.dtype == torch.int64
-    assert labels.max() < data.classes
-    everything = torch.cat([batch for batch, _ in data.train_dataloader()])
+    assert labels.max() < data.outputs
+    everything = torch.cat([batch.inputs for batch in data.train_dataloader()])
     # 92,000 values of six-decimal constants in float32
     assert everything.mean().item() == pytest.approx(0.0, abs=1e-4)
     assert everything.std().item() == pytest.approx(1.0, abs=1e-4)
@@ -246,7 +252,7 @@ def test_validation_and_test_are_the_test_split_in_stored_order(digits):
     data = DigitsDataModule(eval_batch_size=100)
     data.setup("test")
     for loader in (data.val_dataloader(), data.test_dataloader()):
-        assert torch.equal(torch.cat([labels for _, labels in loader]), digits.test_labels)
+        assert torch.equal(torch.cat([batch.targets for batch in loader]), digits.test_labels)
 
 
 def test_asking_for_batches_before_setup_says_what_to_do():
@@ -254,18 +260,11 @@ def test_asking_for_batches_before_setup_says_what_to_do():
         DigitsDataModule().train_dataloader()
 
 
-@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size", "seed"])
+@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size", "seed", "validation"])
 def test_settings_that_are_no_integers_are_refused_by_name(name):
     settings: dict[str, Any] = {name: "abc"}
     with pytest.raises(ValueError, match=f"^{name} must be an integer"):
         DigitsDataModule(**settings)
-
-
-def test_several_processes_are_refused_with_the_cure():
-    data = DigitsDataModule()
-    data.trainer = Mock(world_size=2)
-    with pytest.raises(ValueError, match=r"among 2 processes: .*trainer\.devices=1"):
-        data.setup("fit")
 
 
 # Lightning's advice on a run this short and on checkpoints saved in the middle of an epoch
@@ -303,6 +302,6 @@ def test_epochs_cut_short_by_lightning_still_differ(tmp_path):
 def test_on_a_gpu_the_batches_lie_there_without_a_transfer(tmp_path):
     data = DigitsDataModule(batch_size=64)
     trainer(tmp_path, accelerator="gpu", devices=1, max_steps=2).fit(Recorder(), data)
-    inputs, labels = next(iter(data.train_dataloader()))
+    inputs, labels, _ = next(iter(data.train_dataloader()))
     assert inputs.is_cuda
     assert labels.is_cuda

@@ -18,11 +18,16 @@ class EpochLines(Callback):
 
     def __init__(self) -> None:
         self._finished: int | None = None  # the epoch whose line is still to come
+        self._validated: int | None = None  # the epoch of the last validation
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The headings."""
         if trainer.is_global_zero:
             log.info("%s", heading(table_of(trainer, pl_module, "val", residual=True), "epoch"))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the epoch: its figures stay with the trainer until the next validation."""
+        self._validated = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the epoch: the module logs its training figures after this hook."""
@@ -41,7 +46,11 @@ class EpochLines(Callback):
             return
         last, epoch = trainer.max_epochs, self._finished + 1
         name = f"{epoch}" if last in (None, -1) else f"{epoch}/{last}"
-        figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        figures = {
+            key: float(value)
+            for key, value in trainer.callback_metrics.items()
+            if self._validated == self._finished or not key.startswith("val/")
+        }
         table = table_of(trainer, pl_module, "val", residual=True)
         log.info("%s", row(table, name, figures))
         self._finished = None

@@ -51,5 +51,5 @@ class StepTimer(Callback):
         if isinstance(pl_module, AbstractTask):
             pl_module.record("train", {"seconds": seconds})
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set at run time
-        if trainer.global_step % every == 0:
+        if every and trainer.global_step % every == 0:  # 0: never
             pl_module.log("step/seconds", seconds, on_step=True, on_epoch=False)

@@ -73,7 +73,8 @@ class StoredSet:
         if not self.verify:
             path = path.with_stem(f"{path.stem}-{_fingerprint(files)}")
         if not path.exists():
-            _build(path, self._mark(self.source.read(files, verify=self.verify)))
+            images = self.source.read(files, verify=self.verify)
+            _build(path, replace(images, attributes={**images.attributes, **self._attributes()}))
         return path
 
     def read(self, path: Path) -> ImageSet:
@@ -82,7 +83,7 @@ class StoredSet:
         Raises ValueError for a store that is damaged or of another set.
         """
         images = read_store(path, cure=_CURE)
-        wanted = self._mark(images).attributes
+        wanted = self._attributes()
         for key in ("name", "version"):
             if images.attributes[key] != wanted[key]:
                 found = images.attributes[key]
@@ -114,16 +115,16 @@ class StoredSet:
             )
         return [file for file in (file.find(folder) for file in wanted.files) if file is not None]
 
-    def _mark(self, images: ImageSet) -> ImageSet:
-        """Let the attributes of a set that was not verified say so."""
-        if self.verify:
-            return images
-        unofficial = {
-            "version": "not verified",
-            "source": f"files of the user's own, in the format of {self._publication.title}",
-            "licence": "that of these files",
-        }
-        return replace(images, attributes={**images.attributes, **unofficial})
+    def _attributes(self) -> dict[str, str]:
+        """Return what the store must say of itself: a set that was not verified says so."""
+        attributes = self._publication.attributes()
+        if not self.verify:
+            attributes |= {
+                "version": "not verified",
+                "source": f"files of the user's own, in the format of {self._publication.title}",
+                "licence": "that of these files",
+            }
+        return attributes
 
 
 def _fingerprint(files: list[Path]) -> str:

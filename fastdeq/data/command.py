@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     try:
         name, settings = parse(arguments)
-        data = SETS[name](**settings)
+        data = _make(name, settings)
         data.prepare_data()
         train, test = data.load()
     except UsageError as error:
@@ -56,9 +56,9 @@ def usage() -> str:
         "usage: python -m fastdeq.data NAME [key=value ...]\n\n"
         "Prepares a data set, or verifies it where it is ready, and shows what it holds.\n"
         f"NAME: {', '.join(SETS)}.\n"
-        "Keys are those of conf/data/NAME.yaml, among them root (the folder with the source files,\n"
-        "$FASTDEQ_DATA if not given), store (the folder to keep the set in), download=true and\n"
-        "verify=false."
+        "Keys are those of conf/data/NAME.yaml, among them root (the folder with the source\n"
+        "files, $FASTDEQ_DATA if not given), store (the folder to keep the set in),\n"
+        "download=true and verify=false."
     )
 
 
@@ -127,6 +127,13 @@ def pixel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
         means.append(mean.item())
         stds.append((share * (values - mean).square()).sum().sqrt().item())
     return means, stds
+
+
+def _make(name: str, settings: dict[str, Any]) -> InMemoryDataModule:
+    try:
+        return SETS[name](**settings)
+    except ValueError as error:  # out of range, or not to be combined
+        raise UsageError(str(error)) from None
 
 
 def _value(key: str, text: str, default: object) -> object:

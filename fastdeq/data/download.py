@@ -40,6 +40,8 @@ def _fetch(file: SourceFile, folder: Path, mirrors: Sequence[str]) -> dict[str, 
         try:
             # Writes aside and renames: a file under its own name is whole and has its MD5.
             pooch.retrieve(mirror + name, known_hash, fname=name, path=folder, downloader=bar)
+            # It came as a temporary file, for the eyes of this user alone.
+            (folder / name).chmod(0o644)
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
             failures[mirror] = _reason(error)
         else:

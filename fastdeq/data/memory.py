@@ -116,11 +116,16 @@ class InMemoryDataModule(LightningDataModule, ABC):
         return next(iter(self._batches(first, batch_size=n)))
 
     def train_dataloader(self) -> Batches:
-        """Return the training samples in shuffled batches of ``batch_size``, the last smaller."""
+        """Return the training samples in shuffled batches of ``batch_size``, the last smaller.
+
+        In stored order under a trainer with ``overfit_batches``: these are then the same batches
+        in every epoch.
+        """
+        overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         self._train = self._batches(
             self._on_device("train"),
             batch_size=self.batch_size,
-            shuffle=True,
+            shuffle=not overfit,
             seed=self.seed,
             rank=self._rank,
             ranks=self._ranks,

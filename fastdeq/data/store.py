@@ -26,6 +26,9 @@ DATASETS = ("train/images", "train/labels", "test/images", "test/labels")
 REQUIRED_ATTRIBUTES = ("name", "version", "source", "licence", "split")
 
 _LIBVER = ("v110", "v110")  # fixed, for equal bytes; HDF5 checksums its own metadata since 1.8
+# HDF5's own locks fail on many network file systems, and there is nothing to lock here: a file is
+# written by one process, under a name of its own, and never changes under its final name.
+_LOCKING = False
 _CHUNK = 1024  # samples
 _ASIDE = ".{name}.{random}.tmp"  # the file that is written before it gets its name
 
@@ -82,17 +85,22 @@ def read_store(path: str | Path, *, cure: str = "delete it and make it again") -
     """Read and verify a file of this layout; ``cure`` ends the message when it is broken.
 
     Raises FileNotFoundError where there is no file, ValueError where it is not HDF5, misses a
-    dataset or an attribute, holds other shapes or types, or does not match its checksum.
+    dataset or an attribute, holds other shapes or types, does not match its checksum, or may not
+    be opened.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such image set: {cure}")
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=_LOCKING) as file:
             attributes = {key: _text(value) for key, value in file.attrs.items()}
             arrays = {name: np.asarray(file[name]) for name in DATASETS if name in file}
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:  # h5py's for damage
         reason = " ".join(str(error).split())  # HDF5's messages can take several lines
+        if isinstance(error, PermissionError):
+            cure = "ask its owner for the permission to read it"
+        elif "unable to lock file" in reason:  # the environment's setting goes before ours
+            cure = "set HDF5_USE_FILE_LOCKING=FALSE in the environment"
         raise ValueError(f"{path}: not a readable HDF5 file ({reason}): {cure}") from error
     problem = _layout_problem(arrays) or _attribute_problem(attributes)
     if problem is None and attributes.get("sha256") != _checksum(arrays):
@@ -155,7 +163,7 @@ def _checksum(arrays: Mapping[str, NDArray[np.generic]]) -> str:
 def _write_file(
     path: Path, arrays: Mapping[str, NDArray[np.generic]], attributes: Mapping[str, str]
 ) -> None:
-    with h5py.File(path, "x", libver=_LIBVER) as file:
+    with h5py.File(path, "x", libver=_LIBVER, locking=_LOCKING) as file:
         for key in sorted(attributes):
             # Of fixed length: these lie in the header, which HDF5 checksums, and not in its heap.
             file.attrs[key] = np.bytes_(attributes[key].encode())

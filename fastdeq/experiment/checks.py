@@ -14,10 +14,12 @@ from hydra.utils import get_object
 from fastdeq.settings import describe, fits, setting, settings
 
 GROUPS = (
-    *("data", "sizes", "arch", "solver", "adjoint", "loss", "task", "model", "optimizer"),
-    *("scheduler", "trainer", "callbacks", "logger", "paths", "reference", "base", "skip_weight"),
+    *("data", "sizes", "solver", "adjoint", "loss", "optimizer", "scheduler", "trainer"),
+    *("callbacks", "logger", "paths", "reference", "skip_weight", "arch", "model", "task"),
 )
-"""The nodes of a configuration beside the fields of `RunSettings`."""
+"""The nodes of a configuration beside the fields of `RunSettings`, parts before what they are parts
+of: what is wrong is reported under the key that was typed, and not where interpolation takes it.
+"""
 
 
 @settings
@@ -54,19 +56,42 @@ def check_values(config: dict[str, Any]) -> RunSettings:
     for key, value in _leaves(config, ""):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key} is {value}, but must be a finite number")
-    # The built parts first: what they say names the key that was typed, and not where it ends up.
-    for key, node in config.items():
-        _check_node(key, node)
-    trainer = config["trainer"]
-    for key in ("max_epochs", "max_steps"):
-        length = trainer.get(key)
+    run = _run_settings({name: config.get(name) for name in own})
+    for key in GROUPS:
+        _check_node(key, config.get(key))
+    _check_length(config["trainer"])
+    return run
+
+
+def _run_settings(values: dict[str, Any]) -> RunSettings:
+    try:
+        return RunSettings(**values)
+    except (TypeError, ValueError) as error:
+        text = str(error).removeprefix(f"{RunSettings.__name__}.")  # these keys stand at the top
+        raise type(error)(text) from error
+
+
+def _check_length(trainer: dict[str, Any]) -> None:
+    """A run must train, come to an end, and be tested."""
+    lengths = {key: trainer.get(key) for key in ("max_epochs", "max_steps")}
+    for key, length in lengths.items():
         if length is not None and length < 1 and length != -1:
             raise ValueError(
                 f"trainer.{key} is {length}, but must be at least 1, or -1 for no limit (mode=test "
                 "evaluates without training)"
             )
-    values: dict[str, Any] = {name: config.get(name) for name in own}
-    return RunSettings(**values)
+    if not any(length is not None and length > 0 for length in lengths.values()):
+        raise ValueError(
+            "trainer.max_epochs and trainer.max_steps both set no limit: the run would never end"
+        )
+    clip = trainer.get("gradient_clip_val")
+    if clip is not None and clip <= 0:
+        raise ValueError(f"trainer.gradient_clip_val is {clip}, but must be above 0, or null")
+    for key in ("limit_train_batches", "limit_test_batches"):
+        if trainer.get(key) == 0:
+            raise ValueError(
+                f"trainer.{key} is 0, but must be above 0: a share (1.0), or a number of batches"
+            )
 
 
 def count_ranks(trainer: dict[str, Any]) -> int:
@@ -100,9 +125,9 @@ def count_ranks(trainer: dict[str, Any]) -> int:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" where something known is close, else nothing."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    """The question whether something known and close was meant, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(repr(each) for each in found)}?" if found else ""
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:

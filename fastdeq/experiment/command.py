@@ -43,7 +43,7 @@ def job(cfg: DictConfig) -> float:
         try:
             return read_score(run(cfg))
         except Exception as error:
-            fail(error, debug=bool(cfg.get("debug")))
+            fail(error, debug=cfg.get("debug") is True)
     folder = None
     hydra = HydraConfig.get()
     print(f"\njob {hydra.job.num}  {' '.join(hydra.overrides.task)}", flush=True)
@@ -51,7 +51,7 @@ def job(cfg: DictConfig) -> float:
         folder = run(cfg)
         score = read_score(folder)
     except Exception as error:
-        report(error, debug=bool(cfg.get("debug")))
+        report(error, debug=cfg.get("debug") is True)
         record_job(folder, explain(error))
         return math.nan
     record_job(folder, None)

@@ -32,8 +32,7 @@ def _missing_choice(error: MissingConfigException) -> str:
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     if not group:
         return str(error)
-    listing = f" choices: {', '.join(options)}" if options else ""
-    return f"{group}={choice} is no choice{nearest(choice, options) or ';'}{listing}"
+    return f"there is no {group}={choice}{nearest(choice, options)}{_listing(' choices', options)}"
 
 
 def _composition(error: ConfigCompositionException) -> str:
@@ -44,8 +43,12 @@ def _composition(error: ConfigCompositionException) -> str:
         prefix = f"{key.rpartition('.')[0]}." if "." in key else ""
         known = [f"{prefix}{name}" for name in (parent or ()) if not str(name).startswith("_")]
         names = sorted(name for name in known if name != "hydra")
-        return f"there is no key '{key}'{nearest(key, known) or ';'} keys: {', '.join(names)}"
+        return f"there is no key '{key}'{nearest(key, names) or _listing('; keys', names)}"
     return str(error)
+
+
+def _listing(title: str, names: list[str]) -> str:
+    return f"{title}: {', '.join(names)}" if names else ""
 
 
 def _quoted(error: BaseException) -> str:
@@ -70,7 +73,10 @@ def _process(error: ProcessRaisedException) -> str:
 
 
 def _parsing(error: OverrideParseException) -> str:
-    return f"cannot read '{error.override}': {str(error).splitlines()[0]}"
+    text = str(error.override)
+    if "=" not in text:
+        return f"'{text}' sets nothing: write {text}=VALUE"
+    return f"cannot read '{text}': {str(error).splitlines()[0]}"
 
 
 _KINDS: tuple[tuple[type[Exception], Callable[[Any], str]], ...] = (

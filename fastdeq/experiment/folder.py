@@ -29,8 +29,18 @@ def make_folder(outputs: Path, name: str, chosen: Path | None) -> Path:
     """A new, empty folder: `chosen`, or <outputs>/<name>/<date and time>, where a number is added
     when another run was as quick.
 
-    Raises: FileExistsError where `chosen` is there already.
+    Raises: FileExistsError where `chosen` is there already, OSError where none can be made.
     """
+    try:
+        return _make_folder(outputs, name, chosen)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        key, place = ("paths.run", chosen) if chosen else ("paths.outputs", outputs)
+        raise OSError(f"{key}: no folder can be made in {place} ({error.strerror})") from error
+
+
+def _make_folder(outputs: Path, name: str, chosen: Path | None) -> Path:
     if chosen is not None:
         try:
             chosen.mkdir(parents=True)

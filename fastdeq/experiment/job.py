@@ -225,7 +225,9 @@ def _conclude(
     if summary["train_seconds"] is not None:
         step = summary["train_ms_per_step"]
         pace = "" if step is None else f", {step:.1f} ms a step (median)"
-        LOG.info("%d steps in %.1f s%s", summary["steps"], summary["train_seconds"], pace)
+        count = summary["steps"]
+        steps = "1 step" if count == 1 else f"{count:,} steps"
+        LOG.info("%s in %.1f s%s", steps, summary["train_seconds"], pace)
     if job.config["mode"] == "train" and not (job.folder / BEST).exists():
         LOG.info("the run ended before its first validation: there is %s and no %s", LAST, BEST)
     LOG.info("see %s", job.folder)

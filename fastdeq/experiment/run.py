@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,9 @@ def run(cfg: DictConfig) -> Path:
     settings = check_values(config)
     ranks = count_ranks(config["trainer"])
     checkpoint = _checkpoint(settings)
-    _check_parts(cfg, config, ranks, checkpoint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is built again for the run warns again
+        _check_parts(cfg, config, ranks, checkpoint)
     choices = _choices()
     paths = config["paths"]
     chosen = None if paths["run"] is None else Path(paths["run"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,9 +98,14 @@ class SweepTable:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n − 1); None for that of a single value."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return statistics.fmean(values), deviation
+    """Mean and sample standard deviation (n − 1); None for that of a single value, NaN where not
+    all values are finite.
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    # statistics.stdev breaks off (AttributeError) at an infinite or missing number.
+    return mean, statistics.stdev(values) if math.isfinite(mean) else math.nan
 
 
 def _cell(column: tuple[str, str, str, float], jobs: Sequence[SweepJob]) -> str:

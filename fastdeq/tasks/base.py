@@ -129,7 +129,7 @@ class AbstractTask(LightningModule):
         self.record("train", figures, len(solution.status))
         self.record("train", seconds)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set at run time
-        if (self.global_step + 1) % every == 0:
+        if every and (self.global_step + 1) % every == 0:  # 0: never
             figures["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
             named = {f"step/{name}": float(value) for name, value in (figures | seconds).items()}
             self.log_dict(named, on_step=True, on_epoch=False, prog_bar=True)

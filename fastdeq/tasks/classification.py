@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -26,6 +27,11 @@ class ClassificationTask(AbstractTask):
             raise ValueError(
                 f"classification takes one class number a sample, but the targets are "
                 f"{targets.dtype} {tuple(targets.shape)}: use task=regression for this data"
+            )
+        if targets.dtype not in (torch.int64, torch.uint8):
+            raise ValueError(
+                f"classification takes class numbers int64, but the targets are {targets.dtype}: "
+                "convert them, targets.long()"
             )
         if prediction.ndim != 2 or int(targets.max()) >= prediction.shape[1]:
             raise ValueError(

@@ -23,6 +23,7 @@ class FigureMeans(Metric):
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
         self.names = names
+        self._places = {name: place for place, name in enumerate(names)}
         for state in ("totals", "weights"):
             zeros = torch.zeros(len(names), dtype=torch.float64)
             self.add_state(state, default=zeros, dist_reduce_fx="sum")
@@ -32,7 +33,7 @@ class FigureMeans(Metric):
 
         Raises: KeyError for a figure without a name here.
         """
-        columns = [self.names.index(name) for name in figures]
+        columns = [self._places[name] for name in figures]
         values = [torch.as_tensor(value, device=self.totals.device) for value in figures.values()]
         self.totals[columns] += weight * torch.stack([value.double() for value in values])
         self.weights[columns] += weight
@@ -47,7 +48,7 @@ class FigureMeans(Metric):
 
 
 def solver_figures(solution: Solution) -> dict[str, Tensor]:
-    """Means over the samples of a forward solve; of an unrolled pass, its depth alone."""
+    """Means over the samples of a forward solve, or of a pass of fixed depth."""
     figures = {"nfe": solution.nfe.float().mean()}
     # A pretraining batch was not solved: it has a residual, but nothing that could converge.
     unsolved = solution.status == Status.NOT_SOLVED

@@ -50,10 +50,11 @@ class Staircase(AbstractSchedule):
     factor: float = setting(default=0.1, above=0)
 
     def check_together(self) -> None:
-        numbers = all(isinstance(share, int | float) for share in self.at)
+        listed = isinstance(self.at, list | tuple)
+        numbers = listed and all(isinstance(share, int | float) for share in self.at)
         if not numbers or not all(0 < share < 1 for share in self.at):
             raise ValueError(f"Staircase.at is {self.at}, but must hold shares of the run: [0.5]")
-        if self.at != sorted(self.at):
+        if list(self.at) != sorted(self.at):
             raise ValueError(f"Staircase.at is {self.at}, but must ascend")
 
     def build(self, optimizer: Optimizer, steps: int) -> LRScheduler:

@@ -1,0 +1,94 @@
+"""Figures are exact means, however the samples are cut into batches."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdeq import DeepEquilibriumNetwork, DEQChain
+from fastdeq.layers import DenseCell
+from fastdeq.solution import Solution, SolveStats, Status
+from fastdeq.tasks.figures import FigureMeans, backward_figures, solver_figures
+
+
+def values(means: FigureMeans) -> dict[str, float]:
+    return {name: value.item() for name, value in means.compute().items()}
+
+
+def test_means_over_uneven_batches_weigh_every_sample_the_same():
+    samples = torch.arange(10, dtype=torch.float64)
+    means = FigureMeans(("loss",))
+    for batch in samples.split(4):  # of 4, 4 and 2
+        means.update({"loss": batch.mean()}, len(batch))
+    assert values(means) == {"loss": 4.5}
+
+
+def test_a_figure_that_misses_some_batches_is_the_mean_of_those_it_came_with():
+    means = FigureMeans(("loss", "loss_jacobian", "accuracy"))
+    means.update({"loss": 1.0}, 3)
+    means.update({"loss_jacobian": torch.tensor(8.0), "loss": 5.0}, 1)
+    assert values(means) == {"loss": 2.0, "loss_jacobian": 8.0}
+
+
+def test_sums_are_kept_in_double_precision_in_models_of_any():
+    means = torch.nn.ModuleList([FigureMeans(("loss",))]).bfloat16()[0]
+    assert isinstance(means, FigureMeans)
+    for value in (2.0**24, 1.0, 1.0, 1.0):  # float32 knows no 2²⁴ + 1: the sum would stand still
+        means.update({"loss": torch.tensor(value)}, 1)
+    assert values(means) == {"loss": (2.0**24 + 3) / 4}
+
+
+def test_after_a_reset_nothing_is_left_of_the_epoch_before():
+    means = FigureMeans(("loss", "accuracy"))
+    means.update({"loss": 1.0, "accuracy": 0.5}, 2)
+    means.compute()
+    means.reset()
+    means.update({"loss": 3.0}, 1)
+    assert values(means) == {"loss": 3.0}
+
+
+def test_a_figure_without_a_place_is_refused_by_name():
+    with pytest.raises(KeyError, match="los"):
+        FigureMeans(("loss", "accuracy")).update({"los": 1.0}, 1)
+
+
+STATS: dict[str, Any] = {
+    "residual": torch.tensor([1.0, 2.0, 3.0, 4.0]),
+    "relative_residual": torch.tensor([0.0, 0.25, 0.5, 0.25]),
+    "steps": torch.tensor([1, 2, 3, 4]),
+    "nfe": torch.tensor([3, 4, 10, 5]),
+    "status": torch.tensor([Status.CONVERGED, Status.STEP_LIMIT, Status.DIVERGED, Status.STALLED]),
+}
+
+
+def test_the_solvers_figures_are_means_over_the_samples():
+    z = torch.zeros(4, 2)
+    figures = solver_figures(Solution(value=z, z0=z, defect=z, **STATS))
+    # (3 + 4 + 10 + 5) / 4; (0 + ¼ + ½ + ¼) / 4; all but the first
+    assert floats(figures) == {"nfe": 5.5, "residual": 0.25, "unconverged": 0.75}
+
+
+def test_the_adjoints_figures_are_means_over_the_samples():
+    figures = backward_figures(SolveStats(**STATS))
+    assert floats(figures) == {
+        "nfe_backward": 5.5,
+        "residual_backward": 0.25,
+        "unconverged_backward": 0.75,
+    }
+
+
+def test_a_pass_of_fixed_depth_converges_nowhere_and_is_counted_unconverged_nowhere():
+    model = DEQChain(deq=DeepEquilibriumNetwork(DenseCell(4), depth=3))
+    _, solution = model(torch.randn(5, 4))
+    assert not solution.converged.any()
+    figures = solver_figures(solution)
+    assert floats(figures) == {
+        "nfe": 3.0,
+        "residual": solution.relative_residual.mean().item(),
+        "unconverged": 0.0,
+    }
+
+
+def floats(figures: dict[str, Tensor]) -> dict[str, float]:
+    return {name: figure.item() for name, figure in figures.items()}

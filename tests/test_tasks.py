@@ -1,0 +1,376 @@
+"""What tasks minimize, what they report, and what they refuse."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork
+from fastdeq.adjoints import AbstractAdjoint, JacobianFree
+from fastdeq.callbacks import StepTimer
+from fastdeq.data.batches import Batch, Batches
+from fastdeq.layers import DenseCell
+from fastdeq.regularizers import residual_loss, skip_loss
+from fastdeq.tasks import AbstractTask, ClassificationTask, LossWeights, RegressionTask
+
+CLASSES, FEATURES, WIDTH = 3, 2, 4
+KINDS = (ClassificationTask, RegressionTask)
+
+
+def network(
+    start: str = "explicit", adjoint: AbstractAdjoint | None = None, outputs: int = CLASSES
+) -> DEQChain:
+    """Stem, equilibrium and head on four features; the solve starts as `start` says."""
+    cell = DenseCell(WIDTH)
+    if start == "explicit":
+        deq = SkipDeepEquilibriumNetwork(cell, nn.Linear(WIDTH, WIDTH), adjoint=adjoint)
+    elif start == "first":
+        deq = SkipDeepEquilibriumNetwork(cell, adjoint=adjoint)
+    else:
+        deq = DeepEquilibriumNetwork(cell, adjoint=adjoint)
+    return DEQChain(stem=nn.Linear(FEATURES, WIDTH), deq=deq, head=nn.Linear(WIDTH, outputs))
+
+
+def make_task(
+    kind: type[AbstractTask] = ClassificationTask,
+    *,
+    model: DEQChain | None = None,
+    lr: float = 0.0,
+    **weights: Any,
+) -> AbstractTask:
+    """A task around `network()`; with the learning rate 0 its parameters stay what they are."""
+    return kind(
+        model=network() if model is None else model,
+        optimizer=partial(torch.optim.SGD, lr=lr),
+        weights=LossWeights(**weights),
+    )
+
+
+def samples(n: int, kind: type[AbstractTask] = ClassificationTask) -> Batch:
+    """The same n samples whenever asked."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, FEATURES, generator=generator)
+    if issubclass(kind, ClassificationTask):
+        return Batch(x, torch.randint(CLASSES, (n,), generator=generator))
+    return Batch(x, torch.randn(n, CLASSES, generator=generator))
+
+
+class Listed:
+    """Batches in this order (of a plain list, Lightning makes a loader of each entry)."""
+
+    def __init__(self, *batches: Batch) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def make_trainer(folder: Path, **options: Any) -> Trainer:
+    """A silent trainer on the CPU that writes nothing by itself."""
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "max_epochs": 1,
+        "default_root_dir": folder,
+    }
+    return Trainer(**quiet | options)
+
+
+def figures_of(trainer: Trainer, stage: str) -> dict[str, float]:
+    """What the epoch's end has logged, without the stage's prefix."""
+    return {
+        name.removeprefix(f"{stage}/"): value.item()
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(f"{stage}/")
+    }
+
+
+def trained(task: AbstractTask, batches: Iterable[Batch], folder: Path, **options: Any) -> Trainer:
+    """Train an epoch of these batches, from the same random state, without validation."""
+    torch.manual_seed(1)
+    trainer = make_trainer(folder, **{"limit_val_batches": 0} | options)
+    loader = Listed(*batches)
+    trainer.fit(task, train_dataloaders=loader, val_dataloaders=loader)
+    return trainer
+
+
+def train_figures(
+    task: AbstractTask, batches: Iterable[Batch], folder: Path, **options: Any
+) -> dict[str, float]:
+    return figures_of(trained(task, batches, folder, **options), "train")
+
+
+def evaluated(task: AbstractTask, batches: Iterable[Batch], folder: Path) -> dict[str, float]:
+    trainer = make_trainer(folder)
+    loader = batches if isinstance(batches, Batches) else Listed(*batches)
+    trainer.validate(task, dataloaders=loader, verbose=False)
+    return figures_of(trainer, "val")
+
+
+def untimed(figures: dict[str, float]) -> dict[str, float]:
+    return {name: figure for name, figure in figures.items() if "seconds" not in name}
+
+
+# The loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"), [(ClassificationTask, cross_entropy), (RegressionTask, mse_loss)]
+)
+def test_the_criterion_is_torchs(kind, loss):
+    x, targets, _ = samples(5, kind)
+    task = make_task(kind)
+    prediction, _ = task.model(x)
+    assert torch.equal(task.criterion(prediction, targets), loss(prediction, targets))
+    assert torch.equal(task.training_step(Batch(x, targets), 0), loss(prediction, targets))
+
+
+def test_the_accuracy_is_the_share_of_largest_logits_at_the_label_and_regression_has_none():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 2.0], [5.0, 1.0, 2.0]])
+    labels = torch.tensor([0, 1, 1, 0])
+    assert make_task().scores(logits, labels) == {"accuracy": torch.tensor(0.75)}
+    assert make_task(RegressionTask).scores(logits, logits) == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_the_sum_of_its_logged_parts(kind, tmp_path):
+    task = make_task(kind, skip=0.5, jacobian=0.25, residual=2.0)
+    figures = train_figures(task, [samples(5, kind)], tmp_path)
+    parts = [figures[f"loss_{name}"] for name in ("task", "skip", "jacobian", "residual")]
+    assert all(part > 0 for part in parts)
+    # Four float32 numbers are added: an error of some 6e-8 of their sum at each addition.
+    assert figures["loss"] == pytest.approx(sum(parts), rel=1e-6)
+
+
+def test_the_parts_are_weight_times_regularizer(tmp_path):
+    model, batch = network(), samples(5)
+    once = train_figures(
+        make_task(model=model, skip=1.0, jacobian=1.0, residual=1.0), [batch], tmp_path
+    )
+    task = make_task(model=model, skip=0.5, jacobian=0.25, residual=4.0)
+    weighted = train_figures(task, [batch], tmp_path)
+    _, solution = model(batch.inputs)
+    # Powers of two scale floating-point numbers exactly, and the draws of ε were the same.
+    assert once["loss_skip"] == skip_loss(solution).item()
+    assert weighted["loss_skip"] == 0.5 * once["loss_skip"]
+    assert once["loss_residual"] == residual_loss(solution).item()
+    assert weighted["loss_residual"] == 4 * once["loss_residual"]
+    assert weighted["loss_jacobian"] == 0.25 * once["loss_jacobian"] > 0
+    assert weighted["loss_task"] == once["loss_task"]
+
+
+def test_parts_without_a_weight_are_not_logged(tmp_path):
+    figures = train_figures(make_task(), [samples(5)], tmp_path)
+    assert {name for name in figures if name.startswith("loss")} == {"loss", "loss_task"}
+
+
+def test_the_weight_of_a_batch_scales_its_loss():
+    x, targets, _ = samples(5)
+    task = make_task(skip=0.5)
+    whole = task.training_step(Batch(x, targets, 1.0), 0)
+    assert torch.equal(task.training_step(Batch(x, targets, 0.5), 0), 0.5 * whole)
+    assert torch.equal(task.training_step(Batch(x, targets, 2.0), 0), 2 * whole)
+
+
+@pytest.mark.parametrize("adjoint", [None, JacobianFree()])
+def test_a_batch_that_stands_in_gives_zero_gradients_to_all_parameters(adjoint):
+    # All parameters, and not none: DistributedDataParallel waits for each of them.
+    x, targets, _ = samples(5)
+    model = network(adjoint=adjoint)
+    task = make_task(model=model, skip=0.5, jacobian=0.25, residual=1.0)
+    task.training_step(Batch(x, targets, 0.0), 0).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_a_batch_that_stands_in_adds_nothing_to_the_figures(tmp_path):
+    batch, other = samples(5), samples(6)
+    task = make_task(skip=0.5, jacobian=0.25)
+    alone = train_figures(task, [batch], tmp_path)
+    accompanied = train_figures(task, [batch, other._replace(weight=0.0)], tmp_path)
+    assert untimed(accompanied) == untimed(alone)
+    evaluations = [batch, other._replace(weight=0.0)]
+    assert untimed(evaluated(task, evaluations, tmp_path)) == untimed(
+        evaluated(task, [batch], tmp_path)
+    )
+
+
+def test_a_skip_loss_needs_a_model_that_predicts():
+    with pytest.raises(ValueError, match=r"model=skip_deq.*loss=plain"):
+        make_task(model=network("zeros"), skip=0.1)
+    make_task(model=network("first"), skip=0.1)
+
+
+def test_parameters_are_idle_where_no_loss_draws_the_explicit_network_to_the_equilibrium():
+    for start, skip, unused in (
+        ("explicit", 0.0, True),
+        ("explicit", 0.1, False),
+        ("first", 0.0, False),
+        ("zeros", 0.0, False),
+    ):
+        task = make_task(model=network(start), skip=skip)
+        assert task.leaves_parameters_unused == unused, (start, skip)
+        task.training_step(samples(5), 0).backward()
+        idle = [name for name, p in task.named_parameters() if p.grad is None]
+        assert bool(idle) == unused, (start, skip)
+
+
+# The figures
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_figures_of_uneven_batches_are_those_of_the_whole_set(kind, tmp_path):
+    x, targets, _ = samples(25, kind)
+    targets = targets.double() if targets.is_floating_point() else targets
+    task = make_task(kind, model=network().double())
+    whole = untimed(evaluated(task, Batches(x.double(), targets, batch_size=25), tmp_path))
+    parts = untimed(evaluated(task, Batches(x.double(), targets, batch_size=7), tmp_path))
+    assert {"loss", "nfe", "residual", "unconverged", "explicit_loss"} <= set(whole)
+    # Every sample is solved as if it were alone. What is left is the rounding of a few float32
+    # means, 6e-8 each (the solves are in float64, where a batch's size moves only the 16th digit).
+    assert parts == pytest.approx(whole, rel=1e-6)
+
+
+def test_the_explicit_figures_are_those_of_the_head_on_z0(tmp_path):
+    model, (x, labels, _) = network(), samples(20)
+    figures = evaluated(make_task(model=model), [Batch(x, labels)], tmp_path)
+    stem, deq, head = model.children()
+    assert isinstance(deq, DeepEquilibriumNetwork)
+    network_of_z0 = deq.initializer.network
+    assert isinstance(network_of_z0, nn.Module)
+    with torch.no_grad():
+        logits = head(network_of_z0(stem(x)))
+        solved, _ = model(x)
+    assert figures["explicit_loss"] == cross_entropy(logits, labels).item()
+    right: Tensor = logits.argmax(dim=1) == labels
+    assert figures["explicit_accuracy"] == right.float().mean().item()
+    assert figures["loss"] == cross_entropy(solved, labels).item() != figures["explicit_loss"]
+
+
+def test_a_model_that_predicts_nothing_has_no_explicit_figures(tmp_path):
+    figures = evaluated(make_task(model=network("zeros")), [samples(5)], tmp_path)
+    assert not [name for name in figures if name.startswith("explicit")]
+
+
+@pytest.mark.parametrize(("adjoint", "solves"), [(None, True), (JacobianFree(), False)])
+def test_the_figures_of_the_backward_solve_come_with_an_adjoint_that_solves(
+    adjoint, solves, tmp_path
+):
+    figures = train_figures(make_task(model=network(adjoint=adjoint)), [samples(5)], tmp_path)
+    names = ("nfe_backward", "residual_backward", "unconverged_backward", "backward_seconds")
+    assert [name in figures for name in names] == [solves] * 4
+    if solves:
+        assert figures["backward_seconds"] > 0
+
+
+def test_a_training_step_takes_longer_than_its_two_solves(tmp_path):
+    batches = [samples(5), samples(6)]
+    figures = train_figures(make_task(), batches, tmp_path, callbacks=[StepTimer()])
+    assert figures["solve_seconds"] > 0
+    assert figures["solve_seconds"] + figures["backward_seconds"] < figures["seconds"]
+
+
+def test_a_prediction_takes_longer_than_its_solve(tmp_path):
+    figures = evaluated(make_task(), [samples(5), samples(6)], tmp_path)
+    assert 0 < figures["solve_seconds"] < figures["seconds"]
+    assert figures["explicit_seconds"] > 0
+
+
+def test_a_solve_takes_time_and_a_pass_of_fixed_depth_reports_none():
+    model, (x, _, _) = network(), samples(5)
+    prediction, solution = model(x)
+    assert solution.seconds > 0
+    prediction.sum().backward()
+    assert solution.backward.stats is not None
+    assert solution.backward.stats.seconds > 0
+    model.equilibrium.depth = 3
+    assert model(x)[1].seconds == 0
+
+
+def test_the_figures_of_a_step_come_at_every_nth_or_never(tmp_path):
+    for every, logged in ((1, True), (3, True), (4, False), (0, False)):
+        options = {"log_every_n_steps": every, "callbacks": [StepTimer()]}
+        trainer = trained(make_task(), [samples(5)] * 3, tmp_path, **options)
+        names = {name for name in trainer.callback_metrics if name.startswith("step/")}
+        assert ({"step/loss", "step/lr", "step/nfe", "step/seconds"} <= names) == logged, every
+        assert bool(names) == logged, every
+
+
+# Model and data
+
+
+def with_targets(targets: Tensor) -> Batch:
+    return Batch(samples(4).inputs, targets)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "cure"),
+    [
+        (
+            ClassificationTask,
+            Batch(torch.randn(4, 7), torch.arange(4)),
+            r"does not take inputs of shape \(7,\).*choose the arch",
+        ),
+        (ClassificationTask, with_targets(torch.randn(4)), "use task=regression"),
+        (ClassificationTask, with_targets(torch.randn(4, CLASSES)), "use task=regression"),
+        (ClassificationTask, with_targets(torch.zeros(4, 1).long()), "use task=regression"),
+        (ClassificationTask, with_targets(torch.zeros(4).int()), r"targets\.long\(\)"),
+        (
+            ClassificationTask,
+            with_targets(torch.tensor([0, 1, 2, CLASSES])),
+            r"predicts \(3,\).*has a class 3.*sizes\.outputs outputs",
+        ),
+        (RegressionTask, with_targets(torch.arange(4)), "use task=classification"),
+        (
+            RegressionTask,
+            with_targets(torch.randn(4, 5)),
+            r"predicts \(3,\).*targets are \(5,\).*sizes\.outputs outputs",
+        ),
+    ],
+)
+def test_data_that_does_not_go_with_the_model_is_refused_with_the_cure(kind, batch, cure):
+    with pytest.raises(ValueError, match=cure):
+        make_task(kind).check_model(batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_that_goes_with_the_model_passes(kind):
+    make_task(kind).check_model(samples(4, kind))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fits", [True, False])
+def test_checking_a_model_leaves_it_and_the_random_state_as_they_were(training, fits):
+    model = DEQChain(nn.Dropout(), *network().children())
+    model.train(training)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    task = make_task(model=model)
+    batch = samples(4) if fits else Batch(torch.randn(4, 7), torch.arange(4))
+    state = torch.get_rng_state()
+    try:
+        task.check_model(batch)
+    except ValueError:
+        assert not fits
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training == training for module in model.modules())
+    for old, parameter in zip(before, model.parameters(), strict=True):
+        assert torch.equal(parameter, old)
+        assert parameter.grad is not None
+        assert (parameter.grad == 1).all()
