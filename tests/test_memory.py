@@ -39,10 +39,12 @@ def ready(**settings) -> Numbers:
     return data
 
 
-def on_rank(rank: int, ranks: int, **settings) -> Numbers:
+def on_rank(rank: int, ranks: int, overfit_batches: int = 0, **settings) -> Numbers:
     data = Numbers(**settings)
     strategy = Mock(root_device=torch.device("cpu"))
-    data.trainer = Mock(strategy=strategy, global_rank=rank, world_size=ranks, overfit_batches=0.0)
+    data.trainer = Mock(
+        strategy=strategy, global_rank=rank, world_size=ranks, overfit_batches=overfit_batches
+    )
     data.setup()
     return data
 
@@ -124,8 +126,7 @@ def test_epochs_are_shuffled_anew():
 
 
 def test_under_overfit_batches_every_epoch_repeats_the_same_batches():
-    data = on_rank(0, 1, batch_size=4)
-    data.trainer.overfit_batches = 1
+    data = on_rank(0, 1, overfit_batches=1, batch_size=4)
     batches = data.train_dataloader()
     first, second = (next(iter(batches)).targets.tolist() for _ in range(2))
     assert first == second
