@@ -1,10 +1,26 @@
 """What holds for every test."""
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from tests.commands import CommandLine
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Each test starts from the same random state, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> CommandLine:
+    """``command("model=deq")`` runs ``python train.py model=deq`` in a folder of its own."""
+    for name in ("FASTDEQ_DATA", "FASTDEQ_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    return CommandLine(tmp_path / "here", capsys, monkeypatch)

@@ -125,7 +125,8 @@ def _check_parts(
         load_weights(task, checkpoint)
     with _blamed_on("data"):
         data.prepare_data()
-    task.check_model(data.sample_batch())
+        batch = data.sample_batch()
+    task.check_model(batch)
 
 
 @contextmanager

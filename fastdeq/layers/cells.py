@@ -11,10 +11,13 @@ class DenseCell(nn.Module):
     experiment (arXiv 2201.12240, §4.1).
 
     width: features of z and of x, both (B, width). 2 · width² parameters.
+
+    Raises: ValueError for a width below 1.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        _require_sizes(width=width)
         self.state = nn.Linear(width, width, bias=False)
         self.injection = nn.Linear(width, width, bias=False)
 
@@ -29,7 +32,7 @@ class TwoLayerCell(nn.Module):
     width: features of z and of x, both (B, width). hidden: rows of W₁ and U. activation: σ.
     output_bias: whether there is b₂.
 
-    Raises: ValueError for another activation.
+    Raises: ValueError for another activation, and for sizes below 1.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class TwoLayerCell(nn.Module):
         output_bias: bool = True,
     ) -> None:
         super().__init__()
+        _require_sizes(width=width, hidden=hidden)
         if activation not in ("relu", "tanh"):
             raise ValueError(f"activation is {activation!r}, but must be 'relu' or 'tanh'")
         self.state = nn.Linear(width, hidden, bias=False)
@@ -50,3 +54,9 @@ class TwoLayerCell(nn.Module):
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         y: Tensor = self.output(self.activation(self.state(z) + self.injection(x)))
         return y
+
+
+def _require_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:  # torch would make a layer without weights, or fail without the name
+            raise ValueError(f"{name} is {size}, but must be at least 1")
