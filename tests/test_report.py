@@ -72,15 +72,21 @@ def test_figures_are_shown_in_their_units():
     assert cells == [*train, *test, "50.00 %", "0.7500", "1.0"]
 
 
-@pytest.mark.parametrize("absent", [None, math.nan])
 @pytest.mark.parametrize("name", sorted(FIGURES))
-def test_a_missing_figure_leaves_its_place_blank_and_the_others_where_they_are(name, absent):
+def test_a_missing_figure_leaves_its_place_blank_and_the_others_where_they_are(name):
     figures = {key: value for key, value in FIGURES.items() if key != name}
-    if absent is not None:
-        figures[name] = absent
     whole, line = row(full(), "1/2", FIGURES), row(full(), "1/2", figures)
     kept = [place for place in ends(whole) if place in ends(line)]
     assert len(kept) == len(ends(whole)) - 1 == len(ends(line))
+
+
+@pytest.mark.parametrize(
+    ("broken", "shown"), [(math.nan, "nan"), (math.inf, "inf"), (6.8e29, "6.8e+29")]
+)
+def test_the_loss_of_a_run_that_diverges_is_shown_in_its_place(broken, shown):
+    line = row(full(), "1/2", {**FIGURES, "val/loss": broken})
+    assert f" {shown} " in line
+    assert ends(line) == ends(row(full(), "1/2", FIGURES))
 
 
 def test_a_row_without_figures_is_its_name():

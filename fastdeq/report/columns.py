@@ -22,8 +22,12 @@ class Column:
     def cell(self, figures: Figures) -> str:
         """The figure as text, right-aligned; blank where there is none."""
         value = figures.get(self.figure)
-        missing = value is None or math.isnan(value)
-        return f"{'' if missing else self.text.format(self.factor * value):>{self.width}}"  # type: ignore[operator]
+        if value is None:
+            return " " * self.width
+        text = self.text.format(self.factor * value)
+        if len(text) >= self.width or math.isnan(value):  # of a run that diverges
+            text = f"{self.factor * value:.1e}"
+        return f"{text:>{self.width}}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""``python train.py -m``: a job for each combination, a table at the end, failures told apart."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.commands import SHORT, Answer, CommandLine
+
+
+def folders(answer: Answer) -> list[Path]:
+    return [path.parent for path in answer.files if path.name == "summary.json"]
+
+
+def sweep_folder(command: CommandLine) -> Path:
+    (folder,) = (command.folder / "outputs" / "multirun").iterdir()
+    return folder
+
+
+def test_a_sweep_over_models_and_seeds_ends_with_their_means(command: CommandLine) -> None:
+    answer = command("-m", *SHORT, "model=deq,skip_deq,skip_reg_deq", "seed=1,2")
+    assert answer.status == 0
+    runs = folders(answer)
+    assert len(runs) == 6
+    table = [line for line in answer.out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["deq", "skip_deq", "skip_reg_deq"]
+    assert all("±" in line for line in table[2:])
+    written = sweep_folder(command)
+    assert sorted(path.name for path in written.iterdir()) == [
+        *("jobs", "multirun.yaml", "table.csv", "table.md")
+    ]
+    assert (written / "table.md").read_text().splitlines() == table
+    accuracies = [
+        json.loads((run / "summary.json").read_text())["figures"]["test/accuracy"]
+        for run in runs
+        if json.loads((run / "summary.json").read_text())["choices"]["model"] == "deq"
+    ]
+    with (written / "table.csv").open() as lines:
+        row = next(csv.DictReader(lines))
+    assert row["runs"] == "2"
+    assert f"{50 * sum(accuracies):.2f} ±" in row["test accuracy %"]
+
+
+def test_a_failing_job_stops_no_other_and_is_named_at_the_end(command: CommandLine) -> None:
+    answer = command("-m", *SHORT, "solver=lbroyden,newton_krylov,anderson", "adjoint=unrolled")
+    assert answer.status == 1
+    assert len(folders(answer)) == 2
+    assert answer.out.count("\njob ") == 3
+    last = answer.err.splitlines()[-1]
+    assert last.startswith("job 1 failed (")
+    assert "solver=newton_krylov" in last
+    assert "Implicit adjoint" in last
+    failed = json.loads((sweep_folder(command) / "jobs" / "1.json").read_text())
+    assert failed["folder"] is None
+    assert "Implicit adjoint" in failed["error"]
+
+
+@pytest.mark.parametrize("sweep", ["mnist_fc", "polynomial_fitting"])
+def test_the_shipped_grids_are_three_models_with_and_without_jacobian_over_three_seeds(
+    command: CommandLine, sweep: str
+) -> None:
+    answer = command(f"sweep={sweep}", "--cfg", "hydra", "--package", "hydra.sweeper.params")
+    assert answer.status == 0
+    grid = {key: set(values.split(",")) for key, values in OmegaConf.create(answer.out).items()}
+    assert grid["model"] == {"deq", "skip_deq", "skip_reg_deq"}
+    assert grid["loss.jacobian"] == {"0.0", "1.0"}
+    assert len(grid["seed"]) == 3
+
+
+def test_a_shipped_grid_can_be_narrowed_and_shortened(command: CommandLine) -> None:
+    short = ("data.samples=64", "data.test_samples=16", "trainer.max_epochs=1")
+    answer = command(
+        *("-m", "sweep=polynomial_fitting", "seed=1", "loss.jacobian=0.0", *short),
+        "trainer.accelerator=cpu",
+    )
+    assert answer.status == 0, answer.err
+    runs = folders(answer)
+    models = [json.loads((run / "summary.json").read_text())["choices"]["model"] for run in runs]
+    assert sorted(models) == ["deq", "skip_deq", "skip_reg_deq"]
+    assert {run.parent.parent.name for run in runs} == {"polynomial_fitting"}
