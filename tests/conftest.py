@@ -1,5 +1,11 @@
 """What holds for every test."""
 
+import os
+
+# The tests' tensors are small: threads that wait for each other are most of their time, above all
+# where several tests run beside each other. Before torch is imported; child processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
