@@ -10,16 +10,18 @@ from fastdeq.layers.initializers import (
     Zeros,
 )
 from fastdeq.layers.multiscale import (
-    MultiScaleCell,
     MultiScaleDeepEquilibriumNetwork,
     MultiScaleSkipDeepEquilibriumNetwork,
 )
+from fastdeq.layers.multiscale_cell import MultiScaleCell
 from fastdeq.layers.residual import (
     MultiScaleExplicitNetwork,
     MultiScaleResidualCell,
     MultiScaleResidualNetwork,
     image_scales,
 )
+from fastdeq.layers.side_by_side import SideBySideCell, WidthStackedDEQ
+from fastdeq.layers.unrolled import UnrolledNetwork
 from fastdeq.layers.variational_dropout import VariationalDropout
 from fastdeq.layers.weight_norm import weight_norm
 
@@ -36,9 +38,12 @@ __all__ = [
     "MultiScaleResidualCell",
     "MultiScaleResidualNetwork",
     "MultiScaleSkipDeepEquilibriumNetwork",
+    "SideBySideCell",
     "SkipDeepEquilibriumNetwork",
     "TwoLayerCell",
+    "UnrolledNetwork",
     "VariationalDropout",
+    "WidthStackedDEQ",
     "Zeros",
     "image_scales",
     "weight_norm",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastdeq.fixed_point import fixed_depth
 from fastdeq.layers.call import CellCall, check_cell
-from fastdeq.layers.initializers import AbstractInitializer, Zeros
+from fastdeq.layers.initializers import AbstractInitializer, zeros_of
 from fastdeq.layers.weight_norm import parametrizations_cached
 from fastdeq.notation import State, StateMap
 from fastdeq.regularizers import jacobian_loss as hutchinson
@@ -20,7 +20,7 @@ class AbstractCellLayer(nn.Module):
     """From x to a state, by evaluations of one cell from z₀; `evolve` says how.
 
     cell: f, an nn.Module called as cell(z, x), that returns a state of the shape of z.
-    initializer: makes z₀; by default zeros of the input's shape.
+    initializer: makes z₀; by default zeros, of the cell's scales or else of the input's shape.
     depth: while it is set (an attribute that may change at any time), the cell is unrolled so many
         times from z₀ with ordinary backpropagation instead (pretraining).
 
@@ -42,7 +42,7 @@ class AbstractCellLayer(nn.Module):
                 "or an explicit network to SkipDeepEquilibriumNetwork"
             )
         self.cell = cell
-        self.initializer = Zeros() if initializer is None else initializer
+        self.initializer = zeros_of(cell) if initializer is None else initializer
         self.depth = depth
 
     @abstractmethod

@@ -4,6 +4,7 @@
 All take and return images (B, C, H, W).
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
@@ -19,6 +20,19 @@ what is evaluated is what was trained. `group`: every sample by itself."""
 
 _GROUPS, _GROUPS_AFTER_FUSION = 8, 4
 _STD = 0.01  # of all convolutions' weights, as published
+
+
+def check_channels(**lists: Sequence[int]) -> None:
+    """Raises: ValueError for what is no list of whole numbers of at least 1, by its name."""
+    for name, numbers in lists.items():
+        if (
+            not isinstance(numbers, Sequence)
+            or not numbers
+            or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in numbers)
+        ):
+            raise ValueError(
+                f"{name} is {numbers!r}, but must list whole numbers of at least 1, one a scale"
+            )
 
 
 def convolution(
@@ -73,7 +87,7 @@ class ResidualBlock(nn.Module):
     and K₂. dropout: p of `VariationalDropout`. Called as block(z, x), or block(z) where nothing is
     injected.
 
-    Raises: ValueError for an injection of another shape than z.
+    Raises: ValueError for an expansion below 1, and for an injection of another shape than z.
     """
 
     def __init__(
@@ -86,6 +100,8 @@ class ResidualBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if expansion < 1:
+            raise ValueError(f"expansion is {expansion}, but must be at least 1")
         wide = expansion * channels
         self.widen = convolution(channels, wide)
         self.norm1 = normalization_layer(normalization, wide)

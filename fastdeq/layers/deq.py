@@ -14,6 +14,7 @@ from fastdeq.layers.initializers import (
     ExplicitNetwork,
     FirstEvaluation,
     Zeros,
+    zeros_of,
 )
 from fastdeq.notation import State, StateMap
 from fastdeq.solution import Solution
@@ -72,7 +73,7 @@ def SkipDeepEquilibriumNetwork(
     """A DEQ whose solver starts at a prediction (Pal et al. 2022, arXiv 2201.12240, §3.2).
 
     explicit: the network g_φ, x ↦ z₀ (Skip DEQ). None takes z₀ = f(0, x) (Skip Reg.), with `zeros`
-        to make the 0 where the state has not the input's shape.
+        to make the 0 where the state has neither the cell's scales nor the input's shape.
 
     Train it with `regularizers.skip_loss`, which draws prediction and equilibrium together; nothing
     else trains g_φ, since z* does not depend on z₀. The other arguments and the errors are those of
@@ -80,7 +81,11 @@ def SkipDeepEquilibriumNetwork(
     """
     if explicit is not None and zeros is not None:
         raise ValueError("an explicit network makes z₀ itself: leave out `zeros`")
-    initializer = FirstEvaluation(zeros) if explicit is None else ExplicitNetwork(explicit)
+    initializer: AbstractInitializer
+    if explicit is None:
+        initializer = FirstEvaluation(zeros_of(cell) if zeros is None else zeros)
+    else:
+        initializer = ExplicitNetwork(explicit)
     return DeepEquilibriumNetwork(
         cell, solver=solver, adjoint=adjoint, initializer=initializer, depth=depth
     )

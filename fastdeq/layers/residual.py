@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from fastdeq.layers.blocks import (
     Normalization,
     ResidualBlock,
+    check_channels,
     downsample,
     group_count,
     post_fusion,
     upsample,
 )
-from fastdeq.layers.multiscale import MultiScaleCell
+from fastdeq.layers.multiscale_cell import MultiScaleCell
 
 
 def image_scales(
@@ -33,8 +34,7 @@ def image_scales(
             f"multiscale cells take images [channels, height, width], but the data are "
             f"{list(image)}: use data of images, or another arch"
         )
-    if not channels or any(not isinstance(c, int) or c < 1 for c in channels):
-        raise ValueError(f"channels is {channels!r}, but must list at least one number above 0")
+    check_channels(channels=channels)
     if downsample_times < 0:
         raise ValueError(f"downsample_times is {downsample_times}, but must be at least 0")
     _, height, width = image
@@ -95,6 +95,8 @@ class MultiScaleExplicitNetwork(nn.Module):
     residual block of expansion 3 for scale 1, and downsampled for each of the others.
 
     Arguments as in `MultiScaleResidualCell`; dropout draws a new mask each call.
+
+    Raises: ValueError for channels that are no positive whole numbers.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class MultiScaleExplicitNetwork(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_channels(channels=channels)
         block = ResidualBlock(
             channels[0],
             3,
@@ -114,32 +117,37 @@ class MultiScaleExplicitNetwork(nn.Module):
             dropout=dropout,
         )
         others = range(1, len(channels))
-        self.scales = nn.ModuleList(
+        self.branches = nn.ModuleList(
             [block, *(_mapping(channels, 0, i, normalization) for i in others)]
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(predict(x) for predict in self.scales)
+        return tuple(predict(x) for predict in self.branches)
 
 
 class MultiScaleResidualNetwork(nn.Module):
-    """An explicit network with the blocks of `MultiScaleResidualCell`: each scale is the residual
-    block of the scale above, downsampled; x is (B, C₁, H, W), the result a tuple of scales.
+    """An ordinary residual network of the blocks of `MultiScaleResidualCell`: each scale is a
+    residual block of the scale above, downsampled. It takes and ignores a state, as a cell does.
 
-    Parameters: those of the cell without the mappings upwards, those over several scales, and the
-    1 × 1 convolutions after fusion. Arguments as in `MultiScaleResidualCell`.
+    Called as network(z, x), x (B, C₁, H, W); a tuple of scales. About as many parameters as the
+    cell: those between its scales, but to the next coarser one, and after fusion are left out.
+    Arguments and errors as `MultiScaleResidualCell`. To be used once: UnrolledNetwork(network,
+    steps=1).
     """
 
     def __init__(
         self,
+        image: Sequence[int],
         channels: Sequence[int],
         *,
         expansion: int,
+        downsample_times: int = 0,
         normalization: Normalization = "batch",
         weight_norm: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.scales = image_scales(image, channels, downsample_times)
         self.blocks = nn.ModuleList(
             ResidualBlock(
                 width,
@@ -154,12 +162,12 @@ class MultiScaleResidualNetwork(nn.Module):
             downsample(fine, coarse, 1, normalization) for fine, coarse in pairwise(channels)
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, z: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
         first, *others = self.blocks
-        scales = [first(x)]
+        y = [first(x)]
         for down, block in zip(self.downs, others, strict=True):
-            scales.append(block(down(scales[-1])))
-        return tuple(scales)
+            y.append(block(down(y[-1])))
+        return tuple(y)
 
 
 def _mapping(channels: Sequence[int], j: int, i: int, normalization: Normalization) -> nn.Module:

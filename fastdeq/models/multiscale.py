@@ -10,7 +10,13 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fastdeq.layers.blocks import Bottleneck, convolution, convolved, normalization_layer
+from fastdeq.layers.blocks import (
+    Bottleneck,
+    check_channels,
+    convolution,
+    convolved,
+    normalization_layer,
+)
 
 
 class MultiScaleStem(nn.Sequential):
@@ -22,9 +28,12 @@ class MultiScaleStem(nn.Sequential):
     batch's own statistics, in evaluation too.
 
     channels: of the scales of the cell.
+
+    Raises: ValueError for channels that are no positive whole numbers.
     """
 
     def __init__(self, inputs: int, channels: Sequence[int], downsample_times: int = 0) -> None:
+        check_channels(channels=channels)
         width, halvings = channels[0], downsample_times
         layers = [
             convolved(inputs if i == 0 else width, width, stride=2 if i < halvings else 1)
@@ -46,13 +55,15 @@ class MultiScaleHead(nn.Module):
 
     channels: C_i. hidden: of each bottleneck, which makes 4 times as many channels.
 
-    Raises: ValueError where `channels` and `hidden` differ in number.
+    Raises: ValueError where `channels` and `hidden` differ in number, or are no positive whole
+    numbers.
     """
 
     def __init__(
         self, channels: Sequence[int], hidden: Sequence[int], final: int, outputs: int
     ) -> None:
         super().__init__()
+        check_channels(channels=channels, hidden=hidden, final=[final])
         if len(channels) != len(hidden):
             raise ValueError(
                 f"there are {len(channels)} scales, channels {list(channels)}, but "
