@@ -21,10 +21,21 @@ GROUPS = {
     for folder in CONF.iterdir()
     if folder.is_dir() and folder.name not in ("base", "hydra")
 }
+IMAGENET = ["sizes.input=[3,64,64]"]  # 8 × 8 cannot be halved as often
 GOES_WITH = {
     "arch=dynamics": ["data=polynomial"],
     "arch=polynomial": ["data=polynomial"],
     "task=regression": ["data=polynomial"],
+    **{
+        f"model={model}": ["arch=digits_conv"]
+        for model in ("mdeq", "skip_mdeq", "skip_reg_mdeq", "residual")
+    },
+    **{
+        f"arch={arch}": ["model=skip_mdeq", "solver.max_steps=3", "adjoint.solver.max_steps=3"]
+        for arch in ("cifar_tiny", "mnist_conv", "digits_conv")
+    },
+    "arch=cifar_large": ["model=skip_mdeq", "adjoint=jfb", "solver.max_steps=1"],
+    "arch=imagenet_small": ["model=skip_mdeq", "adjoint=jfb", "solver.max_steps=1", *IMAGENET],
 }
 """What a choice needs beside it to make sense; the others go with the defaults."""
 

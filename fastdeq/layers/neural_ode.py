@@ -5,7 +5,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torchdiffeq import odeint_adjoint
 
 from fastdeq.fixed_point import unsolved
 from fastdeq.layers.base import AbstractCellLayer
@@ -14,6 +13,13 @@ from fastdeq.layers.initializers import AbstractInitializer
 from fastdeq.notation import State, StateMap
 from fastdeq.packing import Packing
 from fastdeq.solution import Solution
+
+try:
+    from torchdiffeq import odeint_adjoint
+except ImportError as error:
+    raise ImportError(
+        "neural ODEs need torchdiffeq: pip install torchdiffeq, or 'fastdeq[neural_ode]'"
+    ) from error
 
 Integrator: TypeAlias = Literal["dopri5", "bosh3", "dopri8", "adaptive_heun"]
 """Adaptive Runge–Kutta methods of torchdiffeq."""
