@@ -72,8 +72,8 @@ def test_another_normalization_is_refused_with_the_choices():
 def test_a_residual_block_is_its_formula(kind):
     block, z, x = ResidualBlock(6, 2, normalization=kind), images(), images()
     for norm in (block.norm1, block.norm2, block.norm3):
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
     h = block.narrow(torch.relu(block.norm1(block.widen(z))))
     torch.testing.assert_close(block(z, x), block.norm3(torch.relu(block.norm2(h + x) + z)))
     torch.testing.assert_close(block(z), block(z, torch.zeros_like(z)))

@@ -66,17 +66,22 @@ class NeuralODE(AbstractCellLayer):
         packing = Packing.of(z0)
         flow = _Flow(f, packing)
         start = packing.pack(z0)
-        options = {"max_num_steps": self.max_steps}
+        times = torch.tensor([0.0, 1.0], dtype=start.dtype, device=start.device)
+        # Steps that end on the times asked for: else the last one goes beyond, and what is returned
+        # is an interpolation of a lower order than the method's.
+        forward, backward = (
+            {"max_num_steps": self.max_steps, "step_t": end} for end in (times[1:], times[:1])
+        )
         try:
             path: Tensor = odeint_adjoint(
                 flow,
                 start,
-                torch.tensor([0.0, 1.0], dtype=start.dtype, device=start.device),
+                times,
                 rtol=self.tol,
                 atol=self.tol,
                 method=self.integrator,
-                options=options,
-                adjoint_options=dict(options),
+                options=forward,
+                adjoint_options=backward,
                 adjoint_params=_leaves(f),
             )
         except AssertionError as error:  # how torchdiffeq gives up
