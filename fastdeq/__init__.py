@@ -7,7 +7,12 @@ need the extra `experiment` and are not imported here.
 from fastdeq import adjoints, layers, models, regularizers, solvers
 from fastdeq.fixed_point import fixed_depth, fixed_point
 from fastdeq.krylov import GMRES, gmres
-from fastdeq.layers import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
+from fastdeq.layers import (
+    DeepEquilibriumNetwork,
+    MultiScaleDeepEquilibriumNetwork,
+    MultiScaleSkipDeepEquilibriumNetwork,
+    SkipDeepEquilibriumNetwork,
+)
 from fastdeq.models import DEQChain
 from fastdeq.solution import Solution, SolveStats, Status
 
@@ -17,6 +22,8 @@ __all__ = [
     "GMRES",
     "DEQChain",
     "DeepEquilibriumNetwork",
+    "MultiScaleDeepEquilibriumNetwork",
+    "MultiScaleSkipDeepEquilibriumNetwork",
     "SkipDeepEquilibriumNetwork",
     "Solution",
     "SolveStats",

@@ -69,8 +69,18 @@ def fixed_depth(f: StateMap, z0: State, *, depth: int) -> Solution:
     z = last = packing.pack(z0)
     for _ in range(depth):
         last, z = z, flat_f(z)
-    residual, size = sample_norm((z - last).detach()), sample_norm(z.detach())
     steps = torch.full((len(z),), depth, device=z.device)
+    return unsolved(packing, z0, last, z, steps=steps, nfe=steps.clone())
+
+
+def unsolved(
+    packing: Packing, z0: State, last: Tensor, z: Tensor, *, steps: Tensor, nfe: Tensor
+) -> Solution:
+    """What is known about z = f(last), both (B, D), where no equilibrium was asked for.
+
+    steps, nfe: (B,).
+    """
+    residual, size = sample_norm((z - last).detach()), sample_norm(z.detach())
     return Solution(
         value=packing.unpack(z),
         z0=z0,
@@ -78,7 +88,7 @@ def fixed_depth(f: StateMap, z0: State, *, depth: int) -> Solution:
         residual=residual,
         relative_residual=torch.where(residual == 0, 0.0, residual / size),
         steps=steps,
-        nfe=steps.clone(),
+        nfe=nfe,
         status=torch.full_like(steps, int(Status.NOT_SOLVED)),
     )
 

@@ -35,7 +35,8 @@ _SENTENCES = {
     "solver; the best iterate is returned.",
     Status.DIVERGED: "The iteration became non-finite or left the protected range: use another "
     "solver or a damped step, or regularize the Jacobian; the last good iterate is returned.",
-    Status.NOT_SOLVED: "No solve was asked for: the cell was unrolled to a fixed depth.",
+    Status.NOT_SOLVED: "No equilibrium was asked for: the cell was unrolled to a fixed depth, or "
+    "integrated to a fixed time.",
 }
 
 

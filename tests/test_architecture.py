@@ -40,6 +40,9 @@ LEVELS: dict[str, int | str] = {
 """A module or a package with all that is in it. A new one gets its line here."""
 
 LIBRARY = range(6)  # L0 to L5, which need torch alone
+EXTRAS = {"fastdeq.layers.neural_ode": {"torchdiffeq"}}
+"""Modules of the library that need more, and what: nothing in fastdeq imports them."""
+
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 LIGHTNING_ROOMS = ("fastdeq.tasks", "fastdeq.callbacks", "fastdeq.data", "fastdeq.experiment")
 HYDRA = {"hydra", "omegaconf"}
@@ -207,8 +210,14 @@ def test_the_library_needs_torch_alone(name):
     if level(name) not in LIBRARY and level(name) != DOOR:
         return
     roots = {target.split(".")[0] for target in targets(MODULES[name], MODULES)}
-    foreign = roots - set(sys.stdlib_module_names) - {"torch", "fastdeq"}
+    foreign = roots - set(sys.stdlib_module_names) - {"torch", "fastdeq"} - EXTRAS.get(name, set())
     assert not foreign, f"{name} is in L0 to L5 and imports {sorted(foreign)}"
+
+
+@every_module
+def test_a_module_that_needs_an_extra_is_imported_by_nobody(name):
+    wrong = targets(MODULES[name], MODULES) & set(EXTRAS)
+    assert not wrong, f"{name} imports {sorted(wrong)}, which needs an extra"
 
 
 @every_module

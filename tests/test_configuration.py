@@ -1,7 +1,9 @@
 """Every shipped YAML composes, builds what it names, and trains for a step."""
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fastdeq.adjoints import Implicit
+from fastdeq.experiment.explain import explain
 from fastdeq.solvers import Anderson
 from fastdeq.tasks import RegressionTask
 
@@ -21,14 +24,38 @@ GROUPS = {
     for folder in CONF.iterdir()
     if folder.is_dir() and folder.name not in ("base", "hydra")
 }
+IMAGENET = ["sizes.input=[3,64,64]"]  # 8 × 8 cannot be halved as often
 GOES_WITH = {
     "arch=dynamics": ["data=polynomial"],
     "arch=polynomial": ["data=polynomial"],
     "task=regression": ["data=polynomial"],
+    **{
+        f"model={model}": ["arch=digits_conv"]
+        for model in ("mdeq", "skip_mdeq", "skip_reg_mdeq", "residual")
+    },
+    **{
+        f"arch={arch}": ["model=skip_mdeq", "solver.max_steps=3", "adjoint.solver.max_steps=3"]
+        for arch in ("cifar_tiny", "mnist_conv", "digits_conv")
+    },
+    "arch=cifar_large": ["model=skip_mdeq", "adjoint=jfb", "solver.max_steps=1"],
+    "arch=imagenet_small": ["model=skip_mdeq", "adjoint=jfb", "solver.max_steps=1", *IMAGENET],
 }
 """What a choice needs beside it to make sense; the others go with the defaults."""
 
-CHOICES = [f"{group}={choice}" for group, choices in GROUPS.items() for choice in choices]
+NEEDS = {"model=neural_ode": "torchdiffeq"}
+"""Choices that need an extra that tests can do without."""
+
+
+def choice_of(group: str, choice: str) -> Any:
+    """As a parameter of a test, skipped where its extra is not installed."""
+    name = f"{group}={choice}"
+    missing = name in NEEDS and find_spec(NEEDS[name]) is None
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"{name} needs an extra"))
+
+
+CHOICES = [choice_of(group, choice) for group, choices in GROUPS.items() for choice in choices]
+MODELS = [choice_of("model", choice) for choice in GROUPS["model"]]
+MULTISCALE = ["mdeq", "skip_mdeq", "skip_reg_mdeq"]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -71,7 +98,7 @@ def one_step(cfg: DictConfig) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_composes_and_resolves(choice: str) -> None:
-    cfg = composed(choice)
+    cfg = composed(choice, *GOES_WITH.get(choice, ()))
     assert not OmegaConf.missing_keys(cfg)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
@@ -81,10 +108,67 @@ def test_every_choice_trains_for_a_step(choice: str) -> None:
     one_step(composed(choice, *GOES_WITH.get(choice, ())))
 
 
-@pytest.mark.parametrize("model", GROUPS["model"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("solver", ["lbroyden", "anderson", "tsit5"])
 def test_every_model_trains_with_every_kind_of_solver(model: str, solver: str) -> None:
-    one_step(composed(f"model={model}", f"solver={solver}", "loss.jacobian=0.1"))
+    beside = GOES_WITH.get(model, ())
+    one_step(composed(model, f"solver={solver}", "loss.jacobian=0.1", *beside))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("normalization", ["batch", "group"])
+def test_every_model_trains_on_several_scales_with_either_normalization(
+    model: str, normalization: str
+) -> None:
+    one_step(composed(model, "arch=digits_conv", f"arch.normalization={normalization}"))
+
+
+@pytest.mark.parametrize("model", MULTISCALE)
+@pytest.mark.parametrize("adjoint", ["implicit", "implicit_fixed_point"])
+@pytest.mark.parametrize(("normalization", "per_sample"), [("batch", False), ("group", True)])
+def test_samples_are_solved_one_by_one_where_the_normalization_lets_them(
+    model: str, adjoint: str, normalization: str, per_sample: bool
+) -> None:
+    for solver in GROUPS["solver"]:
+        cfg = composed(
+            f"model={model}",
+            f"adjoint={adjoint}",
+            f"solver={solver}",
+            "arch=digits_conv",
+            f"arch.normalization={normalization}",
+        )
+        assert cfg.solver.per_sample is per_sample
+        assert cfg.adjoint.solver.per_sample is per_sample
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["model=skip_mdeq"],
+            "the cell is a DenseCell, which has no scales: give a MultiScaleCell",
+        ),
+        (["arch=cifar_tiny", "solver.per_sample=true"], "set solver.per_sample=false"),
+        (["arch=cifar_tiny", "adjoint.solver.per_sample=true"], "set adjoint.solver.per_sample"),
+        (["arch=imagenet_small"], "images of 8 × 8 cannot be halved 5 times"),
+        (["arch=cifar_tiny", "data=polynomial"], "the data are [1]"),
+        (["arch=digits_conv", "arch.channels=[8]"], "there are 1 scales, channels [8], but 2 head"),
+        (["arch=digits_conv", "arch.channels=8"], "channels is 8, but must list"),
+        (["arch=digits_conv", "arch.normalization=layer"], "arch.normalizations.group"),
+        (["arch=digits_conv", "arch.expansion=0"], "expansion is 0"),
+        (["model=residual"], "there is no key 'arch.plain'; keys: arch.width"),
+    ],
+)
+def test_what_does_not_fit_a_multiscale_network_is_told_in_one_line(
+    overrides: list[str], sentence: str
+) -> None:
+    chosen = [] if any("model=" in override for override in overrides) else ["model=mdeq"]
+    cfg = composed(*chosen, *overrides)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (of several kinds; the line counts)
+        instantiate(OmegaConf.to_container(cfg, resolve=True)["task"], _convert_="all")  # type: ignore[call-overload,index]
+    line = explain(caught.value)
+    assert sentence in line
+    assert "\n" not in line
 
 
 @pytest.mark.parametrize("group", ["solver", "adjoint", "loss"])
@@ -127,6 +211,45 @@ def test_with_784_features_the_models_have_the_published_parameter_counts(
     cfg = composed(f"model={model}", "sizes.features=784")
     built = instantiate(cfg.model, _convert_="all")
     assert sum(parameter.numel() for parameter in built.parameters()) == count
+
+
+PUBLISHED = {
+    "cifar_tiny": ("[3,32,32]", 10, 163_546, 200_122),
+    "cifar_large": ("[3,32,32]", 10, 10_631_958, 11_186_774),
+    "imagenet_small": ("[3,224,224]", 1000, 17_912_456, 18_467_272),
+}
+"""The image, the classes, and the parameters without and with the skip network."""
+
+
+@pytest.mark.parametrize("arch", PUBLISHED)
+@pytest.mark.parametrize("model", [*MULTISCALE, "neural_ode"])
+@pytest.mark.parametrize("normalization", ["batch", "group"])
+def test_the_multiscale_models_have_the_published_parameter_counts(
+    arch: str, model: str, normalization: str
+) -> None:
+    if model == "neural_ode":
+        pytest.importorskip("torchdiffeq")
+    image, classes, plain, with_network = PUBLISHED[arch]
+    cfg = composed(
+        f"model={model}",
+        f"arch={arch}",
+        f"sizes.input={image}",
+        f"sizes.outputs={classes}",
+        f"arch.normalization={normalization}",
+    )
+    built = instantiate(cfg.model, _convert_="all")
+    wanted = with_network if model == "skip_mdeq" else plain
+    assert sum(parameter.numel() for parameter in built.parameters()) == wanted
+
+
+@pytest.mark.parametrize("arch", ["cifar_tiny", "cifar_large", "mnist_conv", "digits_conv"])
+def test_the_residual_network_has_about_as_many_parameters_as_the_cell(arch: str) -> None:
+    arch_cfg = composed("model=residual", f"arch={arch}", "sizes.input=[3,32,32]").arch
+    cell, plain = (
+        sum(p.numel() for p in instantiate(node, _convert_="all").parameters())
+        for node in (arch_cfg.cell, arch_cfg.plain)
+    )
+    assert 0.7 * cell < plain < cell
 
 
 @pytest.mark.parametrize(

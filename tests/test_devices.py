@@ -7,9 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdeq import DEQChain, SkipDeepEquilibriumNetwork, fixed_point
+from fastdeq import (
+    DEQChain,
+    MultiScaleSkipDeepEquilibriumNetwork,
+    SkipDeepEquilibriumNetwork,
+    fixed_point,
+)
 from fastdeq.adjoints import Implicit
-from fastdeq.layers import DenseCell
+from fastdeq.layers import DenseCell, MultiScaleExplicitNetwork, MultiScaleResidualCell
+from fastdeq.models import MultiScaleHead, MultiScaleStem
 from fastdeq.regularizers import jacobian_loss, skip_loss, spectral_radius
 from fastdeq.solvers import LimitedMemoryBroydenSolver
 from tests.problems import SOLVERS
@@ -56,6 +62,27 @@ def test_a_layer_trains_for_a_step_with_all_regularizers(backward, device):
     model = DEQChain(nn.Linear(5, 8), deq, nn.Linear(8, 3)).to(device)
     x = torch.randn(6, 5, device=device)
     logits, solution = model(x, jacobian_loss=True)
+    loss = logits.square().mean() + skip_loss(solution) + solution.jacobian_loss
+    loss.backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+
+
+@every_device
+@pytest.mark.parametrize("normalization", ["batch", "group"])
+def test_a_multiscale_network_trains_for_a_step(normalization, device):
+    channels = [4, 8]
+    cell = MultiScaleResidualCell(
+        [3, 8, 8], channels, expansion=2, normalization=normalization, weight_norm=True, dropout=0.2
+    )
+    explicit = MultiScaleExplicitNetwork(channels, normalization=normalization, weight_norm=True)
+    model = DEQChain(
+        MultiScaleStem(3, channels),
+        MultiScaleSkipDeepEquilibriumNetwork(cell, explicit),
+        MultiScaleHead(channels, [2, 4], 8, 5),
+    ).to(device)
+    logits, solution = model(torch.randn(6, 3, 8, 8, device=device), jacobian_loss=True)
     loss = logits.square().mean() + skip_loss(solution) + solution.jacobian_loss
     loss.backward()
     for parameter in model.parameters():

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("pytorch_lightning", "lightning", "hydra", "omegaconf", "h5py", "torchmetrics", "wandb")
+EXTRAS = (
+    "pytorch_lightning",
+    "lightning",
+    "hydra",
+    "omegaconf",
+    "h5py",
+    "torchmetrics",
+    "wandb",
+    "torchdiffeq",
+)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ TYPOS = {
     "+solver.tole=1e-3": ("'solver.tole'", "did you mean 'solver.tol'"),
     "+traner.max_epochs=3": ("'traner'", "did you mean 'trainer'"),
     "+optimizer.learning_rate=1": ("'optimizer.learning_rate'",),
-    "model=deqq": ("model=deqq", "did you mean 'deq'", "choices: deq, skip_deq"),
+    "model=deqq": ("model=deqq", "did you mean 'deq'", "choices: deq, ", "skip_deq"),
     "solver=brodyen": ("solver=brodyen", "did you mean 'broyden'"),
     "data=minst": ("data=minst", "did you mean 'mnist'"),
     "experiment=mnist": ("experiment=mnist", "mnist_fc"),

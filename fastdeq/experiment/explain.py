@@ -10,6 +10,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -64,7 +65,14 @@ def _instantiation(error: InstantiationException) -> str:
 
 
 def _resolution(error: InterpolationResolutionError) -> str:
-    return f"{error.full_key}: {str(error).splitlines()[0]}"
+    text = str(error).splitlines()[0]
+    found = re.fullmatch(r"Interpolation key '(.+)\.(.+)' not found", text)
+    if found and error.parent_node is not None:
+        keys = OmegaConf.select(error.parent_node._get_root(), found[1])
+        if isinstance(keys, DictConfig):
+            names = [f"{found[1]}.{name}" for name in map(str, keys)]
+            text = f"there is no key '{found[1]}.{found[2]}'{_listing('; keys', names)}"
+    return f"{error.full_key}: {text}"
 
 
 def _process(error: ProcessRaisedException) -> str:

@@ -203,8 +203,8 @@ def _announce(task: AbstractTask, trainer: lightning.Trainer, job: Job) -> None:
     LOG.info("run folder  %s", job.folder)
     LOG.info("device      %s%s", device, f" × {job.ranks}" if job.ranks > 1 else "")
     LOG.info("parameters  %s", f"{_count_parameters(task):,}")
-    LOG.info("solver      %s", layer.solver)
-    LOG.info("adjoint     %s", layer.adjoint)
+    for name, settings in layer.method.items():
+        LOG.info("%-11s %s", name, settings)
     LOG.info("loss        %s", task.weights)
 
 

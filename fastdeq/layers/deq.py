@@ -1,43 +1,39 @@
 """L4: the equilibrium layer, and its two skip variants as compositions."""
 
-from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdeq.adjoints import AbstractAdjoint, Implicit
-from fastdeq.fixed_point import check_settings, fixed_depth, fixed_point
-from fastdeq.layers.call import CellCall, check_cell
+from fastdeq.fixed_point import check_settings, fixed_point
+from fastdeq.krylov import GMRES
+from fastdeq.layers.base import AbstractCellLayer
+from fastdeq.layers.coupling import check_coupling, coupling
 from fastdeq.layers.initializers import (
     AbstractInitializer,
     ExplicitNetwork,
     FirstEvaluation,
     Zeros,
+    zeros_of,
 )
-from fastdeq.layers.weight_norm import parametrizations_cached
-from fastdeq.notation import State
-from fastdeq.regularizers import jacobian_loss as hutchinson
+from fastdeq.notation import State, StateMap
 from fastdeq.solution import Solution
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver
 
 
-class DeepEquilibriumNetwork(nn.Module):
+class DeepEquilibriumNetwork(AbstractCellLayer):
     """z* = f(z*, x), found by a solver and differentiated by an adjoint (Bai et al. 2019, arXiv
     1909.01377).
 
-    cell: f, an nn.Module called as cell(z, x), that returns a state of the shape of z.
-    solver, adjoint: settings; any of either (see `fastdeq.solvers`, `fastdeq.adjoints`).
-    initializer: where the solver starts; by default zeros of the input's shape.
-    depth: while it is set (an attribute that may change at any time), no equilibrium is solved for:
-        the cell is unrolled so many times from z₀ with ordinary backpropagation (pretraining).
+    cell, initializer, depth: as in `AbstractCellLayer`.
+    solver, adjoint: settings; any of either (see `fastdeq.solvers`, `fastdeq.adjoints`). By default
+        limited-memory Broyden and GMRES, with the `per_sample` that goes with the cell.
 
-    Through all evaluations of one call, backward's included, dropout masks and parametrized weights
-    are the same; running statistics of batch norms in the cell move once a call, at z*. A batch
-    norm that uses batch statistics couples the samples of a batch: use `per_sample=False` with it.
+    A batch norm that uses batch statistics couples the samples of a batch: use `per_sample=False`
+    with it. Where it always does (track_running_stats=False), anything else is refused.
 
-    Raises: TypeError for a cell that is no module, and for a solver, adjoint or initializer that is
-    none; ValueError for ordinary dropout in the cell.
+    Raises: as `AbstractCellLayer`; also TypeError for a solver or adjoint that is none, and
+    ValueError for `per_sample=True` with a cell that couples the samples in evaluation too.
     """
 
     def __init__(
@@ -49,56 +45,20 @@ class DeepEquilibriumNetwork(nn.Module):
         initializer: AbstractInitializer | None = None,
         depth: int | None = None,
     ) -> None:
-        super().__init__()
-        check_cell(cell)
-        if not isinstance(initializer, AbstractInitializer | None):
-            raise TypeError(
-                f"the initializer is a {type(initializer).__name__}: give one of fastdeq.layers, "
-                "or an explicit network to SkipDeepEquilibriumNetwork"
-            )
-        self.cell = cell
-        self.solver = LimitedMemoryBroydenSolver() if solver is None else solver
-        self.adjoint = Implicit() if adjoint is None else adjoint
+        super().__init__(cell, initializer, depth)
+        alone = coupling(cell) is None
+        self.solver = LimitedMemoryBroydenSolver(per_sample=alone) if solver is None else solver
+        self.adjoint = Implicit(solver=GMRES(per_sample=alone)) if adjoint is None else adjoint
         check_settings(self.solver, self.adjoint)
-        self.initializer = Zeros() if initializer is None else initializer
-        self.depth = depth
+        check_coupling(cell, self.solver, self.adjoint)
 
-    def forward(self, x: Any, *, jacobian_loss: bool = False) -> tuple[State, Solution]:
-        """(z*, solution) from the input x, (B, ...) or whatever the cell takes.
+    def evolve(self, f: StateMap, z0: State) -> Solution:
+        """Raises and warns as `fixed_point`."""
+        return fixed_point(f, z0, solver=self.solver, adjoint=self.adjoint)
 
-        jacobian_loss: also estimate ‖J‖²_F / D at z*, as `solution.jacobian_loss`; see
-            `fastdeq.regularizers`.
-
-        Raises and warns as `fixed_point`.
-        """
-        with parametrizations_cached(self):
-            f = CellCall(self.cell, x)
-            z0 = _widened_in_autocast(self.initializer(f, x))
-            if self.depth is None:
-                solution = fixed_point(f, z0, solver=self.solver, adjoint=self.adjoint)
-            else:
-                solution = fixed_depth(f, z0, depth=self.depth)
-            if jacobian_loss:
-                solution = replace(solution, jacobian_loss=hutchinson(f, solution.value))
-            f.move_statistics(solution.value)
-        return solution.value, solution
-
-    def explicit(self, x: Any) -> State:
-        """The prediction z₀ alone, without a solve.
-
-        Raises: ValueError where the layer does not predict (it starts at zero).
-        """
-        if not self.initializer.predicts:
-            raise ValueError(
-                "this layer starts at zero and has no explicit prediction: use "
-                "SkipDeepEquilibriumNetwork, with or without an explicit network"
-            )
-        with parametrizations_cached(self):
-            z0: State = self.initializer(CellCall(self.cell, x), x)
-            return z0
-
-    def extra_repr(self) -> str:
-        return f"solver={self.solver}, adjoint={self.adjoint}, depth={self.depth}"
+    @property
+    def method(self) -> dict[str, Any]:
+        return {"solver": self.solver, "adjoint": self.adjoint}
 
 
 def SkipDeepEquilibriumNetwork(
@@ -113,7 +73,7 @@ def SkipDeepEquilibriumNetwork(
     """A DEQ whose solver starts at a prediction (Pal et al. 2022, arXiv 2201.12240, §3.2).
 
     explicit: the network g_φ, x ↦ z₀ (Skip DEQ). None takes z₀ = f(0, x) (Skip Reg.), with `zeros`
-        to make the 0 where the state has not the input's shape.
+        to make the 0 where the state has neither the cell's scales nor the input's shape.
 
     Train it with `regularizers.skip_loss`, which draws prediction and equilibrium together; nothing
     else trains g_φ, since z* does not depend on z₀. The other arguments and the errors are those of
@@ -121,20 +81,11 @@ def SkipDeepEquilibriumNetwork(
     """
     if explicit is not None and zeros is not None:
         raise ValueError("an explicit network makes z₀ itself: leave out `zeros`")
-    initializer = FirstEvaluation(zeros) if explicit is None else ExplicitNetwork(explicit)
+    initializer: AbstractInitializer
+    if explicit is None:
+        initializer = FirstEvaluation(zeros_of(cell) if zeros is None else zeros)
+    else:
+        initializer = ExplicitNetwork(explicit)
     return DeepEquilibriumNetwork(
         cell, solver=solver, adjoint=adjoint, initializer=initializer, depth=depth
     )
-
-
-def _widened_in_autocast(z0: State) -> State:
-    """Under autocast the state stays float32, whatever f computes in."""
-    if isinstance(z0, tuple):
-        return tuple(_widen(scale) for scale in z0)
-    return _widen(z0)
-
-
-def _widen(z0: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled(z0.device.type) or not z0.is_floating_point():
-        return z0
-    return z0.to(torch.promote_types(z0.dtype, torch.float32))

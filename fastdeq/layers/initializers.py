@@ -47,6 +47,12 @@ class Zeros(AbstractInitializer):
         )
 
 
+def zeros_of(cell: nn.Module) -> Zeros:
+    """The zero state of a cell: of its `scales`, if it has that attribute, or the input's shape."""
+    scales = getattr(cell, "scales", None)
+    return Zeros(None if scales is None else [list(shape) for shape in scales])
+
+
 class ExplicitNetwork(AbstractInitializer):
     """z₀ = g_φ(x): an explicit network predicts z* (Skip DEQ; arXiv 2201.12240, §3.2)."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdeq.layers import DeepEquilibriumNetwork
+from fastdeq.layers import AbstractCellLayer
 from fastdeq.solution import Solution
 
 
@@ -13,7 +13,8 @@ class DEQChain(nn.Module):
     """Layers in sequence, exactly one of them an equilibrium layer; returns its solution beside y.
 
     layers: modules in order, given by position or by name (`stem=..., deq=..., head=...`); names
-        show in the state_dict. An equilibrium layer is a `DeepEquilibriumNetwork`, plain or skip.
+        show in the state_dict. An equilibrium layer is a `DeepEquilibriumNetwork`, plain or skip,
+        or what stands in its place: any `AbstractCellLayer`.
 
     Raises: TypeError for what is no module, ValueError for none or several equilibrium layers.
     """
@@ -35,14 +36,14 @@ class DEQChain(nn.Module):
         self._equilibrium_name = found[0]
 
     @property
-    def equilibrium(self) -> DeepEquilibriumNetwork:
+    def equilibrium(self) -> AbstractCellLayer:
         """The equilibrium layer."""
         layer = self._modules[self._equilibrium_name]  # also of a layer named "equilibrium"
-        assert isinstance(layer, DeepEquilibriumNetwork)
+        assert isinstance(layer, AbstractCellLayer)
         return layer
 
     def forward(self, x: Any, *, jacobian_loss: bool = False) -> tuple[Any, Solution]:
-        """(y, solution); `jacobian_loss` as in `DeepEquilibriumNetwork`."""
+        """(y, solution); `jacobian_loss` as in `AbstractCellLayer`."""
         for name, layer in self._layers():
             if name == self._equilibrium_name:
                 x, solution = layer(x, jacobian_loss=jacobian_loss)
@@ -67,4 +68,4 @@ class DEQChain(nn.Module):
 
 
 def _is_equilibrium(layer: nn.Module) -> bool:
-    return isinstance(layer, DeepEquilibriumNetwork)
+    return isinstance(layer, AbstractCellLayer)

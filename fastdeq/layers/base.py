@@ -1,0 +1,106 @@
+"""L4: what all layers around a cell share: equilibria, unrolled networks, neural ODEs."""
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdeq.fixed_point import fixed_depth
+from fastdeq.layers.call import CellCall, check_cell
+from fastdeq.layers.initializers import AbstractInitializer, zeros_of
+from fastdeq.layers.weight_norm import parametrizations_cached
+from fastdeq.notation import State, StateMap
+from fastdeq.regularizers import jacobian_loss as hutchinson
+from fastdeq.solution import Solution
+
+
+class AbstractCellLayer(nn.Module):
+    """From x to a state, by evaluations of one cell from z₀; `evolve` says how.
+
+    cell: f, an nn.Module called as cell(z, x), that returns a state of the shape of z.
+    initializer: makes z₀; by default zeros, of the cell's scales or else of the input's shape.
+    depth: while it is set (an attribute that may change at any time), the cell is unrolled so many
+        times from z₀ with ordinary backpropagation instead (pretraining).
+
+    Through all evaluations of one call, backward's included, dropout masks and parametrized weights
+    are the same; running statistics of batch norms in the cell move once a call, at the result.
+
+    Raises: TypeError for a cell that is no module and an initializer that is none; ValueError for
+    ordinary dropout in the cell.
+    """
+
+    def __init__(
+        self, cell: nn.Module, initializer: AbstractInitializer | None, depth: int | None
+    ) -> None:
+        super().__init__()
+        check_cell(cell)
+        if not isinstance(initializer, AbstractInitializer | None):
+            raise TypeError(
+                f"the initializer is a {type(initializer).__name__}: give one of fastdeq.layers, "
+                "or an explicit network to SkipDeepEquilibriumNetwork"
+            )
+        self.cell = cell
+        self.initializer = zeros_of(cell) if initializer is None else initializer
+        self.depth = depth
+
+    @abstractmethod
+    def evolve(self, f: StateMap, z0: State) -> Solution:
+        """The state and what is known about it, from the cell with its input bound."""
+
+    @property
+    @abstractmethod
+    def method(self) -> dict[str, Any]:
+        """The settings of `evolve` by name, to be shown."""
+
+    def forward(self, x: Any, *, jacobian_loss: bool = False) -> tuple[State, Solution]:
+        """(z, solution) from the input x, (B, ...) or whatever the cell takes.
+
+        jacobian_loss: also estimate ‖J‖²_F / D at z, as `solution.jacobian_loss`; see
+            `fastdeq.regularizers`.
+
+        Raises and warns as `evolve`.
+        """
+        with parametrizations_cached(self):
+            f = CellCall(self.cell, x)
+            z0 = _widened_in_autocast(self.initializer(f, x))
+            if self.depth is None:
+                solution = self.evolve(f, z0)
+            else:
+                solution = fixed_depth(f, z0, depth=self.depth)
+            if jacobian_loss:
+                solution = replace(solution, jacobian_loss=hutchinson(f, solution.value))
+            f.move_statistics(solution.value)
+        return solution.value, solution
+
+    def explicit(self, x: Any) -> State:
+        """The prediction z₀ alone, without a solve.
+
+        Raises: ValueError where the layer does not predict (it starts at zero).
+        """
+        if not self.initializer.predicts:
+            raise ValueError(
+                "this layer starts at zero and has no explicit prediction: use "
+                "SkipDeepEquilibriumNetwork, with or without an explicit network"
+            )
+        with parametrizations_cached(self):
+            z0: State = self.initializer(CellCall(self.cell, x), x)
+            return z0
+
+    def extra_repr(self) -> str:
+        shown = {**self.method, "depth": self.depth}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def _widened_in_autocast(z0: State) -> State:
+    """Under autocast the state stays float32, whatever f computes in."""
+    if isinstance(z0, tuple):
+        return tuple(_widen(scale) for scale in z0)
+    return _widen(z0)
+
+
+def _widen(z0: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled(z0.device.type) or not z0.is_floating_point():
+        return z0
+    return z0.to(torch.promote_types(z0.dtype, torch.float32))

@@ -1,0 +1,36 @@
+"""L4: cells that couple the samples of a batch, and the settings that they need."""
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastdeq.adjoints import AbstractAdjoint, Implicit
+from fastdeq.krylov import GMRES
+from fastdeq.solvers import AbstractSolver
+
+
+def coupling(cell: nn.Module) -> str | None:
+    """The first batch norm in the cell that always uses the batch's own statistics, by its class
+    and name; None where there is none (one with running statistics couples in training only)."""
+    for name, module in cell.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            return f"{type(module).__name__} '{name}'"
+    return None
+
+
+def check_coupling(cell: nn.Module, solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:
+    """Refuse solves that take the samples one by one where none has an equilibrium of its own.
+
+    Raises: ValueError that names the setting to change.
+    """
+    found = coupling(cell)
+    if found is None:
+        return
+    parts: dict[str, AbstractSolver | GMRES] = {"solver": solver}
+    if isinstance(adjoint, Implicit):
+        parts["adjoint.solver"] = adjoint.solver
+    for name, part in parts.items():
+        if part.per_sample:
+            raise ValueError(
+                f"the cell normalizes by batch statistics ({found}), which couples the samples of "
+                f"a batch: set {name}.per_sample=false, or use group norm in the cell"
+            )

@@ -1,0 +1,51 @@
+"""L4: the published names of equilibria of several scales (Bai et al. 2020, arXiv 2006.08656)."""
+
+from torch import nn
+
+from fastdeq.adjoints import AbstractAdjoint
+from fastdeq.layers.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
+from fastdeq.layers.multiscale_cell import MultiScaleCell
+from fastdeq.solvers import AbstractSolver
+
+
+def MultiScaleDeepEquilibriumNetwork(
+    cell: MultiScaleCell,
+    *,
+    solver: AbstractSolver | None = None,
+    adjoint: AbstractAdjoint | None = None,
+    depth: int | None = None,
+) -> DeepEquilibriumNetwork:
+    """An equilibrium of all scales of `cell` together, from zero; z* is a tuple with a tensor each.
+
+    The other arguments and the errors are those of `DeepEquilibriumNetwork`; also TypeError for
+    another cell.
+    """
+    _check_scales(cell)
+    return DeepEquilibriumNetwork(cell, solver=solver, adjoint=adjoint, depth=depth)
+
+
+def MultiScaleSkipDeepEquilibriumNetwork(
+    cell: MultiScaleCell,
+    explicit: nn.Module | None = None,
+    *,
+    solver: AbstractSolver | None = None,
+    adjoint: AbstractAdjoint | None = None,
+    depth: int | None = None,
+) -> DeepEquilibriumNetwork:
+    """The same from a prediction of all scales (Pal et al. 2022, arXiv 2201.12240, §3.2).
+
+    explicit: the network g_φ, x ↦ z₀, a tuple with the scales of the cell (Skip DEQ). None takes
+        z₀ = f(0, x) (Skip Reg.).
+    The other arguments and the errors are those of `SkipDeepEquilibriumNetwork`; also TypeError for
+    another cell.
+    """
+    _check_scales(cell)
+    return SkipDeepEquilibriumNetwork(cell, explicit, solver=solver, adjoint=adjoint, depth=depth)
+
+
+def _check_scales(cell: nn.Module) -> None:
+    if not isinstance(cell, MultiScaleCell):
+        raise TypeError(
+            f"the cell is a {type(cell).__name__}, which has no scales: give a MultiScaleCell (a "
+            "multiscale arch, such as arch=digits_conv), or use DeepEquilibriumNetwork (model=deq)"
+        )

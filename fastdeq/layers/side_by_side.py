@@ -1,0 +1,58 @@
+"""L4: several equilibria beside each other, as one."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastdeq.adjoints import AbstractAdjoint
+from fastdeq.layers.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
+from fastdeq.solvers import AbstractSolver
+
+
+class SideBySideCell(nn.Module):
+    """f(z, x) = (f₁(z₁, x₁), …, fₙ(zₙ, xₙ)), state and input cut into n parts along their features.
+
+    cells: f₁ … fₙ. widths: features of each part; z and x are (B, sum of widths, ...).
+
+    Raises: ValueError where there is not one width a cell, and, when called, for an input of
+    another width.
+    """
+
+    def __init__(self, cells: Sequence[nn.Module], widths: Sequence[int]) -> None:
+        super().__init__()
+        if len(cells) != len(widths) or not cells:
+            raise ValueError(
+                f"there are {len(cells)} cells and {len(widths)} widths: give one each"
+            )
+        self.cells = nn.ModuleList(cells)
+        self.widths = list(widths)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        if x.shape[1] != sum(self.widths):
+            raise ValueError(
+                f"the input has {x.shape[1]} features, but the branches take {self.widths}: let "
+                f"the layer before make {sum(self.widths)}"
+            )
+        parts = zip(z.split(self.widths, 1), x.split(self.widths, 1), strict=True)
+        return torch.cat([cell(*part) for cell, part in zip(self.cells, parts, strict=True)], dim=1)
+
+
+def WidthStackedDEQ(
+    cells: Sequence[nn.Module],
+    widths: Sequence[int],
+    *,
+    skip: bool = False,
+    solver: AbstractSolver | None = None,
+    adjoint: AbstractAdjoint | None = None,
+    depth: int | None = None,
+) -> DeepEquilibriumNetwork:
+    """Equilibria side by side, each on its part of the input's features, merged by concatenation.
+
+    cells, widths: as in `SideBySideCell`. skip: start at f(0, x) (Skip Reg.) instead of zero.
+    Solved as one system whose Jacobian has a block a cell: one solution, one stopping test, any
+    solver and adjoint, every regularizer. The other arguments and the errors are those of
+    `DeepEquilibriumNetwork`.
+    """
+    make = SkipDeepEquilibriumNetwork if skip else DeepEquilibriumNetwork
+    return make(SideBySideCell(cells, widths), solver=solver, adjoint=adjoint, depth=depth)
