@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdeq.data.batches import Normalization
+from fastdeq.data.idx import is_gzip
 from fastdeq.data.pickles import read_pickle
 from fastdeq.data.sources import ImageSource, Publication, SourceFile
 from fastdeq.data.store import ImageSet
@@ -78,7 +79,7 @@ def _in_folder(path: Path) -> _Member:
 def _in_archive(path: Path, names: Sequence[str]) -> list[_Member]:
     """Read the members of these names into memory: nothing is written, wherever names lead."""
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, "r:gz" if is_gzip(path) else "r:") as archive:
             found = dict(_contents(archive, names))
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged archive ({error}): get it again") from error
