@@ -26,6 +26,10 @@ GROUPS = {
 }
 IMAGENET = ["sizes.input=[3,64,64]"]  # 8 × 8 cannot be halved as often
 GOES_WITH = {
+    "augmentation=flip": ["data=mnist"],
+    "augmentation=flip_pad_crop": ["data=cifar10"],
+    "augmentation=flip_resize_crop": ["data=svhn"],
+    "augmentation=none": ["data=cifar10"],
     "arch=dynamics": ["data=polynomial"],
     "arch=polynomial": ["data=polynomial"],
     "task=regression": ["data=polynomial"],
@@ -200,6 +204,14 @@ def test_models_bring_the_loss_that_fits_them_and_the_command_line_has_the_last_
     assert composed("model=skip_deq").loss.skip > 0
     assert composed("model=skip_reg_deq").loss.skip > 0
     assert composed("model=skip_deq", "loss=plain").loss.skip == 0
+
+
+@pytest.mark.parametrize("data", ["cifar10", "svhn"])
+@pytest.mark.parametrize("choice", GROUPS["augmentation"])
+def test_every_augmentation_fits_the_sets_of_colour_images(data: str, choice: str) -> None:
+    cfg = composed(f"data={data}", f"augmentation={choice}")
+    built = instantiate(cfg.data, _convert_="all")
+    assert len(built.augmentation) == {"none": 0, "flip": 1}.get(choice, 2)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_without_arguments_it_says_how_it_is_used(capsys):
     [
         (["mnits"], "unknown data set 'mnits': did you mean mnist?"),
         (["fashion-mnist"], "unknown data set 'fashion-mnist': did you mean fashion_mnist?"),
-        (["x"], "unknown data set 'x': choose from digits, fashion_mnist, mnist, polynomial"),
+        (["x"], f"unknown data set 'x': choose from {', '.join(SETS)}"),
         (["mnist", "rot=/data"], "unknown key of mnist 'rot': did you mean root?"),
         (["mnist", "data.donwload=true"], "unknown key of mnist 'donwload': did you mean download"),
         (["digits", "root=/data"], "unknown key of digits 'root': choose from batch_size, "),

@@ -11,9 +11,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from fastdeq import DEQChain, experiment
-from fastdeq.data import read_digits
+from fastdeq.data import Cifar10DataModule, read_digits
 from fastdeq.experiment.folder import make_folder
 from fastdeq.experiment.run import read_score
+from tests.pictures import cifar_files, small_cifar, write_folder
 from tests.test_configuration import composed
 
 pytestmark = pytest.mark.filterwarnings(
@@ -166,3 +167,17 @@ def test_a_few_epochs_on_the_digits_reach_ninety_percent(tmp_path: Path, model: 
     )
     # Seeds 0 to 4 gave 93.1 to 97.8 %: 90 % is missed only by what does not learn.
     assert read_score(folder) > 0.9
+
+
+def test_a_run_augments_the_training_images_of_a_stored_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cifar10DataModule, "source", small_cifar())
+    write_folder(tmp_path / "root", cifar_files())
+    places = (f"data.root={tmp_path / 'root'}", f"data.store={tmp_path}")
+    settings = ("data=cifar10", *places, "data.batch_size=8", "model=skip_reg_deq")
+    plain, augmented = (
+        figures(rows(run(tmp_path, *settings, f"augmentation={choice}")))
+        for choice in ("none", "flip_resize_crop")
+    )
+    assert plain != augmented

@@ -9,7 +9,9 @@ with scikit-learn, under CC BY 4.0; the README in this folder says how it was ma
 Needs the ``experiment`` extra: ``pip install "fastdeq[experiment]"``.
 """
 
+from fastdeq.data.augmentation import Augmentation, PadCrop, RandomFlip, ResizeCrop
 from fastdeq.data.batches import Batch, Batches, Normalization
+from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.digits import DigitsDataModule, read_digits
 from fastdeq.data.idx import read_idx
 from fastdeq.data.memory import InMemoryDataModule, Samples
@@ -17,20 +19,28 @@ from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule
 from fastdeq.data.polynomial import PolynomialDataModule, polynomial
 from fastdeq.data.store import ImageSet, read_store, write_store
 from fastdeq.data.stored import StoredDataModule
+from fastdeq.data.svhn import SvhnDataModule, read_cropped_digits
 
 __all__ = [
+    "Augmentation",
     "Batch",
     "Batches",
+    "Cifar10DataModule",
     "DigitsDataModule",
     "FashionMnistDataModule",
     "ImageSet",
     "InMemoryDataModule",
     "MnistDataModule",
     "Normalization",
+    "PadCrop",
     "PolynomialDataModule",
+    "RandomFlip",
+    "ResizeCrop",
     "Samples",
     "StoredDataModule",
+    "SvhnDataModule",
     "polynomial",
+    "read_cropped_digits",
     "read_digits",
     "read_idx",
     "read_store",

@@ -1,6 +1,6 @@
 """Batches cut from tensors that lie whole on one device: no worker processes, no copies."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,14 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdeq.data.augmentation import Augmentation
+from fastdeq.data.checks import require_integer
+
+_AUGMENTATION = (2,)  # spawn key: keeps what is drawn for it apart from the order's numbers
 _STATE = ("seed", "epoch", "position", "batch_size", "samples")
-
-
-def require_integer(name: str, value: object, *, minimum: int) -> int:
-    """Return ``value`` if it is an integer ≥ ``minimum``; raise ValueError that names it if not."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be an integer of at least {minimum}, not {value!r}")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +58,18 @@ class Batches:
     A ``Batch`` has float32, normalized inputs if ``normalization`` is given. Without it and without
     ``shuffle`` it is a view of the stored tensors: do not write to it.
 
+    ``augmentation`` changes images (N, C, H, W), as float32 and before the normalization. What is
+    random in it depends on (``seed``, epoch) and the sample's place in the epoch's order alone: it
+    is the same again after ``load_state_dict``, with any number of ranks, and on every device.
+
     Of several processes (``ranks``) that hold the same tensors, each gets its contiguous part of
     every batch; ``batch_size`` counts the samples of the whole batch, over all of them. The parts
     differ by one sample at most, and ``Batch.weight`` evens that out. All ranks see equally many
     batches, and their saved positions are the same.
 
     Raises ValueError for lengths or devices that differ, for a ``batch_size``, ``seed`` or ``rank``
-    out of range, for a normalization of another channel count, and where an epoch would have no
-    batch.
+    out of range, for a normalization of another channel count, for an augmentation of inputs that
+    are no images, and where an epoch would have no batch.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Batches:
         seed: int = 0,
         drop_last: bool = False,
         normalization: Normalization | None = None,
+        augmentation: Sequence[Augmentation] = (),
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -105,6 +107,9 @@ class Batches:
         if normalization is not None:
             self._mean = _by_channel(normalization.mean, inputs)
             self._std = _by_channel(normalization.std, inputs)
+        self._augmentation = tuple(augmentation)
+        if self._augmentation and inputs.ndim != 4:
+            raise ValueError(f"augmentation needs images (N, C, H, W), not {tuple(inputs.shape)}")
         self._epoch = 0
         self._position = 0  # batches of this epoch given so far
         self._restored = False  # the next pass goes on at the position instead of starting anew
@@ -121,11 +126,13 @@ class Batches:
             self._epoch, self._position = self._epoch + 1, 0
         self._restored = False
         order = self._order() if self._shuffle else None
+        drawn = self._draw()
         for position in range(self._position, len(self)):
             # Counted before it is handed over: a state saved while it is used does not repeat it.
             self._position = position + 1
             window, weight = self._part(position)
-            yield self._batch(window if order is None else order[window], weight)
+            index = window if order is None else order[window]
+            yield self._batch(index, weight, [values[window] for values in drawn])
 
     @property
     def epoch(self) -> int:
@@ -171,12 +178,20 @@ class Batches:
         self._restored = True
 
     def _order(self) -> Tensor:
+        order = torch.randperm(len(self._inputs), generator=self._generator())
+        return order.to(self._inputs.device)
+
+    def _draw(self) -> list[Tensor]:
+        """Return what is random in each augmentation, for all places of the epoch's order."""
+        generator = self._generator(_AUGMENTATION)
+        drawn = (one.draw(len(self._inputs), generator) for one in self._augmentation)
+        return [values.to(self._inputs.device) for values in drawn]  # once an epoch, as the order
+
+    def _generator(self, key: tuple[int, ...] = ()) -> torch.Generator:
         # SeedSequence mixes the pair, so that (0, 1) and (1, 0) have nothing to do with each other.
-        mixed = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1, np.uint64)
+        mixed = np.random.SeedSequence((self._seed, self._epoch), spawn_key=key)
         # Drawn on the CPU: a CUDA generator would give another order for the same seed.
-        generator = torch.Generator().manual_seed(int(mixed[0]))
-        order = torch.randperm(len(self._inputs), generator=generator)
-        return order.to(self._inputs.device)  # the epoch's one transfer
+        return torch.Generator().manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
 
     def _part(self, position: int) -> tuple[slice, float]:
         """Return which places of the epoch's order are this rank's, and its mean's weight."""
@@ -188,8 +203,10 @@ class Batches:
         # of a neighbour stands in. start < size, because rank < ranks.
         return slice(first + start, first + max(stop, start + 1)), weight
 
-    def _batch(self, index: slice | Tensor, weight: float) -> Batch:
+    def _batch(self, index: slice | Tensor, weight: float, drawn: Sequence[Tensor]) -> Batch:
         inputs, targets = self._inputs[index], self._targets[index]
+        for one, values in zip(self._augmentation, drawn, strict=True):
+            inputs = one.apply(inputs.float(), values)
         if self._normalization is not None:
             inputs = (inputs.float() / self._normalization.scale - self._mean) / self._std
         return Batch(inputs, targets, weight)

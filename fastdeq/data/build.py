@@ -2,13 +2,14 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from fastdeq.data.download import download
-from fastdeq.data.sources import ImageSource, Publication
+from fastdeq.data.sources import ImageSource, Publication, SourceFile, missing_in
 from fastdeq.data.store import ImageSet, read_store, remove_unfinished, write_store
 
 _CURE = "delete it and it is built again"
@@ -95,13 +96,14 @@ class StoredSet:
         return self.source.publication
 
     def _find_files(self) -> list[Path]:
-        """Return the source files in the publication's order, downloaded if need be."""
-        wanted, beside = self._publication, self.store / self._publication.name
-        folder = beside if self.root is None else wanted.folder_in(self.root)
-        missing = wanted.missing_in(folder)
-        if missing and self.download:
-            download(missing, folder, wanted.mirrors)
-            missing = []
+        """Return the source files in the order of their form, downloaded if need be."""
+        wanted = self._publication
+        form = wanted.files if self.root is None else wanted.form_in(self.root)
+        if missing_in(self._folder(form), form) and self.download:
+            form = wanted.files  # what the mirrors have
+            download(missing_in(self._folder(form), form), self._folder(form), wanted.mirrors)
+        folder = self._folder(form)
+        missing = missing_in(folder, form)
         if missing and self.root is None:
             raise FileNotFoundError(
                 f"{wanted.title} is not here yet: give the folder with its files, data.root=PATH "
@@ -113,7 +115,13 @@ class StoredSet:
                 f"{place}: {missing[0].names[0]} of {wanted.title} is not there: give the folder "
                 "that has it as data.root, or download it with data.download=true"
             )
-        return [file for file in (file.find(folder) for file in wanted.files) if file is not None]
+        return [file for file in (file.find(folder) for file in form) if file is not None]
+
+    def _folder(self, form: Sequence[SourceFile]) -> Path:
+        """Return the folder in which files of this form are, or belong."""
+        if self.root is None:
+            return self.store / self._publication.name
+        return self._publication.folder_in(self.root, form)
 
     def _attributes(self) -> dict[str, str]:
         """Return what the store must say of itself: a set that was not verified says so."""

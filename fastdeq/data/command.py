@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.digits import DigitsDataModule
 from fastdeq.data.memory import InMemoryDataModule, Samples
 from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule
 from fastdeq.data.polynomial import PolynomialDataModule
+from fastdeq.data.svhn import SvhnDataModule
 
 SETS: dict[str, type[InMemoryDataModule]] = {
+    "cifar10": Cifar10DataModule,
     "digits": DigitsDataModule,
     "fashion_mnist": FashionMnistDataModule,
     "mnist": MnistDataModule,
     "polynomial": PolynomialDataModule,
+    "svhn": SvhnDataModule,
 }
 """The data sets by the name that the command knows them by."""
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -9,7 +10,9 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
-from fastdeq.data.batches import Batch, Batches, Normalization, require_integer
+from fastdeq.data.augmentation import Augmentation
+from fastdeq.data.batches import Batch, Batches, Normalization
+from fastdeq.data.checks import require_integer
 from fastdeq.data.store import ImageSet
 
 
@@ -49,12 +52,16 @@ class InMemoryDataModule(LightningDataModule, ABC):
     and select nothing on it, and nothing must be selected on these figures here (no early stopping,
     no best checkpoint).
 
+    ``augmentation`` changes the images of the training batches, by ``seed`` and the epoch too, one
+    after the other; None: nothing.
+
     A subclass is final. It says ``input_shape`` (of one sample), ``outputs`` (how many classes, or
     dimensions of a target) and ``normalization``, loads the samples, and may ``prepare`` them.
     ``facts`` is what ``load`` learnt about the set, for people to read: file, source, licence.
 
     Raises ValueError for batch sizes that are not integers ≥ 1, for a seed or a ``validation`` that
-    is not one ≥ 0; and, at ``setup``, for a ``validation`` that leaves nothing to train on.
+    is not one ≥ 0, for an ``augmentation`` that changes the images' shape; and, at ``setup``, for a
+    ``validation`` that leaves nothing to train on.
     """
 
     input_shape: tuple[int, ...]
@@ -62,13 +69,20 @@ class InMemoryDataModule(LightningDataModule, ABC):
     normalization: Normalization | None
 
     def __init__(
-        self, *, batch_size: int, eval_batch_size: int, seed: int = 0, validation: int = 0
+        self,
+        *,
+        batch_size: int,
+        eval_batch_size: int,
+        seed: int = 0,
+        validation: int = 0,
+        augmentation: Sequence[Augmentation] | None = None,
     ) -> None:
         super().__init__()
         self.batch_size = require_integer("batch_size", batch_size, minimum=1)
         self.eval_batch_size = require_integer("eval_batch_size", eval_batch_size, minimum=1)
         self.seed = require_integer("seed", seed, minimum=0)
         self.validation = require_integer("validation", validation, minimum=0)
+        self.augmentation = _chain(augmentation, self.input_shape)
         self.facts: dict[str, str] = {}
         self._prepared = False
         self._splits: dict[str, Samples] = {}
@@ -118,8 +132,8 @@ class InMemoryDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> Batches:
         """Return the training samples in shuffled batches of ``batch_size``, the last smaller.
 
-        In stored order under a trainer with ``overfit_batches``: these are then the same batches
-        in every epoch.
+        In stored order and as they are under a trainer with ``overfit_batches``: these are then the
+        same batches in every epoch.
         """
         overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         self._train = self._batches(
@@ -127,6 +141,7 @@ class InMemoryDataModule(LightningDataModule, ABC):
             batch_size=self.batch_size,
             shuffle=not overfit,
             seed=self.seed,
+            augmentation=() if overfit else self.augmentation,
             rank=self._rank,
             ranks=self._ranks,
         )
@@ -197,6 +212,21 @@ def image_samples(images: ImageSet) -> tuple[Samples, Samples]:
         Samples(images.train_images, images.train_labels),
         Samples(images.test_images, images.test_labels),
     )
+
+
+def _chain(augmentation: object, shape: tuple[int, ...]) -> tuple[Augmentation, ...]:
+    """Return the augmentations, each tried on an image of this shape, which it must keep."""
+    chain = () if augmentation is None else augmentation
+    if not isinstance(chain, Sequence) or not all(isinstance(one, Augmentation) for one in chain):
+        raise ValueError(f"augmentation must be a list of augmentations, not {augmentation!r}")
+    generator = torch.Generator().manual_seed(0)
+    for one in chain:
+        found = one.apply(torch.zeros(1, *shape), one.draw(1, generator)).shape[1:]
+        if found != shape:
+            raise ValueError(
+                f"augmentation: {one} makes images of {tuple(found)} from {shape}: keep their shape"
+            )
+    return tuple(chain)
 
 
 def hold_out(samples: int, count: int) -> Tensor:

@@ -4,7 +4,6 @@ MNIST: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Gradient-Based Learning Appli
 Recognition, 1998. Fashion-MNIST: H. Xiao, K. Rasul, R. Vollgraf, arXiv 1708.07747.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,21 +61,13 @@ class IdxImages(ImageSource):
         )
 
     def _verify(self, number: int, path: Path, found: str) -> None:
-        title = self.publication.title
         if found in self.foreign:
+            title = self.publication.title
             raise ValueError(f"{path}: a file of another set, not of {title}: give the right one")
-        if self.sha256:
-            kind, wanted = "SHA-256 of the content", self.sha256[number]
-        elif is_gzip(path):
-            kind, wanted = "MD5 of the file", self.publication.files[number].md5
-            found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-        else:
-            return
-        if found != wanted:
-            raise ValueError(
-                f"{path}: not the official file of {title}, the {kind} is {found}: delete it and "
-                "get it again, or take your own files as they are with data.verify=false"
-            )
+        if self.sha256 and found != self.sha256[number]:
+            raise self.publication.not_official(path, "SHA-256 of the content", found)
+        if not self.sha256 and is_gzip(path):
+            self.publication.verify_md5(path, self.publication.files[number])
 
     def _check_split(
         self, split: int, files: Sequence[Path], arrays: Sequence[IdxArray], verify: bool

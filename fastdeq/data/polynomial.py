@@ -1,13 +1,12 @@
 """The regression problem of FastDEQ's first release (arXiv 2201.12240): a noisy curve on a line."""
 
-import math
 from typing import final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeq.data.batches import require_integer
+from fastdeq.data.checks import require_integer, require_number
 from fastdeq.data.memory import InMemoryDataModule, Samples
 
 
@@ -54,8 +53,8 @@ class PolynomialDataModule(InMemoryDataModule):
         )
         self.samples = require_integer("samples", samples, minimum=1)
         self.test_samples = require_integer("test_samples", test_samples, minimum=1)
-        self.low, self.high = _number("low", low), _number("high", high)
-        self.noise = _number("noise", noise)
+        self.low, self.high = require_number("low", low), require_number("high", high)
+        self.noise = require_number("noise", noise)
         if not self.low < self.high:
             raise ValueError(f"low must be less than high: low is {low}, high is {high}")
         if self.noise < 0:
@@ -83,9 +82,3 @@ class PolynomialDataModule(InMemoryDataModule):
     def _rounded(x: Tensor) -> Tensor:
         """Round to float32, so that a target is h of the very point that a model is given."""
         return x.float().double()
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
-    return float(value)

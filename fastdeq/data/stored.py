@@ -1,7 +1,9 @@
 """Data modules of published image sets, read from a store that is built once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from fastdeq.data.augmentation import Augmentation
 from fastdeq.data.build import StoredSet, store_folder
 from fastdeq.data.memory import InMemoryDataModule, Samples, image_samples
 from fastdeq.data.sources import ImageSource
@@ -32,12 +34,14 @@ class StoredDataModule(InMemoryDataModule):
         eval_batch_size: int = 1000,
         seed: int = 0,
         validation: int = 0,
+        augmentation: Sequence[Augmentation] | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             seed=seed,
             validation=validation,
+            augmentation=augmentation,
         )
         self._stored = StoredSet(
             source=self.source,

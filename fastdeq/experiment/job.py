@@ -60,7 +60,7 @@ def work(job: Job) -> None:
     """
     cfg = job.config
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
-    data = instantiate(cfg["data"])
+    data = instantiate(cfg["data"], _convert_="all")
     task = instantiate(cfg["task"], _convert_="all")
     if job.checkpoint is not None:
         load_weights(task, job.checkpoint)

@@ -1,0 +1,128 @@
+"""SVHN: 32 × 32 colour crops of house numbers, 73,257 digits for training and 26,032 for test.
+
+Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu, A. Y. Ng, Reading Digits in Natural Images with
+Unsupervised Feature Learning, 2011. "Format 2", the cropped digits, as MATLAB 5 files.
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.io import loadmat
+from torch import Tensor
+
+from fastdeq.data.batches import Normalization
+from fastdeq.data.sources import ImageSource, Publication, SourceFile
+from fastdeq.data.store import ImageSet
+from fastdeq.data.stored import StoredDataModule
+
+_SHAPE = (3, 32, 32)
+_CLASSES = 10
+_WANTED = "get train_32x32.mat and test_32x32.mat of SVHN's format 2 (cropped digits)"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SvhnImages(ImageSource):
+    """The files of the cropped digits, for training and for test. Verified are their MD5."""
+
+    publication: Publication
+
+    def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
+        """Read the two files into one set, its labels 0..9 (see ``ImageSource``)."""
+        splits = [read_cropped_digits(path) for path in files]
+        if verify:
+            for path, file in zip(files, self.publication.files, strict=True):
+                self.publication.verify_md5(path, file)
+        (train_images, train_labels), (test_images, test_labels) = splits
+        checksums = (f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in files)
+        return ImageSet(
+            train_images=train_images,
+            train_labels=train_labels,
+            test_images=test_images,
+            test_labels=test_labels,
+            attributes={
+                **self.publication.attributes(),
+                "source_sha256": ", ".join(checksums),
+            },
+        )
+
+
+def read_cropped_digits(path: str | Path) -> tuple[Tensor, Tensor]:
+    """Read a MATLAB 5 file of cropped digits: images uint8 (N, 3, 32, 32), labels int64 (N,).
+
+    The file has X uint8 (32, 32, 3, N) and y (N, 1) of 1..10, where 10 stands for the digit 0.
+    Raises ValueError naming the file where it cannot be opened, is damaged, of another version of
+    MATLAB's format, or holds something else.
+    """
+    path = Path(path)
+    found = _load(path)
+    for name in ("X", "y"):
+        if not isinstance(found.get(name), np.ndarray):
+            raise ValueError(f"{path}: has no array {name}: {_WANTED}")
+    pixels, labels = found["X"], found["y"].ravel()
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
+        raise ValueError(
+            f"{path}: X must be uint8 (32, 32, 3, N), not {pixels.dtype} {pixels.shape}: {_WANTED}"
+        )
+    count = pixels.shape[3]
+    if found["y"].shape != (count, 1) or not count:
+        raise ValueError(f"{path}: not a label for each image, {count}, but {found['y'].shape}")
+    wrong = ~np.isin(labels, np.arange(1, _CLASSES + 1))
+    if wrong.any():
+        raise ValueError(f"{path}: label {labels[wrong][0]} is not one of 1..{_CLASSES}")
+    images: NDArray[np.uint8] = np.ascontiguousarray(pixels.transpose(3, 2, 0, 1))
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64) % _CLASSES)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        found: dict[str, Any] = loadmat(io.BytesIO(content), variable_names=("X", "y"))
+    except NotImplementedError as error:  # SciPy's for HDF5
+        raise ValueError(f"{path}: of MATLAB 7.3, as the full images are: {_WANTED}") from error
+    except Exception as error:  # damage makes SciPy raise anything: it has no error of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not a readable MATLAB 5 file ({reason}): {_WANTED}") from error
+    return found
+
+
+SVHN = SvhnImages(
+    publication=Publication(
+        name="svhn",
+        title="SVHN",
+        version="2011",
+        source="Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu, A. Y. Ng, The Street View House "
+        "Numbers Dataset, http://ufldl.stanford.edu/housenumbers/",
+        licence="for non-commercial use only (Y. Netzer et al.)",
+        split="the authors': 73,257 for training, 26,032 for test, without the extra ones",
+        files=(
+            SourceFile(names=("train_32x32.mat",), md5="e26dedcc434d2e4c54c9b2d4a06d8373"),
+            SourceFile(names=("test_32x32.mat",), md5="eb5a983be6a315427106f1b164d9cef3"),
+        ),
+        folders=("SVHN",),
+        mirrors=("http://ufldl.stanford.edu/housenumbers/",),
+    )
+)
+
+
+@final
+class SvhnDataModule(StoredDataModule):
+    """SVHN, digits of house numbers: batches as ``StoredDataModule`` says, (B, 3, 32, 32)."""
+
+    source = SVHN
+    input_shape = _SHAPE
+    outputs = _CLASSES
+    # As published: the constants of CIFAR-10
+    normalization = Normalization(
+        scale=255.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
+    )
