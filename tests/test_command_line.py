@@ -61,7 +61,7 @@ def test_the_configuration_is_printed_without_a_run(command: CommandLine) -> Non
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("model=skip_", ["model=skip_deq", "model=skip_reg_deq"]),
+        ("model=skip_r", ["model=skip_reg_deq", "model=skip_reg_mdeq"]),
         ("solver=an", ["solver=anderson"]),
         ("solver.max_", ["solver.max_steps="]),
         ("experiment=mnist", ["experiment=mnist_fc", "experiment=mnist_fc_tsit5"]),
