@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from tests.commands import CommandLine
 from tests.images import samples, small_mnist, write_files
 from tests.pictures import ARCHIVE, archive, cifar_files, small_cifar, write_folder
-from tests.test_configuration import GROUPS, composed
+from tests.test_configuration import GROUPS, NEEDS, composed
 
 EXPERIMENTS = GROUPS["experiment"]
 FULLY_CONNECTED = ["deq", "skip_deq", "skip_reg_deq"]
@@ -96,6 +96,8 @@ def data(command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_every_experiment_trains_with_every_model(
     command: CommandLine, data: list[str], experiment: str, model: str
 ) -> None:
+    if needed := NEEDS.get(f"model={model}"):
+        pytest.importorskip(needed)
     answer = command(f"experiment={experiment}", f"model={model}", "data.batch_size=10", *data)
     assert answer.status == 0, answer.err
     (path,) = (path for path in answer.files if path.name == "summary.json")
@@ -110,6 +112,8 @@ def test_every_experiment_trains_with_every_model(
 
 @pytest.mark.parametrize(("experiment", "choice"), VARIED)
 def test_every_experiment_composes_with_every_choice(experiment: str, choice: str) -> None:
+    if needed := NEEDS.get(choice):
+        pytest.importorskip(needed)
     cfg = composed(f"experiment={experiment}", choice)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for key in ("solver", "adjoint", "loss", "scheduler", "data", "task"):

@@ -1,4 +1,4 @@
-"""L4: the neural ODE baseline. Needs torchdiffeq (the extra `neural_ode`), so nothing in fastdeq
+"""L4: the neural ODE baseline. Needs torchdiffeq (the extra `ode`), so nothing in fastdeq
 imports this module: import `fastdeq.layers.neural_ode` itself, or use model=neural_ode."""
 
 from typing import Any, Literal, TypeAlias, get_args
@@ -18,7 +18,7 @@ try:
     from torchdiffeq import odeint_adjoint
 except ImportError as error:
     raise ImportError(
-        "neural ODEs need torchdiffeq: pip install torchdiffeq, or 'fastdeq[neural_ode]'"
+        "neural ODEs need torchdiffeq: pip install torchdiffeq, or 'fastdeq[ode]'"
     ) from error
 
 Integrator: TypeAlias = Literal["dopri5", "bosh3", "dopri8", "adaptive_heun"]
