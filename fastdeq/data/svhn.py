@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 from torch import Tensor
 
-from fastdeq.data.batches import Normalization
+from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.sources import ImageSource, Publication, SourceFile
 from fastdeq.data.store import ImageSet
 from fastdeq.data.stored import StoredDataModule
@@ -122,7 +122,4 @@ class SvhnDataModule(StoredDataModule):
     source = SVHN
     input_shape = _SHAPE
     outputs = _CLASSES
-    # As published: the constants of CIFAR-10
-    normalization = Normalization(
-        scale=255.0, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
-    )
+    normalization = Cifar10DataModule.normalization  # as published

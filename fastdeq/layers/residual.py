@@ -2,6 +2,7 @@
 equilibrium (arXiv 2006.08656, §3; arXiv 2201.12240, §4)."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -74,16 +75,10 @@ def MultiScaleResidualCell(
     scales = image_scales(image, channels, downsample_times)
     if normalization == "group":
         _check_groups(scales)
-    branches = [
-        ResidualBlock(
-            width,
-            expansion,
-            normalization=normalization,
-            weight_norm=weight_norm,
-            dropout=dropout,
-        )
-        for width in channels
-    ]
+    block = partial(
+        ResidualBlock, normalization=normalization, weight_norm=weight_norm, dropout=dropout
+    )
+    branches = [block(width, expansion) for width in channels]
     n = len(channels)
     mappings = [[_mapping(channels, j, i, normalization) for i in range(n)] for j in range(n)]
     ends = [post_fusion(width, normalization, weight_norm) for width in channels]
@@ -110,11 +105,7 @@ class MultiScaleExplicitNetwork(nn.Module):
         super().__init__()
         check_channels(channels=channels)
         block = ResidualBlock(
-            channels[0],
-            3,
-            normalization=normalization,
-            weight_norm=weight_norm,
-            dropout=dropout,
+            channels[0], 3, normalization=normalization, weight_norm=weight_norm, dropout=dropout
         )
         others = range(1, len(channels))
         self.branches = nn.ModuleList(
@@ -148,16 +139,10 @@ class MultiScaleResidualNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.scales = image_scales(image, channels, downsample_times)
-        self.blocks = nn.ModuleList(
-            ResidualBlock(
-                width,
-                expansion,
-                normalization=normalization,
-                weight_norm=weight_norm,
-                dropout=dropout,
-            )
-            for width in channels
+        block = partial(
+            ResidualBlock, normalization=normalization, weight_norm=weight_norm, dropout=dropout
         )
+        self.blocks = nn.ModuleList(block(width, expansion) for width in channels)
         self.downs = nn.ModuleList(
             downsample(fine, coarse, 1, normalization) for fine, coarse in pairwise(channels)
         )
