@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork
 from fastdeq.adjoints import Implicit, JacobianFree
+from fastdeq.experiment.launch import leave
 from fastdeq.krylov import GMRES
 from fastdeq.layers import VariationalDropout, weight_norm
 from fastdeq.regularizers import skip_loss
@@ -103,7 +104,7 @@ def worker(rank: int, folder: str) -> None:
             nfe = step(network, kind, part(rank), seed=rank)
         results[kind] = {"gradients": gradients(network.module), "nfe": nfe}
     torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")

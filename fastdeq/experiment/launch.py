@@ -5,12 +5,14 @@ every child would begin the whole sweep (Lightning issue 11300). These children 
 configuration instead.
 """
 
+import gc
 import os
 import socket
 import sys
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from fastdeq.experiment.folder import logging_to
@@ -45,6 +47,24 @@ def _rank(rank: int, job: Job, port: int) -> None:
     log = job.folder / f"{job.config['mode']}.log"
     with logging_to(log) if rank == 0 else nullcontext():
         work(job)
+    leave()
+
+
+def leave() -> None:
+    """End this process, a rank whose work is done, with status 0; does not return.
+
+    Threads of gloo hold tensors that Python shares. One that frees its tensor while the interpreter
+    is being taken apart aborts the process (PyTorch 179291), and DistributedDataParallel's cycles
+    keep the group alive till then. So the group goes first, and the interpreter is not taken apart.
+    """
+    gc.collect()
+    if dist.is_initialized():
+        dist.barrier()  # nobody closes a connection that another still reads
+        dist.destroy_process_group()
+    gc.collect()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def interactive() -> bool:
