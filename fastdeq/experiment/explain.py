@@ -72,6 +72,8 @@ def _resolution(error: InterpolationResolutionError) -> str:
         if isinstance(keys, DictConfig):
             names = [f"{found[1]}.{name}" for name in map(str, keys)]
             text = f"there is no key '{found[1]}.{found[2]}'{_listing('; keys', names)}"
+            if found[1] == "arch":  # one that was named; each data set brings some that fit
+                text = f"this arch has no '{found[2]}': leave arch= out, or choose another arch"
     return f"{error.full_key}: {text}"
 
 

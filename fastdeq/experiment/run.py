@@ -72,11 +72,13 @@ def read_score(folder: Path) -> float:
 
 
 def find_reference(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any] | None:
-    """The published row whose `where` (choices of groups, values of keys) this run fulfils."""
-    reference = config.get("reference") or {}
-    for row in reference.get("rows", ()):
+    """The published row whose `where` (choices of groups, values of keys) this run fulfils, with
+    what holds for all rows: source, number of seeds, length of a run.
+    """
+    reference = dict(config.get("reference") or {})
+    for row in reference.pop("rows", ()):
         if all(_value(key, config, choices) == wanted for key, wanted in row["where"].items()):
-            return {"source": reference["source"], **row}
+            return {**reference, **row}
     return None
 
 
@@ -148,7 +150,7 @@ _PLAIN = (ValueError, TypeError, FileNotFoundError, FileExistsError, OSError)
 
 def _choices() -> dict[str, str]:
     chosen = HydraConfig.get().runtime.choices
-    return {str(key): str(value) for key, value in chosen.items() if not key.startswith("hydra/")}
+    return {str(key): str(value) for key, value in chosen.items() if "/" not in key}
 
 
 def _started() -> float:

@@ -23,11 +23,12 @@ OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Opt
 
 STAGES = ("train", "val", "test")
 _FIGURES = (
-    *("loss", "loss_task", "loss_skip", "loss_jacobian", "loss_residual", "accuracy"),
+    *("loss", "loss_task", "loss_skip", "loss_jacobian", "loss_residual"),
+    *("accuracy", "accuracy_top5"),
     *("nfe", "residual", "unconverged"),
     *("nfe_backward", "residual_backward", "unconverged_backward"),
     *("seconds", "solve_seconds", "backward_seconds"),
-    *("explicit_loss", "explicit_accuracy", "explicit_seconds"),
+    *("explicit_loss", "explicit_accuracy", "explicit_accuracy_top5", "explicit_seconds"),
 )
 
 

@@ -6,21 +6,45 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fastdeq.tasks.base import AbstractTask
+from fastdeq.models import DEQChain
+from fastdeq.tasks.base import AbstractTask, OptimizerFactory
+from fastdeq.tasks.objective import LossWeights
+from fastdeq.tasks.schedules import AbstractSchedule
 
 
 class ClassificationTask(AbstractTask):
     """Cross entropy of logits (B, classes) with labels (B,), int64; figures and errors as in
     `AbstractTask`, with accuracy, the share of samples whose largest logit is the label's.
+
+    top5: also log accuracy_top5, the share whose label is among the five largest logits.
     """
 
     monitor: tuple[str, Literal["min", "max"]] = ("accuracy", "max")
+
+    def __init__(
+        self,
+        *,
+        model: DEQChain,
+        optimizer: OptimizerFactory,
+        weights: LossWeights,
+        schedule: AbstractSchedule | None = None,
+        seed: int = 0,
+        top5: bool = False,
+    ) -> None:
+        super().__init__(
+            model=model, optimizer=optimizer, weights=weights, schedule=schedule, seed=seed
+        )
+        self.top5 = top5
 
     def criterion(self, prediction: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(prediction, targets)
 
     def scores(self, prediction: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        return {"accuracy": (prediction.argmax(dim=1) == targets).float().mean()}
+        scores = {"accuracy": (prediction.argmax(dim=1) == targets).float().mean()}
+        if self.top5:
+            found = (prediction.topk(5).indices == targets[:, None]).any(dim=1)
+            scores["accuracy_top5"] = found.float().mean()
+        return scores
 
     def check_fit(self, prediction: Tensor, targets: Tensor) -> None:
         if targets.is_floating_point() or targets.ndim != 1:
@@ -37,4 +61,9 @@ class ClassificationTask(AbstractTask):
             raise ValueError(
                 f"the model predicts {tuple(prediction.shape[1:])} a sample, but the data has a "
                 f"class {int(targets.max())}: let the head have sizes.outputs outputs"
+            )
+        if self.top5 and prediction.shape[1] < 5:
+            raise ValueError(
+                f"top5 looks among five classes, but there are {prediction.shape[1]}: use "
+                "task.top5=false"
             )
