@@ -33,10 +33,7 @@ GOES_WITH = {
     "arch=dynamics": ["data=polynomial"],
     "arch=polynomial": ["data=polynomial"],
     "task=regression": ["data=polynomial"],
-    **{
-        f"model={model}": ["arch=digits_conv"]
-        for model in ("mdeq", "skip_mdeq", "skip_reg_mdeq", "residual")
-    },
+    "arch=fc": ["model=skip_deq"],
     **{
         f"arch={arch}": ["model=skip_mdeq", "solver.max_steps=3", "adjoint.solver.max_steps=3"]
         for arch in ("cifar_tiny", "mnist_conv", "digits_conv")
@@ -149,7 +146,7 @@ def test_samples_are_solved_one_by_one_where_the_normalization_lets_them(
     ("overrides", "sentence"),
     [
         (
-            ["model=skip_mdeq"],
+            ["model=skip_mdeq", "arch=fc"],
             "the cell is a DenseCell, which has no scales: give a MultiScaleCell",
         ),
         (["arch=cifar_tiny", "solver.per_sample=true"], "set solver.per_sample=false"),
@@ -160,7 +157,7 @@ def test_samples_are_solved_one_by_one_where_the_normalization_lets_them(
         (["arch=digits_conv", "arch.channels=8"], "channels is 8, but must list"),
         (["arch=digits_conv", "arch.normalization=layer"], "arch.normalizations.group"),
         (["arch=digits_conv", "arch.expansion=0"], "expansion is 0"),
-        (["model=residual"], "there is no key 'arch.plain'; keys: arch.width"),
+        (["model=residual", "arch=fc"], "this arch has no 'plain': leave arch= out"),
     ],
 )
 def test_what_does_not_fit_a_multiscale_network_is_told_in_one_line(
@@ -190,6 +187,36 @@ def test_beside_tolerance_and_limits_the_files_hold_the_defaults_of_the_classes(
     built = instantiate(composed(f"solver={solver}").solver)
     method = {"method": built.method} if hasattr(built, "method") else {}
     assert built == type(built)(tol=5e-3, **method)
+
+
+ARCHS = {
+    "digits": ("fc", "digits_conv"),
+    "mnist": ("fc", "mnist_conv"),
+    "fashion_mnist": ("fc", "mnist_conv"),
+    "cifar10": ("fc", "cifar_tiny"),
+    "svhn": ("fc", "cifar_tiny"),
+}
+"""What each set of images brings for models of one scale, and of several."""
+
+
+@pytest.mark.parametrize("data", ARCHS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_fits_every_set_of_images_without_naming_a_size(data: str, model: str) -> None:
+    cfg = composed(f"data={data}", model)
+    single = model.removeprefix("model=") in ("deq", "skip_deq", "skip_reg_deq")
+    assert HydraConfig.get().runtime.choices.arch == ARCHS[data][0 if single else 1]
+    built = instantiate(cfg.model, _convert_="all").eval()
+    built.equilibrium.depth = 1
+    with torch.no_grad():
+        prediction, _ = built(torch.zeros(2, *cfg.sizes.input))
+    assert prediction.shape == (2, cfg.sizes.outputs)
+
+
+def test_the_command_line_has_the_last_word_on_the_arch() -> None:
+    for overrides in (["arch=fc"], ["arch=fc", "model=mdeq"], ["experiment=cifar10_tiny"]):
+        composed("data=mnist", *overrides)
+        wanted = "fc" if "arch=fc" in overrides else "cifar_tiny"
+        assert HydraConfig.get().runtime.choices.arch == wanted
 
 
 def test_the_backward_pass_takes_any_solver_from_the_command_line() -> None:

@@ -50,7 +50,7 @@ def test_a_run_folder_holds_configuration_figures_checkpoint_and_summary(tmp_pat
         "summary.json",
         "train.log",
     ]
-    assert folder.parent == tmp_path / "digits" / "skip_deq_lbroyden"
+    assert folder.parent == tmp_path / "digits" / "skip_mdeq_lbroyden"
     assert OmegaConf.load(folder / "config.yaml").trainer.max_epochs == 2
 
 
@@ -101,7 +101,7 @@ def test_the_checkpoint_loads_as_weights_only_and_gives_the_tested_accuracy(
     data.setup()
     ((x, labels, _),) = data.test_dataloader()
     with torch.no_grad():
-        logits, _ = task.model(x)
+        logits, _ = task.eval().model(x)
     accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
     summary = json.loads((folder / "summary.json").read_text())
     # One sample is 1/360: the accuracy is a count, equal but for the last digit of its float.

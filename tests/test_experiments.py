@@ -9,13 +9,26 @@ from omegaconf import OmegaConf
 
 from tests.commands import CommandLine
 from tests.images import samples, small_mnist, write_files
-from tests.pictures import ARCHIVE, archive, cifar_files, small_cifar, write_folder
+from tests.pictures import (
+    ARCHIVE,
+    archive,
+    cifar_files,
+    small_cifar,
+    small_svhn,
+    svhn_files,
+    write_folder,
+)
 from tests.test_configuration import GROUPS, NEEDS, composed
 
 EXPERIMENTS = GROUPS["experiment"]
 FULLY_CONNECTED = ["deq", "skip_deq", "skip_reg_deq"]
-MODELS = dict.fromkeys(EXPERIMENTS, FULLY_CONNECTED) | {
-    "cifar10_tiny": ["mdeq", "skip_mdeq", "skip_reg_mdeq", "neural_ode"]
+MULTISCALE = ["mdeq", "skip_mdeq", "skip_reg_mdeq"]
+MODELS = {
+    **dict.fromkeys(EXPERIMENTS, [*MULTISCALE, "neural_ode"]),
+    **dict.fromkeys(
+        ["polynomial_fitting", "dynamics", "mnist_fc", "mnist_fc_tsit5"], FULLY_CONNECTED
+    ),
+    "imagenet_small": MULTISCALE,
 }
 """Those that the published rows compare."""
 
@@ -79,6 +92,76 @@ SETTINGS: dict[str, dict[str, object]] = {
     },
 }
 """As published (arXiv 2201.12240 and the first release's scripts)."""
+SETTINGS["cifar10_large"] = SETTINGS["cifar10_tiny"] | {
+    "arch.channels": [32, 64, 128, 256],
+    "arch.dropout": 0.3,
+    "arch.weight_norm": True,
+    "data.augmentation": [
+        {"_target_": "fastdeq.data.RandomFlip", "share": 0.5},
+        {"_target_": "fastdeq.data.ResizeCrop", "resize": 42, "size": 32},
+    ],
+    "solver.termination": "rel_deq_best",
+    "trainer.max_steps": 90_000,
+}
+SETTINGS["imagenet_small"] = {
+    "data.batch_size": 64,
+    "arch.channels": [32, 64, 128, 256],
+    "arch.dropout": 0.0,
+    "arch.weight_norm": True,
+    "solver.max_steps": 27,
+    "solver.termination": "abs_deq_best",
+    "solver.per_sample": False,
+    "adjoint.solver.max_steps": 28,
+    "optimizer._target_": "torch.optim.SGD",
+    "optimizer.lr": 0.05,
+    "optimizer.momentum": 0.9,
+    "optimizer.nesterov": True,
+    "optimizer.weight_decay": 1e-6,
+    "scheduler.at": [0.2, 0.3, 0.5],
+    "scheduler.factor": 0.1,
+    "trainer.max_steps": 500_000,
+    "task.top5": True,
+}
+SETTINGS["mnist_mdeq"] = {
+    "data.batch_size": 64,
+    "arch.channels": [8, 16],
+    "arch.normalization": "group",
+    "solver.tol": 1e-2,
+    "solver.max_steps": 50,
+    "solver.per_sample": True,
+    "optimizer._target_": "torch.optim.AdamW",
+    "optimizer.lr": 1e-3,
+    "optimizer.weight_decay": 2.5e-6,
+    "scheduler.minimum": 1e-6,
+    "trainer.max_epochs": 25,
+    "skip_weight": 1.0,
+    "loss.residual": 1e-3,
+}
+SETTINGS["svhn"] = {
+    "data._target_": "fastdeq.data.SvhnDataModule",
+    "data.batch_size": 32,
+    "arch.channels": [24, 24],
+    "arch.dropout": 0.25,
+    "arch.normalization": "group",
+    "solver._target_": "fastdeq.solvers.LimitedMemoryBroydenSolver",
+    "solver.tol": 5e-2,
+    "solver.max_steps": 20,
+    "solver.termination": "rel_deq_best",
+    "optimizer._target_": "torch.optim.AdamW",
+    "optimizer.lr": 1e-3,
+    "optimizer.weight_decay": 2.5e-6,
+    "scheduler.minimum": 1e-6,
+    "trainer.max_epochs": 50,
+    "skip_weight": 0.01,
+}
+TSIT5 = {
+    "data.batch_size": 64,
+    "solver._target_": "fastdeq.solvers.ContinuousSolver",
+    "solver.method": "tsit5",
+}
+SETTINGS["cifar10_mdeq"] = SETTINGS["svhn"] | {"data._target_": "fastdeq.data.Cifar10DataModule"}
+for _name in ("svhn", "cifar10_mdeq"):
+    SETTINGS[f"{_name}_tsit5"] = SETTINGS[_name] | TSIT5
 
 
 @pytest.fixture
@@ -87,7 +170,9 @@ def data(command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("fastdeq.data.MnistDataModule.source", small_mnist())
     monkeypatch.setattr("fastdeq.data.Cifar10DataModule.source", small_cifar())
     write_files(tmp_path / "data" / "mnist", samples())
+    monkeypatch.setattr("fastdeq.data.SvhnDataModule.source", small_svhn())
     write_folder(tmp_path / "data" / "cifar10", {ARCHIVE: archive(cifar_files())})
+    write_folder(tmp_path / "data" / "svhn", svhn_files())
     monkeypatch.setenv("FASTDEQ_DATA", str(tmp_path / "data"))
     return ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.accelerator=cpu"]
 
@@ -137,3 +222,24 @@ def test_every_row_of_a_reference_can_be_reached_and_names_its_source() -> None:
         for row in reference.rows:
             assert row.where.model in GROUPS["model"]
             assert all(name.split("/")[0] in ("train", "test") for name in row.figures)
+            assert set(row.deviations) <= set(row.figures)
+            choices = [
+                f"{key}={value}" for key, value in row.where.items() if key in ("model", "solver")
+            ]
+            cfg = composed(f"experiment={experiment}", *choices)
+            length = cfg.trainer.max_steps if "steps" in reference else cfg.trainer.max_epochs
+            assert length == reference.get("steps", reference.get("epochs"))
+            if "parameters" in row:
+                built = instantiate(cfg.model, _convert_="all")
+                count = sum(parameter.numel() for parameter in built.parameters())
+                assert count == pytest.approx(row.parameters, rel=1e-3)  # printed as 10.63M
+
+
+@pytest.mark.parametrize(
+    ("experiment", "rows"),
+    [("mnist_fc", 6), ("cifar10_tiny", 7), ("cifar10_large", 7), ("imagenet_small", 6)],
+)
+def test_every_published_row_has_a_reference_of_its_own(experiment: str, rows: int) -> None:
+    found = composed(f"experiment={experiment}").reference.rows
+    assert len({str(row.where) for row in found}) == len(found) == rows
+    assert len({str(row.figures) for row in found}) == rows

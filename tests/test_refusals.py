@@ -74,7 +74,8 @@ VALUES = {
     "trainer.devices=0": ("trainer.devices is 0",),
     "trainer.devices=2": ("several devices need trainer=ddp",),
     "callbacks.pretraining.steps=-1": ("pretraining", "steps", "-1"),
-    "arch.width=0": ("width is 0",),
+    "arch.expansion=0": ("expansion is 0",),
+    "arch.channels=[8,0]": ("channels",),
 }
 
 
@@ -88,9 +89,12 @@ def test_values_of_a_wrong_type_or_out_of_range_are_named(command: CommandLine, 
     [
         (("data=polynomial", "task=classification"), ("task=regression",)),
         (("task=regression",), ("task=classification",)),
-        (("arch=polynomial",), ("(1, 8, 8)", "choose the arch")),
+        (("model=deq", "arch=polynomial"), ("(1, 8, 8)", "choose the arch")),
+        (("arch=fc",), ("DenseCell", "arch=digits_conv", "model=deq")),
+        (("model=residual", "arch=fc"), ("no 'plain'", "leave arch= out")),
+        (("task.top5=true", "data=polynomial", "task=classification"), ("task=regression",)),
         (("sizes.outputs=7",), ("7 outputs", "leave sizes to the data group")),
-        (("sizes.features=60",), ("64", "60")),
+        (("model=deq", "sizes.features=60"), ("64", "60")),
         (("model=deq", "loss=skip"), ("loss=plain",)),
         (("solver=newton_krylov", "adjoint=unrolled"), ("use the Implicit adjoint",)),
     ],
@@ -219,7 +223,10 @@ def test_a_checkpoint_of_another_model_or_of_another_program_is_refused(
     command: CommandLine, checkpoint: Path
 ) -> None:
     refused(command("mode=test", f"checkpoint={checkpoint}", "model=deq"), "another model")
-    refused(command("mode=test", f"checkpoint={checkpoint}", "arch.width=64"), "another model")
+    refused(
+        command("mode=test", f"checkpoint={checkpoint}", "model=skip_deq", "arch.width=64"),
+        "another model",
+    )
     torch.save({"weights": torch.zeros(3)}, checkpoint)
     refused(command("mode=test", f"checkpoint={checkpoint}"), "no checkpoint of a run")
 
