@@ -104,7 +104,7 @@ def job_records(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     Raises: ValueError for one that cannot be read.
     """
     files = sorted(folder.glob("jobs/*.json"), key=lambda path: int(path.stem))
-    return [(int(path.stem), _read(path, ("overrides", "folder", "error"))) for path in files]
+    return [(int(path.stem), _read(path, _JOB)) for path in files]
 
 
 def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -153,10 +153,9 @@ def read_run(folder: Path) -> Run:
     Raises: FileNotFoundError for one that lacks its configuration; ValueError for a file that
     cannot be read, with its name.
     """
-    needed = ("figures", "choices", "seed", "steps", "epochs", "parameters")
-    summary = _read(folder / SUMMARY, needed)
+    summary = _read(folder / SUMMARY, _SUMMARY)
     if not {"model", "solver"} <= set(summary["choices"]):
-        raise ValueError(f"{folder / SUMMARY} names no model and solver: it is of no fastdeq run")
+        raise ValueError(f"{folder / SUMMARY} names no model and solver: {_FOREIGN}")
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a run is told apart by its configuration")
@@ -164,24 +163,34 @@ def read_run(folder: Path) -> Run:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(_damaged(path, error)) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no keys: {_FOREIGN}")
     return Run(folder=folder, summary=summary, settings=dict(_leaves(config, "")))
 
 
-def _read(path: Path, needed: Iterable[str]) -> dict[str, Any]:
-    """A JSON file that holds a dictionary with these keys."""
+_SUMMARY = {"figures": dict, "choices": dict} | dict.fromkeys(
+    ("seed", "steps", "epochs", "parameters"), int
+)
+_JOB = {"overrides": dict, "folder": str | None, "error": str | None}
+_FOREIGN = "it was not written by a run of fastdeq"
+
+
+def _read(path: Path, needed: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON file that holds a dictionary with these keys and types."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(_damaged(path, error)) from error
-    missing = [key for key in needed if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise ValueError(f"{path} holds no {missing[0]!r}: it was not written by a fastdeq run")
-    record: dict[str, Any] = content
+    record: dict[str, Any] = content if isinstance(content, dict) else {}
+    for key, kind in needed.items():
+        if key not in record or not isinstance(record[key], kind):
+            raise ValueError(f"{path} holds no {key!r}, or not as expected: {_FOREIGN}")
     return record
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} cannot be read, it is truncated or damaged ({' '.join(str(error).split())})"
+    reason = " ".join(str(error).split())
+    return f"{path} cannot be read, it is truncated or damaged: leave its folder out ({reason})"
 
 
 def _leaves(node: Any, key: str) -> Iterator[tuple[str, Leaf]]:
