@@ -97,9 +97,9 @@ def _below(key: str, node: str) -> bool:
 
 
 def _plain(key: str, value: Leaf) -> Leaf:
-    """1 and 1.0 are the same, except as a limit: 1 is one batch, 1.0 is all of them."""
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if is_integer and not key.startswith("trainer.limit_") else value  # type: ignore[arg-type]
+    """1 and 1.0 are the same, as they are to Python, except as a limit: one batch, and all."""
+    count = isinstance(value, int) and key.startswith("trainer.limit_")
+    return f"{value} batches" if count else value
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
