@@ -1,5 +1,6 @@
 """L7: what tells the configurations of runs apart: labels for columns, settings for the rest."""
 
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -110,7 +111,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     named again.
     """
     values = [dict(identity(run)) for run in runs]
-    keys = {key: None for settings in values for key in settings}  # in order, as a set is not
+    keys = {key for settings in values for key in settings}
     columns = {key: tuple(settings.get(key, NONE) for settings in values) for key in keys}
     varied = sorted((key for key in keys if len(set(columns[key])) > 1), key=_rank)
     shown: dict[str, tuple[str, ...]] = {}
@@ -120,7 +121,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
             continue
         if _is_copy(key, column, {earlier: columns[earlier] for earlier in varied[:place]}):
             continue
-        group = _FROM.get(key.split(".")[0].split("[")[0], key.split(".")[0].split("[")[0])
+        group = _FROM.get(_node(key), _node(key))
         choice = tuple(run.choices.get(group, "None") for run in runs)
         if len(set(choice)) > 1 and _determines(choice, column):
             shown[group] = choice
@@ -142,9 +143,13 @@ _MADE_OF = {"loss.skip": "skip_weight", "trainer.detect_anomaly": "debug"}
 """Single keys that conf/ fills from others."""
 
 
+def _node(key: str) -> str:
+    return key.split(".")[0].split("[")[0]
+
+
 def _rank(key: str) -> tuple[int, int, str]:
     """Where a key comes in the settings: what others are made of first, outer keys first."""
-    node = key.split(".")[0]
+    node = _node(key)
     if node in _LAST:
         return len(_ORDER) + 1 + _LAST.index(node), key.count("."), key
     return _ORDER.index(node) if node in _ORDER else len(_ORDER), key.count("."), key
@@ -168,6 +173,4 @@ def _text(settings: Mapping[str, Leaf], key: str) -> str:
     if key not in settings:
         return NONE
     value = settings[key]
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

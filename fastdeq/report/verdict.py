@@ -117,8 +117,9 @@ def _partial(settings: Mapping[str, Leaf]) -> list[str]:
     found: dict[str, str] = {}
     for key, what in _CUT.items():
         limit = settings.get(key)
-        whole = limit == 0 if key == "trainer.overfit_batches" else isinstance(limit, float)
-        if limit is None or (whole and float(limit) in (0.0, 1.0)):
+        if not limit or (
+            isinstance(limit, float) and limit >= 1
+        ):  # overfit_batches is 0 by default
             continue
         many = "1 batch" if limit == 1 else f"{limit} batches"
         amount = f"{100 * limit:g} %" if isinstance(limit, float) else many
