@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdeq.report.command import main as report
 from tests.commands import CommandLine, a_run
 from tests.images import samples, write_files
 
@@ -65,7 +66,7 @@ def test_what_the_train_commands_are_made_of_is_all_kinds() -> None:
         assert any(word in line for line in COMMANDS), word
 
 
-@pytest.mark.parametrize("typed", [line for line in COMMANDS if "-m fastdeq" in line])
+@pytest.mark.parametrize("typed", [line for line in COMMANDS if "-m fastdeq.data" in line])
 def test_the_data_commands_run(typed: str, tmp_path: Path) -> None:
     if "PATH" in typed:
         write_files(tmp_path, samples())
@@ -80,6 +81,21 @@ def test_the_data_commands_run(typed: str, tmp_path: Path) -> None:
     )
     assert answer.returncode == 0, answer.stderr
     assert "train" in answer.stdout
+
+
+@pytest.mark.parametrize("typed", [line for line in COMMANDS if "-m fastdeq.report" in line])
+def test_the_report_commands_run(
+    command: CommandLine, capsys: pytest.CaptureFixture[str], typed: str
+) -> None:
+    typed = typed.replace("RUN", str(a_run(command)))
+    capsys.readouterr()
+    assert report(shlex.split(typed)[3:]) == 0
+    assert capsys.readouterr().out
+
+
+def test_there_are_commands_of_every_module() -> None:
+    for module in ("fastdeq.data", "fastdeq.report"):
+        assert any(f"-m {module}" in line for line in COMMANDS), module
 
 
 def test_the_files_of_the_map_exist() -> None:

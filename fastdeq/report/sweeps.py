@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdeq.report.markdown import aligned
+from fastdeq.report.runs import SUMMARY, job_records
+
 SEED = "seed"
 
 # heading, figure of summary.json (or of its "figures"), format, factor
@@ -45,12 +48,11 @@ class SweepJob:
 def read_jobs(folder: Path) -> list[SweepJob]:
     """The jobs of a sweep's folder in their order, with their summaries."""
     jobs = []
-    for path in sorted(folder.glob("jobs/*.json"), key=lambda path: int(path.stem)):
-        record = json.loads(path.read_text())
+    for number, record in job_records(folder):
         summary = None
         if record["error"] is None:
-            summary = json.loads((Path(record["folder"]) / "summary.json").read_text())
-        jobs.append(SweepJob(number=int(path.stem), summary=summary, **record))
+            summary = json.loads((Path(record["folder"]) / SUMMARY).read_text())
+        jobs.append(SweepJob(number=number, summary=summary, **record))
     return jobs
 
 
@@ -81,14 +83,7 @@ class SweepTable:
 
     def markdown(self) -> str:
         """The table with aligned columns."""
-        table = self.rows()
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = [
-            "| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) + " |"
-            for line in table
-        ]
-        rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-        return "\n".join([lines[0], rule, *lines[1:]])
+        return aligned(self.rows())
 
     def write(self, folder: Path) -> None:
         """table.md, and table.csv with the same cells."""

@@ -1,0 +1,176 @@
+"""L7: what tells the configurations of runs apart: labels for columns, settings for the rest."""
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fastdeq.report.runs import Leaf, Run
+
+MODELS = {
+    "DEQ": ("deq", "mdeq"),
+    "Skip DEQ": ("skip_deq", "skip_mdeq"),
+    "Skip Reg. DEQ": ("skip_reg_deq", "skip_reg_mdeq"),
+    "Neural ODE": ("neural_ode",),
+    "Explicit": ("explicit",),
+    "Residual": ("residual",),
+}
+"""Published names, in the published order, and the choices of conf/model that they stand for."""
+
+CONTINUOUS = ("bs3", "tsit5", "vcab3")
+"""Choices of conf/solver that integrate to the steady state."""
+
+NONE = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """The columns that name a row; continuous is None where nothing is solved."""
+
+    experiment: str
+    model: str
+    solver: str
+    continuous: bool | None
+    jacobian: bool
+
+    def order(self) -> tuple[Hashable, ...]:
+        """As published: by model, discrete first, then without regularization."""
+        names = list(MODELS)
+        place = names.index(self.model) if self.model in names else len(names)
+        return self.experiment, place, self.model, bool(self.continuous), self.jacobian, self.solver
+
+
+def label(run: Run) -> Label:
+    """The label of the row that a run belongs to."""
+    model, solver = run.choices["model"], run.choices["solver"]
+    named = [name for name, choices in MODELS.items() if model in choices]
+    continuous: bool | None = solver in CONTINUOUS
+    if model == "neural_ode":  # the configured solver is not used
+        solver, continuous = str(run.settings.get("model.ode.method", NONE)), True
+    elif model in ("explicit", "residual"):
+        solver, continuous = NONE, None
+    return Label(
+        experiment=_experiment(run),
+        model=named[0] if named else model,
+        solver=solver,
+        continuous=continuous,
+        jacobian=_number(run.settings.get("loss.jacobian")) > 0,
+    )
+
+
+def _experiment(run: Run) -> str:
+    """The choice, or without one what stands before the model in the run's name."""
+    chosen = run.choices.get("experiment", "None")
+    name = str(run.summary.get("name", ""))
+    return chosen if chosen != "None" else name.rpartition("/")[0] or name
+
+
+def _number(value: Leaf) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def identity(run: Run) -> frozenset[tuple[str, Leaf]]:
+    """What a run's result depends on beside its seed: equal for runs that differ in their seeds,
+    paths, devices, loggers and published figures alone.
+
+    A key without a value counts as one that is not there: older configurations lack newer keys.
+    """
+    return frozenset(
+        (key, _plain(key, value))
+        for key, value in run.settings.items()
+        if _counts(key) and value not in (None, "[]", "{}")
+    )
+
+
+_ASIDE = (
+    *("paths", "logger", "reference", "from_run", "data.root", "data.store", "data.download"),
+    *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
+    *("trainer.log_every_n_steps", "trainer.enable_model_summary"),
+)
+"""Keys, with all below them, that change where a run works and what is seen of it."""
+
+
+def _counts(key: str) -> bool:
+    return key.rpartition(".")[2] != "seed" and not any(_below(key, node) for node in _ASIDE)
+
+
+def _below(key: str, node: str) -> bool:
+    return key == node or key.startswith((f"{node}.", f"{node}["))
+
+
+def _plain(key: str, value: Leaf) -> Leaf:
+    """1 and 1.0 are the same, as they are to Python, except as a limit: one batch, and all."""
+    count = isinstance(value, int) and key.startswith("trainer.limit_")
+    return f"{value} batches" if count else value
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """For each of some runs with the same label, the settings that the others have not: key=value,
+    separated by blanks; no two are equal where the identities are not.
+
+    A setting that is made of another one (by interpolation, or by the choice of a group) is not
+    named again.
+    """
+    values = [dict(identity(run)) for run in runs]
+    keys = {key for settings in values for key in settings}
+    columns = {key: tuple(settings.get(key, NONE) for settings in values) for key in keys}
+    varied = sorted((key for key in keys if len(set(columns[key])) > 1), key=_rank)
+    shown: dict[str, tuple[str, ...]] = {}
+    for place, key in enumerate(varied):
+        column = columns[key]
+        if key == "name" and _determines(list(zip(*shown.values(), strict=True)), column):
+            continue
+        if _is_copy(key, column, {earlier: columns[earlier] for earlier in varied[:place]}):
+            continue
+        group = _FROM.get(_node(key), _node(key))
+        choice = tuple(run.choices.get(group, "None") for run in runs)
+        if len(set(choice)) > 1 and _determines(choice, column):
+            shown[group] = choice
+        else:
+            shown[key] = tuple(_text(run.settings, key) for run in runs)
+    return [
+        " ".join(f"{key}={texts[place]}" for key, texts in shown.items())
+        for place in range(len(runs))
+    ]
+
+
+_ORDER = ("data", "sizes", "skip_weight", "debug", "loss", "arch", "solver", "adjoint")
+_LAST = ("model", "task", "name")  # made of the others
+
+_FROM = {"sizes": "data"}
+"""Nodes that the choice of another group brings."""
+
+_MADE_OF = {"loss.skip": "skip_weight", "trainer.detect_anomaly": "debug"}
+"""Single keys that conf/ fills from others."""
+
+
+def _node(key: str) -> str:
+    return key.split(".")[0].split("[")[0]
+
+
+def _rank(key: str) -> tuple[int, int, str]:
+    """Where a key comes in the settings: what others are made of first, outer keys first."""
+    node = _node(key)
+    if node in _LAST:
+        return len(_ORDER) + 1 + _LAST.index(node), key.count("."), key
+    return _ORDER.index(node) if node in _ORDER else len(_ORDER), key.count("."), key
+
+
+def _is_copy(key: str, column: tuple[Leaf, ...], earlier: Mapping[str, tuple[Leaf, ...]]) -> bool:
+    if (source := _MADE_OF.get(key)) is not None:
+        return earlier.get(source) == column
+    # model and task are made of the groups, and so are the layers of an arch of its widths.
+    made = key.startswith(("model.", "task.")) or (key.startswith("arch.") and key.count(".") > 1)
+    return made and column in earlier.values()
+
+
+def _determines(one: Sequence[Hashable], other: Sequence[Hashable]) -> bool:
+    """Whether rows that agree in the one agree in the other."""
+    return len(set(zip(one, other, strict=True))) == len(set(one)) if one else False
+
+
+def _text(settings: Mapping[str, Leaf], key: str) -> str:
+    """The value as it would be typed."""
+    if key not in settings:
+        return NONE
+    value = settings[key]
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,78 @@
+"""L7: what must be said below a table of runs."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from fastdeq.report.rows import TIMES, Row
+from fastdeq.report.runs import Found, Run
+
+VERDICT = (
+    "verdict: the difference to the published mean, and the ± that counts as within: "
+    "2·√(s₀²/n₀ + s²/n) for n seeds here and n₀ published ones with deviations s and s₀, "
+    "2·s₀·√(1 + 1/n₀) for a single seed here. With three published seeds, one in six to eight of "
+    "equal settings is not within, by chance. Runs of another length, on part of the data, or "
+    "beside an unknown spread are not judged"
+)
+
+
+def footnotes(rows: Sequence[Row], found: Found) -> list[str]:
+    """A sentence each: how to read the table, what its runs do not share, what is not in it."""
+    runs = [run for row in rows for run in row.runs]
+    return [
+        *_reading(rows),
+        *_provenance(runs),
+        *_mixed(rows),
+        *found.failed.values(),
+        *(
+            f"{folder} is unfinished: it has no summary.json"
+            for key, folder in found.unfinished.items()
+            if key not in found.failed  # said already
+        ),
+    ]
+
+
+def _reading(rows: Sequence[Row]) -> list[str]:
+    notes = []
+    if any(row.seeds > 1 for row in rows):
+        notes.append("±: sample standard deviation over seeds")
+    for source, seeds in dict.fromkeys(
+        (row.reference.get("source", "unnamed"), row.reference.get("seeds"))
+        for row in rows
+        if row.reference is not None
+    ):
+        over = f" over {seeds} seeds" if seeds else ""
+        notes.append(f"[ ]: published, mean ± standard deviation{over}: {source}")
+    if any(row.reference is not None for row in rows):
+        notes.append(VERDICT)
+    if any(row.figures[name].published is not None for row in rows for name in TIMES):
+        notes.append("published times are those of a V100: no time is judged")
+    return notes
+
+
+def _provenance(runs: Sequence[Run]) -> list[str]:
+    notes = []
+    dirty = [run for run in runs if run.summary.get("dirty")]
+    if dirty:
+        notes.append(f"{_of(len(dirty), len(runs))} a working tree with uncommitted changes")
+    commits = Counter(str(run.summary.get("commit") or "unknown")[:10] for run in runs)
+    devices = Counter(run.device for run in runs)
+    for counts, what in ((commits, "commits"), (devices, "devices")):
+        if len(counts) > 1:
+            parts = ", ".join(f"{name} ({count})" for name, count in counts.most_common())
+            notes.append(f"the runs are from {len(counts)} {what}: {parts}")
+    return notes
+
+
+def _of(count: int, total: int) -> str:
+    if count == total:
+        return "the run is from" if total == 1 else f"all {total} runs are from"
+    return f"{count} of {total} runs {'is' if count == 1 else 'are'} from"
+
+
+def _mixed(rows: Sequence[Row]) -> list[str]:
+    notes = []
+    if any(len({run.device for run in row.runs}) > 1 for row in rows):
+        notes.append("times are left out where the runs of a row are from different devices")
+    if any(row.seeds < len(row.runs) for row in rows):
+        notes.append("a seed that was run several times counts once, with the mean of its runs")
+    return notes

@@ -1,0 +1,108 @@
+"""L7: rows of a report: runs that differ in their seeds alone, and their figures over the seeds."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastdeq.report.configuration import Label, differences, identity, label
+from fastdeq.report.runs import Run
+from fastdeq.report.sweeps import mean_and_deviation
+from fastdeq.report.verdict import Figure, Verdict, judge
+
+TIMES = ("train/seconds", "train/backward_seconds", "test/seconds", "training_minutes")
+FIGURES = ("test/accuracy", "test/accuracy_top5", "test/loss", "test/nfe", *TIMES)
+"""Figures of a report, as they are called in summary.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Runs of one configuration over their seeds.
+
+    settings: what tells the row from others of the same label, "" where the label does.
+    figures: of every name of FIGURES. reference: the published row (summary.json).
+    """
+
+    label: Label
+    settings: str
+    runs: tuple[Run, ...]
+    figures: Mapping[str, Figure]
+    parameters: int
+    reference: Mapping[str, Any] | None
+    verdict: Verdict
+
+    @property
+    def seeds(self) -> int:
+        """How many different ones there are."""
+        return len({run.seed for run in self.runs})
+
+    @property
+    def judged_by_loss(self) -> bool:
+        """Whether the task has no accuracy."""
+        return all(self.figures[name].mean is None for name in FIGURES[:2])
+
+
+def make_rows(runs: Iterable[Run]) -> list[Row]:
+    """One row for each configuration, in the published order of models.
+
+    A seed that was run several times counts once, with the mean of its runs: the deviation is one
+    between seeds.
+    """
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault((label(run), identity(run), run.summary["parameters"]), []).append(run)
+    labels: dict[Label, list[list[Run]]] = {}
+    for (name, *_), members in groups.items():
+        labels.setdefault(name, []).append(members)
+    rows = []
+    for name, alike in labels.items():
+        texts = differences([members[0] for members in alike])
+        rows += [_row(name, text, runs) for text, runs in zip(texts, alike, strict=True)]
+    return sorted(rows, key=lambda row: (row.label.order(), row.settings, row.parameters))
+
+
+def _row(name: Label, settings: str, members: Sequence[Run]) -> Row:
+    runs = tuple(sorted(members, key=lambda run: (run.seed, str(run.summary.get("finished")))))
+    reference = _reference(runs)
+    # Seconds of different machines have no mean.
+    timed = len({run.device for run in runs}) == 1
+    figures = {
+        figure: _figure(figure, runs if timed or figure not in TIMES else (), reference)
+        for figure in FIGURES
+    }
+    return Row(
+        label=name,
+        settings=settings,
+        runs=runs,
+        figures=figures,
+        parameters=runs[0].summary["parameters"],
+        reference=reference,
+        verdict=judge(runs, figures, reference),
+    )
+
+
+def _reference(runs: Sequence[Run]) -> Mapping[str, Any] | None:
+    """The most complete of the runs' references: older runs knew fewer of its keys."""
+    known = [run.reference for run in runs if run.reference is not None]
+    return max(known, key=lambda row: (len(row.get("deviations") or {}), len(row)), default=None)
+
+
+def _figure(name: str, runs: Sequence[Run], reference: Mapping[str, Any] | None) -> Figure:
+    by_seed: dict[int, list[float]] = {}
+    for run in runs:
+        if name in run.figures:
+            by_seed.setdefault(run.seed, []).append(run.figures[name])
+    mean = deviation = None
+    if by_seed:
+        mean, deviation = mean_and_deviation([statistics.fmean(each) for each in by_seed.values()])
+    published = reference or {}
+    value = (published.get("figures") or {}).get(name)
+    if name == "training_minutes":  # stands beside the figures
+        value = published.get(name)
+    return Figure(
+        mean=mean,
+        deviation=deviation,
+        n=len(by_seed),
+        published=value,
+        published_deviation=(published.get("deviations") or {}).get(name),
+    )

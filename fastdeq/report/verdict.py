@@ -1,0 +1,127 @@
+"""L7: where a measured figure stands beside the published one, and what forbids to say so."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastdeq.report.runs import Leaf, Run
+
+QUALITY = ("test/accuracy", "test/accuracy_top5", "test/loss")
+"""What a verdict is about: the first of these that is published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure over the seeds of a row, in the units of summary.json, beside the published one.
+
+    mean: None where no run has it. deviation: of a sample (n − 1); None for a single seed.
+    n: how many seeds have it.
+    """
+
+    mean: float | None = None
+    deviation: float | None = None
+    n: int = 0
+    published: float | None = None
+    published_deviation: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """In words; difference (ours minus published) and margin only where it is judged."""
+
+    text: str
+    difference: float | None = None
+    margin: float | None = None
+
+
+def judge(
+    runs: Sequence[Run], figures: Mapping[str, Figure], reference: Mapping[str, Any] | None
+) -> Verdict:
+    """Whether the runs of a row come out as published: within, above or below the spread.
+
+    reference: the published row, as in summary.json. Runs that diverged, that were shorter or
+    longer than the published ones or on part of the data, and figures without a published spread
+    are not judged; the text then says why. Times never are: the machine is another.
+    """
+    if broken := sum(run.diverged for run in runs):
+        share = "" if broken == len(runs) else f": {broken} of {len(runs)} runs"
+        return Verdict(text=f"diverged{share}")
+    obstacles = _partial(runs[0].settings)
+    name = next((name for name in QUALITY if reference and name in reference["figures"]), None)
+    figure = figures.get(name) if name is not None else None
+    if reference is None or name is None or figure is None or figure.mean is None:
+        return Verdict(text="; ".join([*obstacles, "no reference"]))
+    obstacles = [*_length(runs, reference), *obstacles]
+    seeds, spread = reference.get("seeds"), figure.published_deviation
+    if not seeds or spread is None:
+        obstacles.append("published spread unknown")
+    if obstacles or figure.published is None or not seeds or spread is None:
+        return Verdict(text="; ".join(obstacles))
+    allowed = margin(spread, seeds, figure.deviation, figure.n)
+    return _compared(figure.mean - figure.published, allowed, 1.0 if name == "test/loss" else 100.0)
+
+
+def margin(published: float, seeds: int, ours: float | None, n: int) -> float:
+    """How far two means may lie apart before it is more than their spread.
+
+        n ≥ 2: 2·√(s₀²/seeds + s²/n)      n = 1: 2·s₀·√(1 + 1/seeds)
+
+    published: s₀, deviation over `seeds` published seeds. ours: s, deviation over n seeds, None for
+    n = 1. The first is two standard errors of the difference (Welch: the two spreads need not be
+    equal). A single run tells nothing of its own spread: the second is the interval in which one
+    more run of the published kind is predicted. The factor is 2 and no quantile of Student's t: of
+    normal figures with equal settings, 82 % (one seed beside three: 2 degrees of freedom) to 88 %
+    (three beside three of equal spread: 4) come out within.
+    """
+    if ours is None:
+        return 2 * published * math.sqrt(1 + 1 / seeds)
+    return 2 * math.sqrt(published**2 / seeds + ours**2 / n)
+
+
+def _compared(difference: float, allowed: float, factor: float) -> Verdict:
+    word = "within" if abs(difference) <= allowed else "above" if difference > 0 else "below"
+    text = "{:.2f}" if factor == 100 else "{:.3g}"
+    sign = "+" if difference >= 0 else "−"
+    distance = f"{sign}{text.format(factor * abs(difference))}"
+    return Verdict(
+        text=f"{word}: {distance} of ±{text.format(factor * allowed)}",
+        difference=difference,
+        margin=allowed,
+    )
+
+
+def _length(runs: Sequence[Run], reference: Mapping[str, Any]) -> list[str]:
+    """Whether the runs were as long as the published ones."""
+    if any(run.summary.get("mode", "train") != "train" for run in runs):
+        return ["not trained here (mode=test)"]
+    for unit in ("steps", "epochs"):
+        if not (published := reference.get(unit)):
+            continue
+        lengths = [int(run.summary[unit]) for run in runs]
+        if min(lengths) < published:
+            return [f"short: {min(lengths):,} of {published:,} {unit}"]
+        return [f"long: {max(lengths):,} of {published:,} {unit}"] * (max(lengths) > published)
+    return ["published length unknown"]
+
+
+_CUT = {
+    "trainer.overfit_batches": "training",
+    "trainer.limit_train_batches": "training",
+    "trainer.limit_test_batches": "test",
+}
+
+
+def _partial(settings: Mapping[str, Leaf]) -> list[str]:
+    """Which data were cut: by a share below 1.0, or by a number of batches."""
+    found: dict[str, str] = {}
+    for key, what in _CUT.items():
+        limit = settings.get(key)
+        if not limit or (
+            isinstance(limit, float) and limit >= 1
+        ):  # overfit_batches is 0 by default
+            continue
+        many = "1 batch" if limit == 1 else f"{limit} batches"
+        amount = f"{100 * limit:g} %" if isinstance(limit, float) else many
+        found.setdefault(what, f"partial {what}: {amount}")
+    return list(found.values())
