@@ -204,7 +204,7 @@ ARCHS = {
 def test_every_model_fits_every_set_of_images_without_naming_a_size(data: str, model: str) -> None:
     cfg = composed(f"data={data}", model)
     single = model.removeprefix("model=") in ("deq", "skip_deq", "skip_reg_deq")
-    assert HydraConfig.get().runtime.choices.arch == ARCHS[data][0 if single else 1]
+    assert HydraConfig.get().runtime.choices["arch"] == ARCHS[data][0 if single else 1]
     built = instantiate(cfg.model, _convert_="all").eval()
     built.equilibrium.depth = 1
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_the_command_line_has_the_last_word_on_the_arch() -> None:
     for overrides in (["arch=fc"], ["arch=fc", "model=mdeq"], ["experiment=cifar10_tiny"]):
         composed("data=mnist", *overrides)
         wanted = "fc" if "arch=fc" in overrides else "cifar_tiny"
-        assert HydraConfig.get().runtime.choices.arch == wanted
+        assert HydraConfig.get().runtime.choices["arch"] == wanted
 
 
 def test_the_backward_pass_takes_any_solver_from_the_command_line() -> None:

@@ -24,7 +24,7 @@ EXPERIMENTS = GROUPS["experiment"]
 FULLY_CONNECTED = ["deq", "skip_deq", "skip_reg_deq"]
 MULTISCALE = ["mdeq", "skip_mdeq", "skip_reg_mdeq"]
 MODELS = {
-    **dict.fromkeys(EXPERIMENTS, [*MULTISCALE, "neural_ode"]),
+    **{experiment: [*MULTISCALE, "neural_ode"] for experiment in EXPERIMENTS},
     **dict.fromkeys(
         ["polynomial_fitting", "dynamics", "mnist_fc", "mnist_fc_tsit5"], FULLY_CONNECTED
     ),

@@ -31,6 +31,8 @@ class RunSettings:
     mode: Literal["train", "test"] = setting()
     checkpoint: str | None = setting()
     from_run: str | None = setting()
+    resume: Literal["auto", "never"] = setting()
+    stop_after: float | None = setting(above=0)
     debug: bool = setting()
 
     def check_together(self) -> None:

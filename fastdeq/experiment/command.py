@@ -12,10 +12,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from fastdeq.callbacks import Interrupted
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.folder import OVERRIDES
 from fastdeq.experiment.run import read_score, run
 from fastdeq.experiment.sweep import Refused, record_job
+
+RESUMABLE = 75
+"""The exit status of a run that has saved its state to go on later (sysexits' EX_TEMPFAIL)."""
 
 
 def command_line(main: Callable[[], object]) -> None:
@@ -42,6 +46,9 @@ def job(cfg: DictConfig) -> float:
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         try:
             return read_score(run(cfg))
+        except Interrupted:
+            print("the same command goes on, where it names the run folder (paths.run)", flush=True)
+            sys.exit(RESUMABLE)
         except Exception as error:
             fail(error, debug=cfg.get("debug") is True)
     folder = None
@@ -90,7 +97,7 @@ def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
     return [*saved, *arguments]
 
 
-_ONCE = {"from_run", "mode", "checkpoint", "paths.run", "debug"}
+_ONCE = {"from_run", "mode", "checkpoint", "paths.run", "resume", "stop_after", "debug"}
 """What belongs to one command, and is not handed on to the runs that start from it."""
 
 

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import torch
 
 import fastdeq
+from fastdeq.callbacks import Interrupted
 
 LOG = logging.getLogger("fastdeq")
 SUMMARY, CONFIG, OVERRIDES = "summary.json", "config.yaml", "overrides.json"
@@ -29,7 +30,7 @@ def make_folder(outputs: Path, name: str, chosen: Path | None) -> Path:
     """A new, empty folder: `chosen`, or <outputs>/<name>/<date and time>, where a number is added
     when another run was as quick.
 
-    Raises: FileExistsError where `chosen` is there already, OSError where none can be made.
+    Raises: FileExistsError where `chosen` has appeared by now, OSError where none can be made.
     """
     try:
         return _make_folder(outputs, name, chosen)
@@ -46,8 +47,8 @@ def _make_folder(outputs: Path, name: str, chosen: Path | None) -> Path:
             chosen.mkdir(parents=True)
         except FileExistsError:
             raise FileExistsError(
-                f"paths.run: {chosen} is there already, with a run that has finished or is under "
-                "way: give another name, or leave it to the clock (paths.run=null)"
+                f"paths.run: {chosen} is there already: give another name, leave it to the clock "
+                "(paths.run=null), or go on with it (resume=auto)"
             ) from None
         return chosen
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -63,8 +64,13 @@ def _make_folder(outputs: Path, name: str, chosen: Path | None) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Write aside and rename: a reader never sees half a file."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Likewise."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    aside.write_text(text)
     aside.replace(path)
 
 
@@ -110,6 +116,9 @@ def logging_to(path: Path) -> Iterator[None]:
     shown, warnings.showwarning = warnings.showwarning, _log_warning
     try:
         yield
+    except Interrupted as pause:
+        LOG.info("%s", pause)
+        raise
     except BaseException:
         record = (LOG.name, logging.ERROR, __file__, 0, "the run failed", (), sys.exc_info())
         file.handle(LOG.makeRecord(*record))

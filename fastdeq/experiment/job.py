@@ -16,15 +16,21 @@ import pytorch_lightning as lightning
 import torch
 from hydra.utils import instantiate
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.loggers import Logger
 
 from fastdeq.callbacks import (
+    BEFORE,
     BEST,
     LAST,
+    RESUME,
     EpochLines,
+    MetricsFile,
     ProgressBar,
+    Resumption,
+    SealedCheckpointIO,
     StepTimer,
     checkpoints,
+    rows_of,
     table_of,
 )
 from fastdeq.experiment.checkpoint import load_weights
@@ -37,15 +43,17 @@ from fastdeq.tasks import AbstractTask
 class Job:
     """What a process needs to know; picklable.
 
-    config: resolved, plain containers. checkpoint: weights to begin with. choices: of the
-    configuration's groups. reference: published figures of this row, if there are any. started:
-    when the command began, on the clock of `time.time` (which processes share).
+    config: resolved, plain containers. checkpoint: weights to begin with. resume: the saved state
+    to go on from. choices: of the configuration's groups. reference: published figures of this row,
+    if there are any. started: when the command began, on the clock of `time.time` (which processes
+    share).
     """
 
     config: dict[str, Any]
     folder: Path
     command: str
     checkpoint: Path | None = None
+    resume: Path | None = None
     choices: dict[str, str] = field(default_factory=dict)
     reference: dict[str, Any] | None = None
     ranks: int = 1
@@ -56,7 +64,7 @@ class Job:
 def work(job: Job) -> None:
     """Run the job as the process that the environment says (LOCAL_RANK); rank 0 writes the summary.
 
-    Raises: whatever the parts raise.
+    Raises: whatever the parts raise; Interrupted where the run has saved its state to go on later.
     """
     cfg = job.config
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
@@ -69,16 +77,18 @@ def work(job: Job) -> None:
     if rank:
         torch.manual_seed(cfg["seed"] + rank)
     timer = StepTimer()
-    loggers = _make_loggers(cfg, job.folder, rank)
+    loggers = _make_loggers(cfg, job, rank)
     try:
         trainer = make_trainer(cfg, task, job, timer, loggers)
         if rank == 0:
             _announce(task, trainer, job)
-        figures = _run(cfg, trainer, task, data, timer)
+        figures = _run(job, trainer, task, data)
         if rank == 0:
             summary = _summary(job, trainer, task, timer, figures)
             write_json(job.folder / SUMMARY, summary)
             _conclude(summary, job, trainer, task)
+            for name in (RESUME, BEFORE):  # there is nothing left to go on with
+                SealedCheckpointIO().remove_checkpoint(job.folder / name)
     finally:
         for logger in loggers:
             if close := getattr(logger, "close", None):
@@ -95,6 +105,7 @@ def make_trainer(
     """The trainer of the configuration; without a job one that only shows that it can be built."""
     _quiet()
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+    plugins: list[Any] = [SealedCheckpointIO()]
     if job is not None:
         chosen = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
         bar = [ProgressBar()] if job.interactive else []
@@ -108,8 +119,8 @@ def make_trainer(
     if callable(strategy := trainer.keywords.get("strategy")):
         # Looking for idle parameters costs a walk through the graph in every step.
         options["strategy"] = strategy(find_unused_parameters=task.leaves_parameters_unused)
-        options["plugins"] = [LightningEnvironment()]  # not what a cluster's variables suggest
-    made: lightning.Trainer = trainer(**options)
+        plugins.append(LightningEnvironment())  # not what a cluster's variables suggest
+    made: lightning.Trainer = trainer(**options, plugins=plugins)
     return made
 
 
@@ -130,29 +141,30 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _make_loggers(cfg: dict[str, Any], folder: Path, rank: int) -> list[Logger]:
-    loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="")]
+def _make_loggers(cfg: dict[str, Any], job: Job, rank: int) -> list[Logger]:
+    rows = 0
+    if job.resume is not None and rank == 0:
+        rows = rows_of(torch.load(job.resume, map_location="cpu", weights_only=True))
+    loggers: list[Logger] = [MetricsFile(job.folder, rows=rows)]
     if rank == 0:
         for node in (cfg.get("logger") or {}).values():
-            logger = instantiate(node)(save_dir=folder)
+            logger = instantiate(node)(save_dir=job.folder)
             logger.log_hyperparams(cfg)
             loggers.append(logger)
     return loggers
 
 
-def _run(
-    cfg: dict[str, Any],
-    trainer: lightning.Trainer,
-    task: AbstractTask,
-    data: Any,
-    timer: StepTimer,
-) -> dict[str, float]:
+def _run(job: Job, trainer: lightning.Trainer, task: AbstractTask, data: Any) -> dict[str, float]:
     """Fit, if that is the mode, and test the last state; all figures of the last epoch."""
     figures: dict[str, float] = {}
-    if cfg["mode"] == "train":
+    if job.config["mode"] == "train":
         begin = time.perf_counter()
-        trainer.fit(task, datamodule=data)
+        trainer.fit(task, datamodule=data, ckpt_path=job.resume)
         figures["train_seconds"] = time.perf_counter() - begin
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set at run time
+            if isinstance(callback, Resumption):
+                figures["train_seconds"] += callback.seconds_before
+                figures |= callback.figures
         figures |= _epoch_figures(trainer)
     trainer.test(task, datamodule=data, verbose=False)
     return figures | _epoch_figures(trainer)
@@ -201,6 +213,8 @@ def _summary(
 def _announce(task: AbstractTask, trainer: lightning.Trainer, job: Job) -> None:
     layer, device = task.model.equilibrium, trainer.strategy.root_device
     LOG.info("run folder  %s", job.folder)
+    if job.resume is not None:
+        LOG.info("going on    from %s", job.resume.name)
     LOG.info("device      %s%s", device, f" × {job.ranks}" if job.ranks > 1 else "")
     LOG.info("parameters  %s", f"{_count_parameters(task):,}")
     for name, settings in layer.method.items():

@@ -9,13 +9,14 @@ import gc
 import os
 import socket
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from fastdeq.experiment.folder import logging_to
+from fastdeq.callbacks import Interrupted
+from fastdeq.experiment.folder import SUMMARY, logging_to
 from fastdeq.experiment.job import Job, work
 
 
@@ -23,7 +24,7 @@ def launch(job: Job) -> None:
     """Run the job to its end on `job.ranks` processes.
 
     Raises: what the work raises; of several processes, that of the first that failed, and the
-    others are ended.
+    others are ended; Interrupted for a run that has saved its state to go on later.
     """
     log = job.folder / f"{job.config['mode']}.log"
     if job.ranks == 1:
@@ -31,6 +32,8 @@ def launch(job: Job) -> None:
             work(job)
         return
     spawn(_rank, args=(job, _free_port()), nprocs=job.ranks)
+    if not (job.folder / SUMMARY).exists():  # all have ended well, but not the run
+        raise Interrupted("stopped before its end, as stop_after says")
 
 
 def _rank(rank: int, job: Job, port: int) -> None:
@@ -45,7 +48,7 @@ def _rank(rank: int, job: Job, port: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // job.ranks))
     # Only the first speaks; the others' failures reach the parent through `spawn`.
     log = job.folder / f"{job.config['mode']}.log"
-    with logging_to(log) if rank == 0 else nullcontext():
+    with suppress(Interrupted), logging_to(log) if rank == 0 else nullcontext():
         work(job)
     leave()
 

@@ -20,9 +20,17 @@ from omegaconf import DictConfig, OmegaConf
 from fastdeq.callbacks import LAST
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.checks import RunSettings, check_values, count_ranks
-from fastdeq.experiment.folder import CONFIG, OVERRIDES, SUMMARY, make_folder, write_json
+from fastdeq.experiment.folder import (
+    CONFIG,
+    OVERRIDES,
+    SUMMARY,
+    make_folder,
+    write_json,
+    write_text,
+)
 from fastdeq.experiment.job import Job, make_trainer
 from fastdeq.experiment.launch import interactive, launch
+from fastdeq.experiment.resume import check_same, held, is_done, saved_state
 
 
 def run(cfg: DictConfig) -> Path:
@@ -33,8 +41,13 @@ def run(cfg: DictConfig) -> Path:
     (metrics.csv), the states of the last epoch and of the best validation (last.ckpt, best.ckpt),
     what was printed (train.log), and summary.json: the final figures and what they were made with.
 
+    A folder that is given (paths.run) and there already is gone on with: from its last saved state
+    to its end, or not at all where it is done.
+
     Raises, before anything is written: ValueError, TypeError, OSError or Hydra's
-    InstantiationException for settings, data or a checkpoint that cannot be used.
+    InstantiationException for settings, data or a checkpoint that cannot be used; FileExistsError
+    for a folder with another run, BlockingIOError for one that another process works in. Later:
+    Interrupted.
     """
     started = _started()
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
@@ -47,21 +60,33 @@ def run(cfg: DictConfig) -> Path:
     choices = _choices()
     paths = config["paths"]
     chosen = None if paths["run"] is None else Path(paths["run"])
-    folder = make_folder(Path(paths["outputs"]), settings.name, chosen)
-    (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    write_json(folder / OVERRIDES, list(HydraConfig.get().overrides.task))
-    job = Job(
-        config=config,
-        folder=folder,
-        command=shlex.join(sys.argv),
-        checkpoint=checkpoint,
-        choices=choices,
-        reference=find_reference(config, choices),
-        ranks=ranks,
-        interactive=interactive(),
-        started=started,
-    )
-    launch(job)
+    goes_on = settings.resume == "auto" and settings.mode == "train"
+    if chosen is not None and chosen.exists() and goes_on:
+        folder = chosen
+        check_same(folder, config)
+    else:
+        folder = make_folder(Path(paths["outputs"]), settings.name, chosen)
+    with held(folder):
+        if goes_on and is_done(folder):
+            print(f"done already: see {folder}")
+            return folder
+        if not (folder / CONFIG).exists():
+            write_json(folder / OVERRIDES, list(HydraConfig.get().overrides.task))
+            write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+        launch(
+            Job(
+                config=config,
+                folder=folder,
+                command=shlex.join(sys.argv),
+                checkpoint=checkpoint,
+                resume=saved_state(folder),
+                choices=choices,
+                reference=find_reference(config, choices),
+                ranks=ranks,
+                interactive=interactive(),
+                started=started,
+            )
+        )
     return folder
 
 

@@ -96,6 +96,13 @@ class AbstractTask(LightningModule):
         explicit = isinstance(self.model.equilibrium.initializer, ExplicitNetwork)
         return explicit and not self.weights.skip
 
+    @property
+    def training_means(self) -> FigureMeans:
+        """The sums of this epoch's training figures, which a run that goes on must have."""
+        means = self.means["train_means"]
+        assert isinstance(means, FigureMeans)
+        return means
+
     def configure_optimizers(self) -> Any:
         """The optimizer over all parameters, and its schedule."""
         optimizer = self.make_optimizer(self.parameters())

@@ -38,6 +38,15 @@ class FigureMeans(Metric):
         self.totals[columns] += weight * torch.stack([value.double() for value in values])
         self.weights[columns] += weight
 
+    def saved(self) -> dict[str, Tensor]:
+        """The sums so far, of this process alone; `load` takes them back."""
+        return {"totals": self.totals.detach().clone(), "weights": self.weights.detach().clone()}
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Put back what `saved` gave, of the same names."""
+        self.totals.copy_(saved["totals"])
+        self.weights.copy_(saved["weights"])
+
     def compute(self) -> dict[str, Tensor]:
         """The means of the figures that came; waits for the device."""
         means = self.totals / self.weights

@@ -1,0 +1,187 @@
+"""L7: a run that ends before its time, and goes on as if it had not."""
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from fastdeq.callbacks.metrics_file import MetricsFile
+from fastdeq.callbacks.storage import seal_of
+from fastdeq.tasks import AbstractTask
+
+RESUME, BEFORE = "resume.ckpt", "resume.before.ckpt"
+_KEY = "fastdeq"
+_AGREE = 10  # steps between two looks at the clock where several processes must see the same
+
+
+class Interrupted(Exception):
+    """The run was told to end before its time, and has saved where it was."""
+
+
+class Resumption(Callback):
+    """Save everything that the rest of a run depends on, now and then, in resume.ckpt; the one
+    before it stays as resume.before.ckpt.
+
+    A process that continues from it (`Trainer.fit(ckpt_path=…)`) does exactly what the first one
+    would have done: beside what Lightning keeps, the state has the random numbers of every process,
+    the sums of the epoch's figures, and how much of metrics.csv belongs to it. Saved between two
+    steps of an epoch: figures of whole epochs are complete or repeated, never cut.
+
+    minutes: between two of them; None: not by the clock. steps: likewise, optimizer steps.
+    stop_after: seconds after which the run saves its state and raises `Interrupted`, at the end of
+    a step; None: never.
+
+    Raises: ValueError for values out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        minutes: float | None = 5.0,
+        steps: int | None = None,
+        stop_after: float | None = None,
+    ) -> None:
+        for name, value in (("minutes", minutes), ("steps", steps), ("stop_after", stop_after)):
+            if value is not None and not value > 0:
+                raise ValueError(f"Resumption.{name} is {value}, but must be above 0, or null")
+        self.minutes, self.steps, self.stop_after = minutes, steps, stop_after
+        self.seconds_before = 0.0
+        """Of training, in the processes that this one continues."""
+        self.figures: dict[str, float] = {}
+        """The figures logged last when the state was saved: of the epoch before."""
+        self._born = self._began = self._saved = time.monotonic()
+        self._restored: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clocks."""
+        self._began = self._saved = time.monotonic()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the first step of a continued run: all random numbers as they were."""
+        if self._restored is not None:
+            state, self._restored = self._restored, None
+            _restore(state["ranks"], trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, if it is time to; end the run, if it is time for that.
+
+        Raises: Interrupted.
+        """
+        # After an epoch's last step come its figures and its evaluation: the next step is near.
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return
+        stop, save = self._due(trainer)
+        if save or stop:
+            self.save(trainer)
+        if stop:
+            raise Interrupted(f"stopped after {trainer.global_step:,} steps, as stop_after says")
+
+    def save(self, trainer: Trainer) -> None:
+        """Write resume.ckpt, on all processes together."""
+        folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero and (folder / RESUME).exists():
+            for old, new in ((RESUME, BEFORE),):
+                seal_of(folder / new).unlink(missing_ok=True)
+                (folder / old).replace(folder / new)
+                if seal_of(folder / old).exists():
+                    seal_of(folder / old).replace(seal_of(folder / new))
+        trainer.save_checkpoint(folder / RESUME)
+        self._saved = time.monotonic()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what Lightning does not keep; on all processes, for each has numbers of its own."""
+        mine = {"random": _random_state(), "means": _means(pl_module)}
+        rows = [
+            logger.flush()
+            for logger in trainer.loggers
+            if isinstance(logger, MetricsFile) and trainer.is_global_zero
+        ]
+        figures = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if not name.startswith("step/")
+        }
+        checkpoint[_KEY] = {
+            "ranks": _gathered(mine, trainer),
+            "rows": rows[0] if rows else 0,
+            "figures": {**self.figures, **figures},
+            "seconds": self.seconds_before + time.monotonic() - self._began,
+        }
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take it back; the random numbers wait for the first step."""
+        self._restored = checkpoint[_KEY]
+        self.seconds_before = checkpoint[_KEY]["seconds"]
+        self.figures = dict(checkpoint[_KEY]["figures"])
+
+    def _due(self, trainer: Trainer) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save: the same on all processes."""
+        by_steps = self.steps is not None and trainer.global_step % self.steps == 0
+        if trainer.world_size > 1 and trainer.global_step % _AGREE:
+            return False, by_steps
+        now = time.monotonic()
+        stop = self.stop_after is not None and now - self._born >= self.stop_after
+        save = self.minutes is not None and now - self._saved >= 60 * self.minutes
+        if trainer.world_size > 1:
+            stop, save = trainer.strategy.broadcast((stop, save), src=0)
+        return stop, save or by_steps
+
+
+def rows_of(checkpoint: dict[str, Any]) -> int:
+    """How many rows of metrics.csv belong to a state that was saved."""
+    return int(checkpoint[_KEY]["rows"])
+
+
+def _gathered(mine: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
+    if trainer.world_size == 1:
+        return [mine]
+    everyone: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _restore(ranks: list[dict[str, Any]], trainer: Trainer, pl_module: LightningModule) -> None:
+    """This process's share. The number of processes is part of a run's configuration."""
+    mine = ranks[trainer.global_rank]
+    _set_random_state(mine["random"])
+    if isinstance(pl_module, AbstractTask):
+        pl_module.training_means.load(mine["means"])
+
+
+def _means(pl_module: LightningModule) -> dict[str, torch.Tensor]:
+    return pl_module.training_means.saved() if isinstance(pl_module, AbstractTask) else {}
+
+
+def _random_state() -> dict[str, Any]:
+    """Of every generator that a step may draw from, as tensors and plain containers."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": [version, list(words), gauss],
+        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    words32 = keys.cpu().numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words32, position, has_gauss, cached))

@@ -1,0 +1,97 @@
+"""L7: checkpoint files that are whole or not there, and prove it."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+
+_CHUNK = 1 << 20  # bytes
+
+
+class SealedCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint aside, flushes it to the disk, renames it, and puts its SHA-256 beside
+    (<name>.sha256): a process or machine that dies in between leaves the old file or the new one.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Raises: OSError where the disk is full or not writable; what was there before remains."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.part")
+        try:
+            with aside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            seal = _digest(aside)
+            # No seal for a moment, rather than the old file's seal beside the new file.
+            seal_of(target).unlink(missing_ok=True)
+            aside.replace(target)
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
+            aside.unlink(missing_ok=True)
+            raise OSError(
+                f"no checkpoint can be written to {target} ({str(error).splitlines()[0]}): make "
+                "room, or choose another place (paths.outputs); the one before it is intact"
+            ) from error
+        _write(seal_of(target), f"{seal}  {target.name}\n")
+        _flush_folder(target.parent)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Tensors and plain containers alone: a checkpoint can run no code."""
+        return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove the file and its seal."""
+        for each in (Path(path), seal_of(Path(path))):
+            each.unlink(missing_ok=True)
+
+
+def seal_of(path: Path) -> Path:
+    """Where a file's SHA-256 stands, in the form that `sha256sum --check` reads."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the file is exactly what was written: it is there, with a seal that fits."""
+    try:
+        noted = seal_of(path).read_text().split()
+        return bool(noted) and noted[0] == _digest(path)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Let the renames themselves reach the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,88 @@
+"""L8: a run folder that is there already: whose it is, and from where it can go on."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fastdeq.callbacks import BEFORE, RESUME, is_sealed
+from fastdeq.experiment.folder import CONFIG, LOG, SUMMARY
+
+_LOCK = ".lock"
+_FREE = ("paths", "resume", "stop_after", "from_run", "reference", "logger", "callbacks.resumption")
+"""What may change between the processes of a run: its figures do not depend on it."""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder; the operating system lets them in again when this
+    one ends, however it ends.
+
+    Raises: BlockingIOError where a process is at work in it.
+    """
+    with (folder / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"paths.run: {folder} is in use: another process trains in it; wait for it, or "
+                "give another folder"
+            ) from None
+        yield
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the run has come to its end."""
+    return (folder / SUMMARY).exists()
+
+
+def check_same(folder: Path, config: dict[str, Any]) -> None:
+    """Raises: FileExistsError for a folder that is no run, or a run with other settings."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileExistsError(
+            f"paths.run: {folder} is there already and is no run (without {CONFIG}): give another "
+            "name, or leave it to the clock (paths.run=null)"
+        )
+    saved = _identity(OmegaConf.to_container(OmegaConf.load(path)))
+    ours = _identity(config)
+    for key in sorted(saved.keys() | ours.keys()):
+        if saved.get(key) != ours.get(key):
+            raise FileExistsError(
+                f"paths.run: {folder} is there already, a run with {key}={saved.get(key)}, and "
+                f"here it is {ours.get(key)}: go on with the settings of that run, or give another "
+                "name (its weights can be taken by checkpoint=)"
+            )
+
+
+def saved_state(folder: Path) -> Path | None:
+    """The newest state that is whole, or None: then the run starts from its beginning."""
+    for name in (RESUME, BEFORE):
+        path = folder / name
+        if is_sealed(path):
+            return path
+        if path.exists():
+            LOG.warning("%s is damaged: going on from the state before it", path)
+    return None
+
+
+def _identity(config: Any) -> dict[str, Any]:
+    """All settings that the figures depend on, by their full keys."""
+    return {
+        key: value
+        for key, value in _leaves(config, "")
+        if not any(key == free or key.startswith(f"{free}.") for free in _FREE)
+    }
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for name, value in items:
+        full = f"{key}.{name}" if key else str(name)
+        if isinstance(value, dict | list) and value:
+            yield from _leaves(value, full)
+        else:
+            yield full, value

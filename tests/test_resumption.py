@@ -1,0 +1,230 @@
+"""A run that is interrupted and goes on is the run that was not."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdeq import experiment
+from fastdeq.callbacks import BEFORE, RESUME, Interrupted, is_sealed, seal_of
+from tests.test_configuration import composed
+
+SHORT = ("trainer.max_epochs=3", "trainer.accelerator=cpu", "data.batch_size=360")
+"""Twelve steps: three epochs of four."""
+AT_ONCE = "stop_after=1e-9"  # after every step, but for the last of an epoch
+NETWORKS = {
+    "dense": ("model=skip_deq", "scheduler=cosine"),
+    "batch statistics, dropout, both phases": (
+        *("model=skip_mdeq", "arch.normalization=batch", "arch.dropout=0.3"),
+        *("arch.channels=[4,4]", "callbacks.pretraining.steps=6", "solver.max_steps=4"),
+    ),
+    "random regularization": ("model=deq", "loss.jacobian=0.1", "loss.jacobian_probability=0.5"),
+    "augmented, seldom evaluated": (
+        *("model=skip_reg_deq", "trainer.check_val_every_n_epoch=2", "logger=tensorboard"),
+    ),
+}
+
+
+def run(folder: Path, *overrides: str) -> Path:
+    return experiment.run(composed(*SHORT, f"paths.run={folder}", *overrides))
+
+
+def run_in_pieces(folder: Path, *overrides: str, most: int = 40) -> int:
+    """Start the run again whenever it stops; how often that was."""
+    for pieces in range(most):
+        try:
+            run(folder, AT_ONCE, *overrides)
+        except Interrupted:
+            assert is_sealed(folder / RESUME)
+            continue
+        return pieces
+    raise AssertionError(f"not done after {most} pieces")
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """Of metrics.csv, without what a clock says."""
+    with (folder / "metrics.csv").open() as lines:
+        return [
+            {name: text for name, text in row.items() if "seconds" not in name}
+            for row in csv.DictReader(lines)
+        ]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    figures = found["figures"].items()
+    found["figures"] = {name: value for name, value in figures if "seconds" not in name}
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(folder / "last.ckpt", weights_only=True)[
+        "state_dict"
+    ]
+    return found
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    assert (one / "metrics.csv").read_text().splitlines()[0] == (
+        other / "metrics.csv"
+    ).read_text().splitlines()[0]
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, values in first.items():
+        assert torch.equal(values, second[name]), name
+    assert summary(one)["figures"] == summary(other)["figures"]
+    for key in ("steps", "epochs", "score"):
+        assert summary(one)[key] == summary(other)[key]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_run_stopped_after_every_step_equals_the_run_that_was_not(
+    tmp_path: Path, network: str
+) -> None:
+    if "logger=tensorboard" in NETWORKS[network]:
+        pytest.importorskip("tensorboard")
+    whole = run(tmp_path / "whole", *NETWORKS[network])
+    pieces = run_in_pieces(tmp_path / "pieces", *NETWORKS[network])
+    assert pieces == 9  # three epochs of four steps, none stopped at its last
+    assert_same(whole, tmp_path / "pieces")
+
+
+def test_saving_often_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", *NETWORKS["dense"])
+    often = run(tmp_path / "often", *NETWORKS["dense"], "callbacks.resumption.steps=1")
+    assert_same(whole, often)
+    assert not list(often.glob("resume*"))
+    for name in ("last.ckpt", "best.ckpt"):
+        assert is_sealed(often / name)
+
+
+def test_the_state_is_saved_every_so_many_steps_and_the_one_before_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(folder, "model=deq", "callbacks.resumption.steps=1", AT_ONCE)
+    assert not (folder / BEFORE).exists()
+    with pytest.raises(Interrupted):
+        run(folder, "model=deq", AT_ONCE)
+    steps = [
+        torch.load(folder / name, weights_only=True)["global_step"] for name in (RESUME, BEFORE)
+    ]
+    assert steps == [2, 1]
+    assert is_sealed(folder / RESUME)
+    assert is_sealed(folder / BEFORE)
+
+
+def test_a_state_by_the_clock(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", "model=deq")
+    clocked = run(tmp_path / "clocked", "model=deq", "callbacks.resumption.minutes=1e-9")
+    assert_same(whole, clocked)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def unseal(path: Path) -> None:
+    seal_of(path).unlink()
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty, unseal, Path.unlink])
+def test_a_damaged_state_is_passed_over_for_the_one_before(
+    tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run(tmp_path / "whole", "model=deq")
+    folder = tmp_path / "run"
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            run(folder, "model=deq", AT_ONCE)
+    damage(folder / RESUME)
+    run_in_pieces(folder, "model=deq")
+    assert_same(whole, folder)
+
+
+def test_with_no_state_that_is_whole_the_run_begins_again(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", "model=deq")
+    folder = tmp_path / "run"
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            run(folder, "model=deq", AT_ONCE)
+    for name in (RESUME, BEFORE):
+        flip(folder / name)
+    run(folder, "model=deq")
+    assert_same(whole, folder)
+
+
+def test_a_run_that_is_done_is_not_done_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path / "run", "model=deq")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
+    capsys.readouterr()
+    assert run(folder, "model=deq") == folder
+    assert "done already" in capsys.readouterr().out
+    after = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ("solver.tol=1e-4", "solver.tol=0.005, and here it is 0.0001"),
+        ("seed=1", "seed=0"),
+        ("model=skip_deq", "loss.skip"),
+        ("trainer.max_epochs=4", "trainer.max_epochs=3"),
+    ],
+)
+def test_a_folder_with_other_settings_is_refused(tmp_path: Path, changed: str, named: str) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(folder, "model=deq", AT_ONCE)
+    with pytest.raises(FileExistsError, match=r"go on with the settings of that run") as caught:
+        run(folder, "model=deq", changed)
+    assert named in str(caught.value)
+
+
+def test_a_folder_may_be_refused_whatever_is_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(folder, "model=deq", AT_ONCE)
+    with pytest.raises(FileExistsError, match="is there already"):
+        run(folder, "model=deq", "resume=never")
+
+
+def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(folder, "model=deq", AT_ONCE)
+    from fastdeq.experiment.resume import held
+
+    with held(folder), pytest.raises(BlockingIOError, match="in use"):
+        run(folder, "model=deq")
+    run(folder, "model=deq")  # free again
+
+
+def test_the_weights_of_a_state_can_be_used_like_those_of_any_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run(folder, "model=deq", AT_ONCE)
+    tested = experiment.run(
+        composed(
+            *SHORT,
+            *("mode=test", "model=deq", f"checkpoint={folder / RESUME}"),
+            f"paths.outputs={tmp_path}",
+        )
+    )
+    assert summary(tested)["mode"] == "test"
