@@ -14,6 +14,7 @@ from fastdeq.data.batches import Batches, Normalization
 from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.digits import DigitsDataModule, read_digits
 from fastdeq.data.idx import read_idx
+from fastdeq.data.image_folder import ImageFolderDataModule
 from fastdeq.data.memory import InMemoryDataModule, Samples
 from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule
 from fastdeq.data.passes import Batch, Passes
@@ -29,6 +30,7 @@ __all__ = [
     "Cifar10DataModule",
     "DigitsDataModule",
     "FashionMnistDataModule",
+    "ImageFolderDataModule",
     "ImageSet",
     "InMemoryDataModule",
     "MnistDataModule",
