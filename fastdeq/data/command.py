@@ -77,7 +77,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if name not in SETS:
         raise UsageError(_unknown("data set", name, SETS))
     defaults = {
-        key: parameter.default
+        # Of None alone it could not be told that a number is meant.
+        key: 0 if parameter.annotation == int | None else parameter.default
         for key, parameter in inspect.signature(SETS[name]).parameters.items()
     }
     settings: dict[str, Any] = {}

@@ -1,5 +1,6 @@
 """Batches of encoded images, decoded as they are needed, in this process or in workers."""
 
+import sys
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from fastdeq.data.decode import Crop, decode, to_tensor
 from fastdeq.data.passes import Batch, Passes
 from fastdeq.data.records import Records
 
+# Ranks are started by "spawn", which their workers would inherit: each would import PyTorch and
+# Lightning again, for seconds, and hold an index of its own. Elsewhere the platform's own way.
+_CONTEXT = "fork" if sys.platform == "linux" else None
 _SAMPLE = 3  # spawn key of a sample's random numbers; its place in the epoch's order follows
 
 
@@ -84,6 +88,7 @@ class DecodedBatches(Passes):
             sampler=self._parts,
             batch_size=None,  # a part is a batch already
             num_workers=self._workers,
+            multiprocessing_context=_CONTEXT if self._workers else None,
             persistent_workers=self._workers > 0,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # else every pass draws from the global one
