@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
 Pixels = NDArray[Any]
 
@@ -42,7 +42,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 def jpeg(pixels: Pixels, mode: str | None = None, **settings: Any) -> bytes:
     into = io.BytesIO()
-    Image.fromarray(pixels, mode).save(into, "JPEG", **settings)
+    pytest.importorskip("PIL.Image").fromarray(pixels, mode).save(into, "JPEG", **settings)
     return into.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -896,11 +897,9 @@ def test_workers_stay_from_pass_to_pass_and_end_with_the_module(root):
     data.teardown()
 
 
-def children() -> set[int]:
-    """The processes that this one started and that run, without those that other tests keep."""
-    listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    own = {int(pid) for pid in listed}
-    return {pid for pid in own if "pytest" in Path(f"/proc/{pid}/cmdline").read_text()}
+def children() -> set[int | None]:
+    """The workers that run."""
+    return {process.pid for process in multiprocessing.active_children()}
 
 
 def test_no_random_numbers_of_others_are_drawn(root):
@@ -998,6 +997,16 @@ def test_a_run_has_the_same_figures_whoever_decodes(root, command):
     )
     assert figures(alone) == figures(helped)
     assert not children()
+
+
+def test_a_run_that_comes_to_a_bad_image_ends_with_its_name(root, command):
+    for name in ("cat", "dog", "eel"):
+        put(f"train/{name}/9.png", CUT)(root)  # after those that are tried before the run
+    answer = command.process(*RUN, "data.workers=1", "trainer.accelerator=cpu", f"data.root={root}")
+    assert answer.status == 1
+    last = answer.err.splitlines()[-1]
+    assert last.startswith(f"error: {root}/train/")
+    assert "9.png: not a readable image (" in last
 
 
 @pytest.mark.slow

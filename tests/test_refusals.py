@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdeq.data import ImageFolderDataModule
 from tests.commands import SHORT, Answer, CommandLine, a_run
 from tests.folders import images, write_images
 from tests.images import samples, small_mnist, write_files
@@ -153,6 +154,18 @@ def test_image_folders_that_are_not_as_they_must_be_are_refused(
     refused(command(*IMAGES, f"data.root={root}"), str(root), *parts)
     assert not list((tmp_path / "cache").rglob("*.h5"))
     assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "replace"])
+def test_a_damaged_store_of_an_image_folder_is_refused_with_the_cure(
+    command: CommandLine, tmp_path: Path, damage: str
+) -> None:
+    pytest.importorskip("PIL")
+    ImageFolderDataModule(root=write_images(tmp_path / "root")).prepare_data()
+    (store,) = (tmp_path / "cache").rglob("*.h5")
+    {"cut": cut, "empty": empty, "replace": replace}[damage](store)
+    answer = command(*IMAGES, f"data.root={tmp_path / 'root'}")
+    refused(answer, store.name, "delete it and it is built again")
 
 
 IMAGES = ("data=image_folder", "arch=cifar_tiny", "data.size=32", "sizes.outputs=3")

@@ -115,8 +115,8 @@ class ImageFolderDataModule(AbstractDataModule):
     (see ``DecodedBatches``). RGB, turned upright: see ``decode``.
 
     Training images are random crops (``RandomCrop``: ``crop_area``, ``crop_ratio``, ``flip``), all
-    others central ones (``CentralCrop``: ``crop_share``). ``outputs`` is None until the set was
-    prepared where ``classes`` is.
+    others central ones (``CentralCrop``: ``crop_share``). Where ``classes`` is None, ``outputs`` is
+    known once the set was loaded.
 
     Raises ImportError, with the cure, without Pillow; ValueError for arguments of another type or
     out of range; ``prepare_data`` and ``setup`` raise what ``StoredFolder`` does.
