@@ -1,21 +1,33 @@
-"""Small folders of images: PNG files byte by byte, JPEG files by Pillow."""
+"""Small folders of images, PNG files byte by byte, JPEG files by Pillow; and their data modules."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from fastdeq.data import Batch, ImageFolderDataModule, Passes
 
 Pixels = NDArray[Any]
 
 CLASSES = ("cat", "dog", "eel")
 TRAIN, VAL = 8, 5  # images of each class
 SIDE = 40  # pixels
+SIZE = 32  # of the samples
+SAMPLES = TRAIN * len(CLASSES)
+
+SMALL = ("data=image_folder", "arch=cifar_tiny", "model=skip_mdeq", "data.size=32")
+RUN = (*SMALL, "sizes.outputs=3", "data.batch_size=6", "solver.max_steps=3", "data.workers=0")
+"""A short training run on such a folder."""
 
 COLOUR_TYPES = {"grey": 0, "rgb": 2, "palette": 3, "grey+alpha": 4, "rgba": 6}
 
@@ -68,3 +80,43 @@ def write_images(root: Path, contents: Mapping[str, bytes] | None = None) -> Pat
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     return root
+
+
+def folder(root: Path | None, **settings: Any) -> ImageFolderDataModule:
+    defaults = {"size": SIZE, "workers": 0, "batch_size": 5, "eval_batch_size": 4}
+    return ImageFolderDataModule(root=root, **(defaults | settings))
+
+
+def ready(root: Path, *, rank: int = 0, ranks: int = 1, **settings: Any) -> ImageFolderDataModule:
+    data = folder(root, **settings)
+    strategy = Mock(root_device=torch.device("cpu"))
+    data.trainer = Mock(strategy=strategy, global_rank=rank, world_size=ranks, overfit_batches=0)
+    data.setup()
+    return data
+
+
+def inputs(batches: Passes) -> Tensor:
+    return torch.cat([batch.inputs for batch in batches])
+
+
+def pixels_of(batch: Batch) -> Tensor:
+    """What was there before the normalization, as uint8."""
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    return ((batch.inputs * std + mean) * 255).round().to(torch.uint8)
+
+
+def stores(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache").glob("*.h5"))
+
+
+def refusal(data: ImageFolderDataModule, place: Path) -> str:
+    """What preparing says: one line that begins with the place; nothing half-made stays."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        data.load()
+    text = str(caught.value)
+    assert text.startswith(f"{place}: ")
+    assert "\n" not in text
+    cache = Path(os.environ["FASTDEQ_CACHE"])
+    assert not list(cache.glob(".*.tmp"))
+    return text.removeprefix(f"{place}: ")
