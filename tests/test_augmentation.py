@@ -15,6 +15,7 @@ from fastdeq.data import (
     InMemoryDataModule,
     Normalization,
     PadCrop,
+    Passes,
     RandomFlip,
     ResizeCrop,
     Samples,
@@ -136,7 +137,7 @@ def make(augmentation: Sequence[Augmentation] = EVERY, **settings) -> Batches:
     return Batches(IMAGES, torch.arange(SAMPLES), augmentation=augmentation, **settings)
 
 
-def one_pass(batches: Batches) -> list[Tensor]:
+def one_pass(batches: Passes) -> list[Tensor]:
     return [batch.inputs for batch in batches]
 
 
@@ -144,7 +145,7 @@ def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-def by_place(batches: Batches) -> Tensor:
+def by_place(batches: Passes) -> Tensor:
     return torch.cat(one_pass(batches))
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastdeq.data.batches import Batch, Batches, Normalization
+from fastdeq.data.batches import Batches, Normalization
+from fastdeq.data.passes import Batch
 
 SAMPLES = 23
 

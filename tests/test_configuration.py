@@ -1,6 +1,7 @@
 """Every shipped YAML composes, builds what it names, and trains for a step."""
 
 import dataclasses
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ GOES_WITH = {
     "augmentation=flip_pad_crop": ["data=cifar10"],
     "augmentation=flip_resize_crop": ["data=svhn"],
     "augmentation=none": ["data=cifar10"],
+    "data=image_folder": [
+        *("arch=cifar_tiny", "data.size=32", "sizes.outputs=10", "model=skip_mdeq"),
+        *("solver.max_steps=3", "adjoint.solver.max_steps=3"),
+    ],
     "arch=dynamics": ["data=polynomial"],
     "arch=polynomial": ["data=polynomial"],
     "task=regression": ["data=polynomial"],
@@ -43,7 +48,7 @@ GOES_WITH = {
 }
 """What a choice needs beside it to make sense; the others go with the defaults."""
 
-NEEDS = {"model=neural_ode": "torchdiffeq"}
+NEEDS = {"model=neural_ode": "torchdiffeq", "data=image_folder": "PIL"}
 """Choices that need an extra that tests can do without."""
 
 
@@ -279,6 +284,18 @@ def test_the_multiscale_models_have_the_published_parameter_counts(
     built = instantiate(cfg.model, _convert_="all")
     wanted = with_network if model == "skip_mdeq" else plain
     assert sum(parameter.numel() for parameter in built.parameters()) == wanted
+
+
+def test_the_size_of_the_images_and_the_classes_flow_from_one_key_each() -> None:
+    pytest.importorskip("PIL")
+    cfg = composed("data=image_folder", "data.size=64", "sizes.outputs=7")
+    data = instantiate(cfg.data, _convert_="all")
+    assert tuple(cfg.sizes.input) == data.input_shape == (3, 64, 64)
+    assert cfg.data.classes == data.outputs == 7
+    default = composed("data=image_folder", "model=skip_mdeq")
+    assert math.prod(default.sizes.input) == default.sizes.features
+    built = instantiate(default.model, _convert_="all")
+    assert sum(parameter.numel() for parameter in built.parameters()) == 18_467_272
 
 
 @pytest.mark.parametrize("arch", ["cifar_tiny", "cifar_large", "mnist_conv", "digits_conv"])

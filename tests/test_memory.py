@@ -5,8 +5,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from fastdeq.data import Batches, InMemoryDataModule, Normalization, Samples
-from fastdeq.data.memory import hold_out
+from fastdeq.data import InMemoryDataModule, Normalization, Passes, Samples
+from fastdeq.data.module import hold_out
 
 TRAIN, TEST = 40, 12
 PINNED = [11, 16, 19, 35, 37]  # the five of 40 that are held out
@@ -49,11 +49,11 @@ def on_rank(rank: int, ranks: int, overfit_batches: int = 0, **settings) -> Numb
     return data
 
 
-def given(batches: Batches) -> list[list[int]]:
+def given(batches: Passes) -> list[list[int]]:
     return [batch.targets.tolist() for batch in batches]
 
 
-def flat(batches: Batches) -> list[int]:
+def flat(batches: Passes) -> list[int]:
     return [number for batch in given(batches) for number in batch]
 
 

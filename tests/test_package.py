@@ -19,6 +19,7 @@ EXTRAS = (
     "torchmetrics",
     "wandb",
     "torchdiffeq",
+    "PIL",
 )
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdeq.data import ImageFolderDataModule
 from tests.commands import SHORT, Answer, CommandLine, a_run
+from tests.folders import images, write_images
 from tests.images import samples, small_mnist, write_files
 
 
@@ -130,6 +132,60 @@ def test_more_processes_than_samples_in_a_batch_are_refused(command: CommandLine
 def test_data_that_are_not_there_are_refused_with_where_to_get_them(command: CommandLine) -> None:
     refused(command("data=mnist"), "data.root", "FASTDEQ_DATA", "data.download=true")
     refused(command("data=mnist", "data.root=nowhere"), "nowhere")
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "no val": (lambda root: shutil.rmtree(root / "val"), ("has no folder val", "data.root")),
+    "classes differ": (lambda root: shutil.rmtree(root / "val/dog"), ("no folder for dog",)),
+    "no images": (lambda root: empty_folder(root / "train/eel"), ("train/eel", "has no images")),
+    "unsorted": (lambda root: write_images(root, {"val/1.png": b""}), ("val/1.png", "no class")),
+    "no image": (lambda root: (root / "val/eel/0.png").write_bytes(b"x"), ("val/eel/0.png",)),
+    "more classes": (
+        lambda root: write_images(root, images(("owl",))),
+        ("has 4 classes, but sizes.outputs is 3", "set sizes.outputs=4"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_image_folders_that_are_not_as_they_must_be_are_refused(
+    command: CommandLine, tmp_path: Path, case: str
+) -> None:
+    pytest.importorskip("PIL")
+    change, parts = FOLDERS[case]
+    root = write_images(tmp_path / "root")
+    change(root)
+    refused(command(*IMAGES, f"data.root={root}"), str(root), *parts)
+    assert not list((tmp_path / "cache").rglob("*.h5"))
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "replace"])
+def test_a_damaged_store_of_an_image_folder_is_refused_with_the_cure(
+    command: CommandLine, tmp_path: Path, damage: str
+) -> None:
+    pytest.importorskip("PIL")
+    ImageFolderDataModule(root=write_images(tmp_path / "root")).prepare_data()
+    (store,) = (tmp_path / "cache").rglob("*.h5")
+    {"cut": cut, "empty": empty, "replace": replace}[damage](store)
+    answer = command(*IMAGES, f"data.root={tmp_path / 'root'}")
+    refused(answer, store.name, "delete it and it is built again")
+
+
+IMAGES = ("data=image_folder", "arch=cifar_tiny", "data.size=32", "sizes.outputs=3")
+
+
+def test_settings_of_image_folders_are_refused_by_name(command: CommandLine) -> None:
+    pytest.importorskip("PIL")
+    refused(command(*IMAGES), "data.root=PATH", "FASTDEQ_DATA")
+    refused(command(*IMAGES, "data.crop_area=[0.5,0.1]"), "data: crop_area must rise")
+    refused(command(*IMAGES, "data.workers=some"), "data.workers is 'some'")
+    refused(command(*IMAGES, "augmentation=flip"), "there is no key 'data.augmentation'")
+
+
+def empty_folder(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
 
 
 def cut(path: Path) -> None:

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork
 from fastdeq.adjoints import AbstractAdjoint, JacobianFree
 from fastdeq.callbacks import StepTimer
-from fastdeq.data.batches import Batch, Batches
+from fastdeq.data.batches import Batches
+from fastdeq.data.passes import Batch
 from fastdeq.layers import DenseCell
 from fastdeq.regularizers import residual_loss, skip_loss
 from fastdeq.tasks import AbstractTask, ClassificationTask, LossWeights, RegressionTask

@@ -10,12 +10,14 @@ Needs the ``experiment`` extra: ``pip install "fastdeq[experiment]"``.
 """
 
 from fastdeq.data.augmentation import Augmentation, PadCrop, RandomFlip, ResizeCrop
-from fastdeq.data.batches import Batch, Batches, Normalization
+from fastdeq.data.batches import Batches, Normalization
 from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.digits import DigitsDataModule, read_digits
 from fastdeq.data.idx import read_idx
+from fastdeq.data.image_folder import ImageFolderDataModule
 from fastdeq.data.memory import InMemoryDataModule, Samples
 from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule
+from fastdeq.data.passes import Batch, Passes
 from fastdeq.data.polynomial import PolynomialDataModule, polynomial
 from fastdeq.data.store import ImageSet, read_store, write_store
 from fastdeq.data.stored import StoredDataModule
@@ -28,11 +30,13 @@ __all__ = [
     "Cifar10DataModule",
     "DigitsDataModule",
     "FashionMnistDataModule",
+    "ImageFolderDataModule",
     "ImageSet",
     "InMemoryDataModule",
     "MnistDataModule",
     "Normalization",
     "PadCrop",
+    "Passes",
     "PolynomialDataModule",
     "RandomFlip",
     "ResizeCrop",

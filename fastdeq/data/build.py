@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fastdeq.data.download import download
 from fastdeq.data.sources import ImageSource, Publication, SourceFile, missing_in
 from fastdeq.data.store import ImageSet, read_store, remove_unfinished, write_store
 
-_CURE = "delete it and it is built again"
+CURE = "delete it and it is built again"
 
 
 def store_folder(store: Path | None) -> Path:
@@ -83,12 +84,12 @@ class StoredSet:
 
         Raises ValueError for a store that is damaged or of another set.
         """
-        images = read_store(path, cure=_CURE)
+        images = read_store(path, cure=CURE)
         wanted = self._attributes()
         for key in ("name", "version"):
             if images.attributes[key] != wanted[key]:
                 found = images.attributes[key]
-                raise ValueError(f"{path}: its {key} is {found!r}, not {wanted[key]!r}: {_CURE}")
+                raise ValueError(f"{path}: its {key} is {found!r}, not {wanted[key]!r}: {CURE}")
         return images
 
     @property
@@ -144,12 +145,22 @@ def _fingerprint(files: list[Path]) -> str:
 
 
 def _build(path: Path, images: ImageSet) -> None:
+    with building(path) as missing:
+        if missing:
+            write_store(path, images)
+
+
+@contextmanager
+def building(path: Path) -> Iterator[bool]:
+    """Be the only process that builds the store at ``path``; gives whether it is still missing.
+
+    Raises OSError, with the cure, for any OSError or RuntimeError: the store cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             remove_unfinished(path)  # whoever wrote there is dead: the lock was free
-            if not path.exists():
-                write_store(path, images)
+            yield not path.exists()
     except (OSError, RuntimeError) as error:  # RuntimeError: h5py's on a full disk, when closing
         reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
         raise OSError(

@@ -13,20 +13,25 @@ from torch import Tensor
 
 from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.digits import DigitsDataModule
+from fastdeq.data.image_folder import ImageFolderDataModule
 from fastdeq.data.memory import InMemoryDataModule, Samples
 from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule
 from fastdeq.data.polynomial import PolynomialDataModule
+from fastdeq.data.records import Records
 from fastdeq.data.svhn import SvhnDataModule
 
-SETS: dict[str, type[InMemoryDataModule]] = {
+SETS: dict[str, type[InMemoryDataModule | ImageFolderDataModule]] = {
     "cifar10": Cifar10DataModule,
     "digits": DigitsDataModule,
     "fashion_mnist": FashionMnistDataModule,
+    "image_folder": ImageFolderDataModule,
     "mnist": MnistDataModule,
     "polynomial": PolynomialDataModule,
     "svhn": SvhnDataModule,
 }
 """The data sets by the name that the command knows them by."""
+
+_SHOWN = 20  # classes, in one line
 
 
 class UsageError(Exception):
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for title, text in describe(name, data, train, test):
@@ -72,7 +77,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if name not in SETS:
         raise UsageError(_unknown("data set", name, SETS))
     defaults = {
-        key: parameter.default
+        # Of None alone it could not be told that a number is meant.
+        key: 0 if parameter.annotation == int | None else parameter.default
         for key, parameter in inspect.signature(SETS[name]).parameters.items()
     }
     settings: dict[str, Any] = {}
@@ -90,7 +96,10 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def describe(
-    name: str, data: InMemoryDataModule, train: Samples, test: Samples
+    name: str,
+    data: InMemoryDataModule | ImageFolderDataModule,
+    train: Samples | Records,
+    test: Samples | Records,
 ) -> Iterable[tuple[str, str]]:
     """Yield lines, as title and text, of what a set holds."""
     yield "set", name
@@ -99,15 +108,15 @@ def describe(
         size = f" ({Path(file).stat().st_size:,} bytes)" if Path(file).is_file() else ""
         yield "file", file + size
     for title, samples in (("train", train), ("test", test)):
-        shape = " × ".join(map(str, samples.inputs.shape[1:]))
+        shape = " × ".join(map(str, data.input_shape))
         yield title, f"{len(samples):,} samples of {shape}"
         if samples.targets.dtype == torch.int64:
-            counts = samples.targets.bincount(minlength=data.outputs)
-            yield "  per class", " ".join(map(str, counts.tolist()))
-        else:
+            counts = samples.targets.bincount(minlength=data.outputs).tolist()
+            yield "  per class", _counts(counts)
+        elif isinstance(samples, Samples):
             yield "  inputs", _range(samples.inputs)
             yield "  targets", _range(samples.targets)
-    if data.normalization is not None:
+    if data.normalization is not None and isinstance(train, Samples):
         constants, (mean, std) = data.normalization, pixel_statistics(train.inputs)
         scaled = [[value / constants.scale for value in values] for values in (mean, std)]
         after = f"(training pixels / {constants.scale:g}; normalized with"
@@ -133,7 +142,7 @@ def pixel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     return means, stds
 
 
-def _make(name: str, settings: dict[str, Any]) -> InMemoryDataModule:
+def _make(name: str, settings: dict[str, Any]) -> InMemoryDataModule | ImageFolderDataModule:
     try:
         return SETS[name](**settings)
     except ValueError as error:  # out of range, or not to be combined
@@ -159,6 +168,12 @@ def _unknown(what: str, name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1)
     cure = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(known)}"
     return f"unknown {what} {name!r}: {cure}"
+
+
+def _counts(counts: Sequence[int]) -> str:
+    if len(counts) > _SHOWN:
+        return f"{min(counts):,} to {max(counts):,}, in {len(counts):,} classes"
+    return " ".join(map(str, counts))
 
 
 def _range(values: Tensor) -> str:

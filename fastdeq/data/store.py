@@ -11,7 +11,8 @@ import glob
 import hashlib
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -24,6 +25,8 @@ from torch import Tensor
 
 DATASETS = ("train/images", "train/labels", "test/images", "test/labels")
 REQUIRED_ATTRIBUTES = ("name", "version", "source", "licence", "split")
+DAMAGE = (OSError, RuntimeError, KeyError, TypeError, ValueError)
+"""What h5py raises for a file that it cannot make sense of."""
 
 _LIBVER = ("v110", "v110")  # fixed, for equal bytes; HDF5 checksums its own metadata since 1.8
 # HDF5's own locks fail on many network file systems, and there is nothing to lock here: a file is
@@ -62,16 +65,26 @@ def write_store(path: str | Path, images: ImageSet) -> str:
     """
     path = Path(path)
     arrays = _to_arrays(images)
-    if problem := _layout_problem(arrays) or _attribute_problem(images.attributes):
+    if problem := _layout_problem(arrays) or attribute_problem(images.attributes):
         raise ValueError(f"{path}: cannot be written: {problem}")
     checksum = _checksum(arrays)
+    with written_aside(path) as aside:
+        _write_file(aside, arrays, {**images.attributes, "sha256": checksum})
+    return checksum
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give the path of a new file to write, which gets the name ``path`` if nothing is raised.
+
+    Raises FileExistsError where ``path`` exists by then; the file aside is gone in any case.
+    """
     aside = path.with_name(_ASIDE.format(name=path.name, random=secrets.token_hex(8)))
     try:
-        _write_file(aside, arrays, {**images.attributes, "sha256": checksum})
+        yield aside
         _publish(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    return checksum
 
 
 def remove_unfinished(path: str | Path) -> None:
@@ -89,20 +102,8 @@ def read_store(path: str | Path, *, cure: str = "delete it and make it again") -
     be opened.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image set: {cure}")
-    try:
-        with h5py.File(path, "r", locking=_LOCKING) as file:
-            attributes = {key: _text(value) for key, value in file.attrs.items()}
-            arrays = {name: np.asarray(file[name]) for name in DATASETS if name in file}
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:  # h5py's for damage
-        reason = " ".join(str(error).split())  # HDF5's messages can take several lines
-        if isinstance(error, PermissionError):
-            cure = "ask its owner for the permission to read it"
-        elif "unable to lock file" in reason:  # the environment's setting goes before ours
-            cure = "set HDF5_USE_FILE_LOCKING=FALSE in the environment"
-        raise ValueError(f"{path}: not a readable HDF5 file ({reason}): {cure}") from error
-    problem = _layout_problem(arrays) or _attribute_problem(attributes)
+    attributes, arrays = read_file(path, DATASETS, cure=cure)
+    problem = _layout_problem(arrays) or attribute_problem(attributes)
     if problem is None and attributes.get("sha256") != _checksum(arrays):
         problem = "the data do not match their sha256"
     if problem:
@@ -114,6 +115,49 @@ def read_store(path: str | Path, *, cure: str = "delete it and make it again") -
         test_labels=torch.from_numpy(arrays["test/labels"].astype(np.int64)),
         attributes=attributes,
     )
+
+
+def read_file(
+    path: Path, names: Sequence[str], *, cure: str
+) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
+    """Return a file's attributes and those of the datasets ``names`` that are in it, whole.
+
+    Raises FileNotFoundError where there is no file, ValueError where it cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image set: {cure}")
+    try:
+        with open_file(path) as file:
+            attributes = {key: _text(value) for key, value in file.attrs.items()}
+            arrays = {name: np.asarray(file[name]) for name in names if name in file}
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())  # HDF5's messages can take several lines
+        if isinstance(error, PermissionError):
+            cure = "ask its owner for the permission to read it"
+        elif "unable to lock file" in reason:  # the environment's setting goes before ours
+            cure = "set HDF5_USE_FILE_LOCKING=FALSE in the environment"
+        raise ValueError(f"{path}: not a readable HDF5 file ({reason}): {cure}") from error
+    return attributes, arrays
+
+
+def open_file(path: Path, *, new: bool = False) -> h5py.File:
+    """Open a store to read it, or a ``new`` file to write one; raises what h5py does."""
+    if new:
+        return h5py.File(path, "x", libver=_LIBVER, locking=_LOCKING)
+    return h5py.File(path, "r", locking=_LOCKING)
+
+
+def write_attributes(file: h5py.File, attributes: Mapping[str, str]) -> None:
+    """Write the attributes of a file, UTF-8."""
+    for key in sorted(attributes):
+        # Of fixed length: these lie in the header, which HDF5 checksums, and not in its heap.
+        file.attrs[key] = np.bytes_(attributes[key].encode())
+
+
+def attribute_problem(attributes: Mapping[str, str]) -> str | None:
+    """Say which of the attributes that every store has are missing, if any are."""
+    missing = [name for name in REQUIRED_ATTRIBUTES if not attributes.get(name)]
+    return f"attributes are missing: {', '.join(missing)}" if missing else None
 
 
 def _to_arrays(images: ImageSet) -> dict[str, NDArray[np.generic]]:
@@ -146,11 +190,6 @@ def _layout_problem(arrays: Mapping[str, NDArray[np.generic]]) -> str | None:
     return None
 
 
-def _attribute_problem(attributes: Mapping[str, str]) -> str | None:
-    missing = [name for name in REQUIRED_ATTRIBUTES if not attributes.get(name)]
-    return f"attributes are missing: {', '.join(missing)}" if missing else None
-
-
 def _checksum(arrays: Mapping[str, NDArray[np.generic]]) -> str:
     digest = hashlib.sha256()
     for name in DATASETS:
@@ -163,10 +202,8 @@ def _checksum(arrays: Mapping[str, NDArray[np.generic]]) -> str:
 def _write_file(
     path: Path, arrays: Mapping[str, NDArray[np.generic]], attributes: Mapping[str, str]
 ) -> None:
-    with h5py.File(path, "x", libver=_LIBVER, locking=_LOCKING) as file:
-        for key in sorted(attributes):
-            # Of fixed length: these lie in the header, which HDF5 checksums, and not in its heap.
-            file.attrs[key] = np.bytes_(attributes[key].encode())
+    with open_file(path, new=True) as file:
+        write_attributes(file, attributes)
         for name in DATASETS:
             array = arrays[name]
             chunks = (min(len(array), _CHUNK), *array.shape[1:])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastdeq.data.augmentation import Augmentation
 from fastdeq.data.build import StoredSet, store_folder
+from fastdeq.data.checks import require_flag, require_folder
 from fastdeq.data.memory import InMemoryDataModule, Samples, image_samples
 from fastdeq.data.sources import ImageSource
 
@@ -45,10 +46,10 @@ class StoredDataModule(InMemoryDataModule):
         )
         self._stored = StoredSet(
             source=self.source,
-            root=_folder("root", root),
-            store=store_folder(_folder("store", store)),
-            download=_flag("download", download),
-            verify=_flag("verify", verify),
+            root=require_folder("root", root),
+            store=store_folder(require_folder("store", store)),
+            download=require_flag("download", download),
+            verify=require_flag("verify", verify),
         )
 
     def prepare(self) -> None:
@@ -61,17 +62,3 @@ class StoredDataModule(InMemoryDataModule):
         images = self._stored.read(path)
         self.facts = {"file": str(path), **images.attributes}
         return image_samples(images)
-
-
-def _folder(name: str, value: object) -> Path | None:
-    if value is None:
-        return None
-    if not isinstance(value, str | Path) or not str(value):
-        raise ValueError(f"{name} must be the path of a folder, not {value!r}")
-    return Path(value).expanduser()
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, not {value!r}")
-    return value
