@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdeq import GMRES
-from fastdeq.clock import now
+from fastdeq.clock import Stopwatch
 from fastdeq.solvers import Anderson, BroydenSolver, LimitedMemoryBroydenSolver, Picard, solve
 
 HERE = Path(__file__).resolve().parents[1]
@@ -118,9 +118,9 @@ def _counted(run: Callable[[int], object], steps: int) -> Operations:
 
 
 def _clocked(run: Callable[[int], object], device: str) -> float:
-    begin = now(torch.device(device))
+    watch = Stopwatch(torch.device(device))
     run(STEPS)
-    return 1000 * (now(torch.device(device)) - begin) / STEPS
+    return 1000 * watch.stop().seconds / STEPS
 
 
 def measured(checkout: Path, device: str) -> dict[str, dict[str, float]]:

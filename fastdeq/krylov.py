@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdeq.clock import now
+from fastdeq.clock import Stopwatch
 from fastdeq.history import History, project
 from fastdeq.norms import finite, sample_largest, sample_norm
 from fastdeq.notation import FlatMap
@@ -49,10 +49,10 @@ class GMRES:
         A sample that cannot be solved keeps its best finite x and says so in its status. Not
         differentiable itself: the adjoints differentiate equilibria, not this iteration.
         """
-        start = now(b.device)
+        watch = Stopwatch(b.device)
         with torch.no_grad(), full_precision(matvec, b.device) as product:
             result = _scaled(self, product, b) if self.per_sample else _shared(self, product, b)
-        return replace(result, seconds=now(b.device) - start)
+        return replace(result, elapsed=watch.stop())
 
 
 def gmres(

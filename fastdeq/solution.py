@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from fastdeq.clock import Stopwatch
 from fastdeq.notation import State
 
 TraceKind: TypeAlias = Literal["residuals", "states"]
@@ -62,7 +63,7 @@ class SolveStats:
     steps: (B,) int64, iterations of the method while the sample was active.
     nfe: (B,) int64, evaluations of f (of a linear solve: products with the matrix).
     status: (B,) int64, values of `Status`.
-    seconds: wall-clock time of the whole batch's solve, the device awaited; 0 where none was made.
+    elapsed: what `seconds` is read from: a number, or a stopwatch that has not been read yet.
     """
 
     residual: Tensor
@@ -70,8 +71,16 @@ class SolveStats:
     steps: Tensor
     nfe: Tensor
     status: Tensor
-    seconds: float = 0.0
+    elapsed: Stopwatch | float = 0.0
     trace: Trace | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time of the whole batch's solve on its device; 0 where none was made.
+
+        On CUDA, the first reading waits until the device has done the solve.
+        """
+        return float(self.elapsed)
 
     @property
     def converged(self) -> Tensor:

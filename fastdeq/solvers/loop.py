@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdeq.clock import now
+from fastdeq.clock import Stopwatch
 from fastdeq.norms import finite
 from fastdeq.notation import FlatMap
 from fastdeq.precision import full_precision
@@ -38,10 +38,10 @@ def solve(
     for an f that changes the shape.
     """
     _check_start(z0)
-    start = now(z0.device)
+    watch = Stopwatch(z0.device)
     with full_precision(f, z0.device) as guarded:
         result = _iterated(solver, guarded, z0, trace)
-    return replace(result, seconds=now(z0.device) - start)
+    return replace(result, elapsed=watch.stop())
 
 
 def _iterated(
