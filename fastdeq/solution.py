@@ -76,7 +76,7 @@ class SolveStats:
 
     @property
     def seconds(self) -> float:
-        """Time of the whole batch's solve on its device; 0 where none was made.
+        """Time of the whole batch's solve or integration on its device; 0 where none was made.
 
         On CUDA, the first reading waits until the device has done the solve.
         """
@@ -114,9 +114,14 @@ class SolveResult(SolveStats):
 
 @dataclass(kw_only=True)
 class BackwardReport:
-    """Filled in by the backward pass; `stats` stays None where the adjoint solves nothing."""
+    """Filled in by the backward pass; `stats` stays None where that is ordinary backpropagation.
+
+    solves: whether it solves (I − Jᵀ) v = w. Where it integrates an equation instead (a neural
+        ODE's), the residuals of `stats` are NaN and its status is NOT_SOLVED.
+    """
 
     stats: SolveStats | None = None
+    solves: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -130,7 +135,8 @@ class Solution(SolveStats):
     defect: (B, D) f(z_sol) − z_sol with the graph of that one evaluation (the residual loss reads
         it).
     jacobian_loss: scalar estimate of ‖J‖²_F / D at z*, when the layer was asked for it.
-    backward: iterations, residual and status of the adjoint's solve, once it has run.
+    backward: iterations, residual and status of the adjoint's solve (or what its integration took),
+        once it has run.
     """
 
     value: State

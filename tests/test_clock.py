@@ -3,6 +3,7 @@
 import copy
 import pickle
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def test_a_copy_reads_the_same(copied, clock):
 
 def test_the_seconds_of_a_solve_are_a_number_whatever_they_are_read_from(clock):
     row = torch.zeros(2)
-    figures = dict.fromkeys(("residual", "relative_residual", "steps", "nfe", "status"), row)
+    names = ("residual", "relative_residual", "steps", "nfe", "status")
+    figures: dict[str, Any] = dict.fromkeys(names, row)
     clock += [1.0, 1.5]
     read = [SolveStats(**figures, elapsed=e).seconds for e in (Stopwatch(CPU).stop(), 2.0)]
     assert [*read, SolveStats(**figures).seconds] == [0.5, 2.0, 0.0]

@@ -10,7 +10,7 @@ from benchmarks.solver_step import Operations
 from fastdeq import DeepEquilibriumNetwork, DEQChain
 from fastdeq.clock import Stopwatch
 from fastdeq.layers import DenseCell
-from fastdeq.solution import Solution, SolveStats, Status
+from fastdeq.solution import BackwardReport, Solution, SolveStats, Status
 from fastdeq.tasks.figures import FigureMeans, backward_figures, solver_figures
 
 
@@ -57,7 +57,10 @@ def test_a_figure_without_a_place_is_refused_by_name():
 
 def test_an_update_does_not_wait_for_the_device_once_the_figures_are_known():
     means = FigureMeans(("loss", "accuracy", "seconds"))
-    figures = {"accuracy": torch.tensor(0.5), "seconds": Stopwatch(torch.device("cpu")).stop()}
+    figures: dict[str, Any] = {
+        "accuracy": torch.tensor(0.5),
+        "seconds": Stopwatch(torch.device("cpu")).stop(),
+    }
     means.update(figures, 1)
     operations = Operations()
     with operations:
@@ -122,12 +125,18 @@ def test_the_solvers_figures_are_means_over_the_samples():
 
 
 def test_the_adjoints_figures_are_means_over_the_samples():
-    figures = backward_figures(SolveStats(**STATS))
+    figures = backward_figures(BackwardReport(stats=SolveStats(**STATS)))
     assert floats(figures) == {
         "nfe_backward": 5.5,
         "residual_backward": 0.25,
         "unconverged_backward": 0.75,
     }
+
+
+def test_a_backward_pass_without_a_linear_solve_has_its_evaluations_alone():
+    report = BackwardReport(stats=SolveStats(**STATS), solves=False)
+    assert floats(backward_figures(report)) == {"nfe_backward": 5.5}
+    assert backward_figures(BackwardReport()) == {}
 
 
 def test_a_pass_of_fixed_depth_converges_nowhere_and_is_counted_unconverged_nowhere():

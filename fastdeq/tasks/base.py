@@ -45,7 +45,8 @@ class AbstractTask(LightningModule):
     loss_residual), accuracy; nfe, residual (relative) and unconverged (share) of the forward solve,
     means over samples; seconds (of a whole training step, or of a prediction), solve_seconds (of
     the forward solve), means over batches; in training nfe_backward, residual_backward,
-    unconverged_backward and backward_seconds of the adjoint's solve; in evaluation, for models that
+    unconverged_backward and backward_seconds of the adjoint's solve (of a neural ODE's integration
+    backwards nfe_backward and backward_seconds alone); in evaluation, for models that
     predict z₀, explicit_loss, explicit_accuracy and explicit_seconds: the head on z₀, no solve.
 
     Raises: ValueError for a skip loss with a model that predicts nothing.
@@ -123,8 +124,8 @@ class AbstractTask(LightningModule):
             return
         (solution, figures), self._step = self._step, None
         seconds = {"solve_seconds": solution.elapsed}
+        figures |= backward_figures(solution.backward)
         if solution.backward.stats is not None:
-            figures |= backward_figures(solution.backward.stats)
             seconds["backward_seconds"] = solution.backward.stats.elapsed
         self.record("train", figures, len(solution.status))
         self.record("train", seconds)

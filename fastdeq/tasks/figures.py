@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from fastdeq.solution import Solution, SolveStats, Status
+from fastdeq.solution import BackwardReport, Solution, Status
 
 Figure: TypeAlias = Tensor | SupportsFloat
 """A scalar on the device, a number, or what becomes one when it is read (a stopwatch)."""
@@ -106,10 +106,13 @@ def solver_figures(solution: Solution) -> dict[str, Tensor]:
     return figures
 
 
-def backward_figures(stats: SolveStats) -> dict[str, Tensor]:
-    """Means over the samples of the adjoint's solve."""
-    return {
-        "nfe_backward": stats.nfe.float().mean(),
-        "residual_backward": stats.relative_residual.float().mean(),
-        "unconverged_backward": (~stats.converged).float().mean(),
-    }
+def backward_figures(report: BackwardReport) -> dict[str, Tensor]:
+    """Means over the samples of what the backward pass reports."""
+    stats = report.stats
+    if stats is None:
+        return {}
+    figures = {"nfe_backward": stats.nfe.float().mean()}
+    if report.solves:
+        figures["residual_backward"] = stats.relative_residual.float().mean()
+        figures["unconverged_backward"] = (~stats.converged).float().mean()
+    return figures
