@@ -81,7 +81,7 @@ class AbstractSolver(ABC):
         is also what a cell needs that couples the samples of a batch (batch norm).
     check_every: read from the device every so many steps whether all samples are done; more means
         fewer waits and a few steps of idle overrun (results are the same: finished samples are
-        frozen).
+        frozen). Line searches and `vcab3` wait besides, to save evaluations.
     """
 
     differentiable: ClassVar[bool] = True
