@@ -72,6 +72,21 @@ def test_gmres_waits_once_at_its_start_once_every_so_many_products_and_once_for_
     assert operations_of(GMRES(tol=NEVER, max_steps=12), every=every).waits == waits
 
 
+def test_a_pass_forward_and_back_waits_for_its_solves_alone():
+    x, operations = X.clone().requires_grad_(), Operations()
+    solver = LimitedMemoryBroydenSolver(tol=NEVER, max_steps=12, check_every=4)
+    adjoint = Implicit(solver=GMRES(tol=NEVER, max_steps=12, check_every=4))
+    with operations:
+        z = fixed_point(
+            partial(bound, x=x), torch.zeros(BATCH, SIZE), solver=solver, adjoint=adjoint
+        )
+        forward = operations.waits
+        assert isinstance(z.value, Tensor)
+        z.value.sum().backward()
+    assert forward == 12 // 4 + 1  # whether f is finite there
+    assert operations.waits - forward == (1 + 3 + 1) + 1  # GMRES; whether a sample was lost
+
+
 def test_the_counter_sees_every_kind_of_wait():
     x = torch.arange(4.0)
     for waits in (

@@ -32,9 +32,8 @@ def norm_descent(
     found = _descends(before, lowest, alpha * length, slack)
     for _ in range(trials):
         searching = problem.active & ~found
-        if not bool(
-            searching.any()
-        ):  # waits for the device; each trial saved is an evaluation of f
+        # Waits for the device; each trial saved is an evaluation of f.
+        if not bool(searching.any()):
             break
         alpha *= _SHRINK
         trial = problem.evaluate(current.z + alpha * direction, searching)
