@@ -172,7 +172,7 @@ class _Cycle:
     ) -> None:
         self.matvec, self.target, self.active, self.size = matvec, target.double(), active, size
         self.basis = History(size + 1)
-        inverse = beta.reciprocal().masked_fill(beta == 0, 1.0)[:, None]
+        inverse = beta.reciprocal().masked_fill(~active, 0.0)[:, None]  # active: not 0, not NaN
         torch.mul(r.masked_fill(~active[:, None], 0.0), inverse, out=self.basis.slot(r))
         self.beta = beta.masked_fill(~active, 0.0).double()
         eye = torch.eye(size + 1, dtype=torch.float64, device=r.device)
