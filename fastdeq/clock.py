@@ -1,16 +1,60 @@
-"""L0: the time at which a device has done what it was given."""
+"""L0: how long a device takes, without waiting for it until somebody asks."""
 
 import time
 
 import torch
 
 
-def now(device: torch.device) -> float:
-    """Seconds of a monotonic clock, read once `device` has finished its queue.
+class Stopwatch:
+    """The seconds between its making and `stop`, by the device's own clock.
 
-    On a CUDA device this waits (`torch.cuda.synchronize`): without it, a difference of two readings
-    would be the time of queueing alone.
+    On a CUDA device both are events in its current stream: neither waits. Reading `seconds` waits
+    for the second one, the first time. Elsewhere both are readings of `time.perf_counter`.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: float | None = None
+        self._begin = _reading(device)
+        self._end: float | torch.cuda.Event | None = None
+
+    def stop(self) -> "Stopwatch":
+        """End the measurement here, in the order of the device's work."""
+        self._end = _reading(self._device)
+        return self
+
+    @property
+    def seconds(self) -> float:
+        """Raises: RuntimeError before `stop`."""
+        if self._seconds is None:
+            if self._end is None:
+                raise RuntimeError("the stopwatch is running: call stop() before reading seconds")
+            self._seconds = _between(self._begin, self._end)
+            self._begin = self._end = 0.0  # the events are no longer needed
+        return self._seconds
+
+    def __float__(self) -> float:
+        return self.seconds
+
+    def __repr__(self) -> str:
+        return "Stopwatch()" if self._seconds is None else f"Stopwatch({self._seconds:.6f} s)"
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copied and pickled as what it has read: events belong to their process."""
+        seconds = self.seconds
+        return {**vars(self), "_seconds": seconds}
+
+
+def _reading(device: torch.device) -> float | torch.cuda.Event:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(begin, float) or isinstance(end, float):
+        return float(end) - float(begin)  # type: ignore[arg-type]  # both are numbers
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000

@@ -6,9 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdeq.clock import now
-from fastdeq.norms import sample_largest, sample_norm
+from fastdeq.clock import Stopwatch
+from fastdeq.history import History, project
+from fastdeq.norms import finite, sample_largest, sample_norm
 from fastdeq.notation import FlatMap
+from fastdeq.precision import full_precision
 from fastdeq.settings import setting, settings
 from fastdeq.solution import SolveResult, Status
 
@@ -24,6 +26,9 @@ class GMRES:
     restart: size of the Krylov basis, hence the memory; None keeps all of max_steps.
     per_sample: one Krylov space a sample. False builds one space for the whole batch vector, which
         A needs when it couples the samples (batch norm in a cell).
+    check_every: read from the device every so many products whether all samples are done; more
+        means fewer waits and a few idle products (results are the same). A cycle waits twice
+        besides.
 
     Departures from the reference:
     1. The residual reported is measured, b − A x, at the end of each cycle, not taken from the
@@ -36,15 +41,18 @@ class GMRES:
     max_steps: int = setting(default=30, at_least=1)
     restart: int | None = setting(default=None, at_least=1)
     per_sample: bool = setting(default=True)
+    check_every: int = setting(default=1, at_least=1)
 
     def solve(self, matvec: FlatMap, b: Tensor) -> SolveResult:
         """Solve A x = b from x = 0. matvec: (B, D) → (B, D), linear. b: (B, D).
 
-        A sample that cannot be solved keeps its best finite x and says so in its status.
+        A sample that cannot be solved keeps its best finite x and says so in its status. Not
+        differentiable itself: the adjoints differentiate equilibria, not this iteration.
         """
-        start = now(b.device)
-        result = _scaled(self, matvec, b) if self.per_sample else _shared(self, matvec, b)
-        return replace(result, seconds=now(b.device) - start)
+        watch = Stopwatch(b.device)
+        with torch.no_grad(), full_precision(matvec, b.device) as product:
+            result = _scaled(self, product, b) if self.per_sample else _shared(self, product, b)
+        return replace(result, elapsed=watch.stop())
 
 
 def gmres(
@@ -77,8 +85,7 @@ def gmres(
             raise ValueError(f"A v has shape {tuple(product.shape)}, b has {tuple(b.shape)}")
         return product.reshape(len(b), -1)
 
-    with torch.no_grad():
-        result = solver.solve(flat_matvec, b.reshape(len(b), -1))
+    result = solver.solve(flat_matvec, b.reshape(len(b), -1))
     return replace(result, value=result.value.view(b.shape))
 
 
@@ -101,7 +108,7 @@ def _scaled(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
     Squares of tiny gradients underflow in float32, and a norm of 0 would pass for a solved problem.
     """
     largest = sample_largest(b)
-    largest = torch.where(torch.isfinite(largest), largest, 0.0).amax()
+    largest = largest.masked_fill(~finite(largest), 0.0).amax()
     # A power of two, so that no sample's rounding depends on its batch mates; one for all, so that
     # an operator that couples the samples stays the same.
     unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
@@ -115,17 +122,17 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
     x, r, residual = torch.zeros_like(b), b, scale
     steps = torch.zeros(len(b), dtype=torch.int64, device=b.device)
     nfe, target = steps.clone(), settings.tol * scale
-    broken = ~torch.isfinite(scale)
+    broken = ~finite(scale)
     stuck = torch.zeros_like(broken)
     taken = 0
     while taken < settings.max_steps:
         active = (residual > target) & ~broken & ~stuck
-        # Waits for the device once a cycle, beside the cycle's own once a product.
+        # Waits for the device once a cycle, beside the cycle's own waits.
         if not bool(active.any()):
             break
         size = min(settings.restart or settings.max_steps, settings.max_steps - taken)
         cycle = _Cycle(matvec, r, residual, target, active, size)
-        taken += cycle.run()
+        taken += cycle.run(settings.check_every)
         steps, nfe = steps + cycle.used, nfe + cycle.used + active
         trial = x + cycle.correction()
         remainder = b - matvec(trial)
@@ -145,8 +152,8 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
         (broken, Status.DIVERGED),
         ((residual <= target) & ~broken, Status.CONVERGED),
     ):
-        status = torch.where(here, int(code), status)
-    relative = torch.where(scale > 0, residual / scale, 0.0)
+        status = status.masked_fill(here, int(code))
+    relative = (residual / scale).masked_fill(~(scale > 0), 0.0)
     return SolveResult(
         value=x, residual=residual, relative_residual=relative, steps=steps, nfe=nfe, status=status
     )
@@ -155,84 +162,97 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
 class _Cycle:
     """One Arnoldi process A V_k = V_{k+1} H with its least-squares problem, for `active` samples.
 
-    The basis V, (B, k + 1, D), has the dtype of the residual. H is kept as Q H = R, with R
-    triangular and Q the product of all Givens rotations so far; these small matrices are float64. A
-    column that a sample does not use (it was finished before) is a unit column with weight zero.
+    The basis V, k + 1 rows, has the dtype of the residual. H is kept as Q H = R, with R triangular
+    and Q the product of all Givens rotations so far; these small matrices are float64. A column
+    that a sample does not use (it was finished before) is a unit column with weight zero.
     """
 
     def __init__(
         self, matvec: FlatMap, r: Tensor, beta: Tensor, target: Tensor, active: Tensor, size: int
     ) -> None:
         self.matvec, self.target, self.active, self.size = matvec, target.double(), active, size
-        start = torch.where(active, 1.0 / torch.where(beta > 0, beta, 1.0), 0.0)
-        self.basis = torch.where(active[:, None], r * start[:, None], 0.0)[:, None]
-        self.beta = torch.where(active, beta, 0.0).double()
+        self.basis = History(size + 1)
+        inverse = beta.reciprocal().masked_fill(~active, 0.0)[:, None]  # active: not 0, not NaN
+        torch.mul(r.masked_fill(~active[:, None], 0.0), inverse, out=self.basis.slot(r))
+        self.beta = beta.masked_fill(~active, 0.0).double()
         eye = torch.eye(size + 1, dtype=torch.float64, device=r.device)
         self.rotation = eye.repeat(len(r), 1, 1)  # Q
-        self.columns: list[Tensor] = []  # of R, (B, size + 1), zero below the diagonal
+        self.no_turn = eye[0, :2]  # cosine 1, sine 0
+        self.hessenberg = torch.zeros_like(self.rotation)  # H, its columns as rows
+        self.columns: list[Tensor] = []  # of R, (B, size + 1); below the diagonal is rubbish
         self.usable: list[Tensor] = []  # (B,) for each column
         self.used = torch.zeros(len(r), dtype=torch.int64, device=r.device)
         self.broken = torch.zeros_like(active)
 
-    def run(self) -> int:
-        """Extend the basis until no sample needs more; returns how many products were made."""
-        for j in range(self.size):
-            product = self.matvec(self.basis[:, j])
-            finite = torch.isfinite(product.sum(dim=1))
-            self.broken = self.broken | (self.active & ~finite)
-            self.active = self.active & finite
-            h, rest = self._orthogonalize(torch.where(self.active[:, None], product, 0.0))
-            self._append(j, h, rest)
-            if not bool(self.active.any()):  # waits for the device; saves a product with A
-                return j + 1
-        return self.size
+    def run(self, check_every: int) -> int:
+        """Extend the basis until no sample needs more; returns how many products were needed.
 
-    def _orthogonalize(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Classical Gram–Schmidt, twice: (B, j + 1) coefficients and the norm of what remains."""
-        before = sample_norm(product)
-        h = torch.zeros(self.basis.shape[:2], dtype=torch.float64, device=product.device)
+        Looked at less often, more are made than needed: they change nothing.
+        """
+        for j in range(self.size):
+            product = self.matvec(self.basis.rows[:, j])
+            length = sample_norm(product)
+            healthy = length < torch.inf  # False for NaN
+            self.broken = self.broken | (self.active & ~healthy)
+            self.active = self.active & healthy
+            product = product.masked_fill(~self.active[:, None], 0.0)
+            rest = self._orthogonalize(j, product, length)
+            self._append(j, rest)
+            # Waits for the device; saves products with A.
+            if (j + 1) % check_every == 0 and not bool(self.active.any()):
+                break
+        if check_every > 1:
+            # What was made but not needed is not used, nor counted: one wait more.
+            del self.columns[max(1, int(self.used.amax())) :]
+        return len(self.columns)
+
+    def _orthogonalize(self, j: int, product: Tensor, length: Tensor) -> Tensor:
+        """Classical Gram–Schmidt, twice, in place: column j of H but its last entry, which is
+        returned, (B,), and the next row of the basis."""
+        basis, column = self.basis.rows, self.hessenberg[:, j]
         for _ in range(2):
-            overlap = torch.bmm(self.basis, product[:, :, None])[:, :, 0]
-            product = product - torch.bmm(overlap[:, None, :], self.basis)[:, 0]
-            h = h + overlap
+            overlap = project(basis, product)
+            product[:, None].baddbmm_(overlap[:, None], basis, alpha=-1.0)
+            column[:, : j + 1] += overlap
         rest = sample_norm(product)
         # What is left is rounding: the space is invariant and holds the solution.
-        rest = torch.where(rest > 10 * torch.finfo(rest.dtype).eps * before, rest, 0.0)
-        inverse = torch.where(rest > 0, 1.0 / torch.where(rest > 0, rest, 1.0), 0.0)
-        self.basis = torch.cat((self.basis, (product * inverse[:, None])[:, None]), dim=1)
-        return h, rest.double()
+        nothing = ~(rest > 10 * torch.finfo(rest.dtype).eps * length)
+        inverse = rest.reciprocal().masked_fill(nothing, 0.0)
+        torch.mul(product, inverse[:, None], out=self.basis.slot(product))
+        return rest.masked_fill(nothing, 0.0)
 
-    def _append(self, j: int, h: Tensor, rest: Tensor) -> None:
+    def _append(self, j: int, rest: Tensor) -> None:
         """Rotate column j of H into the triangular factor, and judge who is finished."""
-        column = torch.zeros_like(self.rotation[:, 0])
-        column[:, : j + 1], column[:, j + 1] = h, rest
-        column = torch.bmm(self.rotation, column[:, :, None])[:, :, 0]
+        self.hessenberg[:, j, j + 1] = rest
+        column = project(self.rotation, self.hessenberg[:, j])
         pivot = torch.hypot(column[:, j], column[:, j + 1])
         # A zero pivot: A is singular on this space. The column cannot be used, and none comes
         # after.
         usable = self.active & (pivot > torch.finfo(torch.float64).tiny)
-        divisor = torch.where(usable, pivot, 1.0)
-        cos = torch.where(usable, column[:, j] / divisor, 1.0)[:, None]
-        sin = torch.where(usable, column[:, j + 1] / divisor, 0.0)[:, None]
-        upper, lower = self.rotation[:, j].clone(), self.rotation[:, j + 1].clone()
-        self.rotation[:, j], self.rotation[:, j + 1] = (
-            cos * upper + sin * lower,
-            cos * lower - sin * upper,
-        )
-        column[:, :j] = torch.where(usable[:, None], column[:, :j], 0.0)
-        column[:, j], column[:, j + 1 :] = divisor, 0.0
+        unusable = ~usable[:, None]
+        divisor = pivot.masked_fill(unusable[:, 0], 1.0)
+        turn = torch.where(unusable, self.no_turn, column[:, j : j + 2] / divisor[:, None])
+        self._rotate(j, turn)
+        column.masked_fill_(unusable, 0.0)
+        column[:, j] = divisor
         self.columns.append(column)
         self.usable.append(usable)
         self.used = self.used + self.active
         left = (self.beta * self.rotation[:, j + 1, 0]).abs()  # the residual, by the recurrence
         self.active = usable & (rest > 0) & (left > self.target)
 
+    def _rotate(self, j: int, turn: Tensor) -> None:
+        """Turn rows j and j + 1 of Q by (cosine, sine), (B, 2)."""
+        across = torch.stack((-turn[:, 1], turn[:, 0]), dim=1)
+        rows = self.rotation[:, j : j + 2]
+        rows.copy_(torch.bmm(torch.stack((turn, across), dim=1), rows))
+
     def correction(self) -> Tensor:
         """The combination of the basis that minimizes each sample's residual, (B, D)."""
         k = len(self.columns)
         triangle = torch.stack([column[:, :k] for column in self.columns], dim=2)
         right = self.beta[:, None] * self.rotation[:, :k, 0]
-        right = torch.where(torch.stack(self.usable, dim=1), right, 0.0)
+        right = right.masked_fill(~torch.stack(self.usable[:k], dim=1), 0.0)
         y = torch.linalg.solve_triangular(triangle, right[:, :, None], upper=True)
-        weights = y[:, :, 0].to(self.basis.dtype)
-        return torch.bmm(weights[:, None, :], self.basis[:, :k])[:, 0]
+        basis = self.basis.rows[:, :k]
+        return torch.bmm(y.mT.to(basis.dtype), basis)[:, 0]

@@ -17,6 +17,11 @@ def sample_largest(v: Tensor) -> Tensor:
     return v.abs().amax(dim=1)
 
 
+def finite(figure: Tensor) -> Tensor:
+    """Whether each entry is neither NaN nor infinite (as `torch.isfinite`, by half the kernels)."""
+    return figure.abs() < torch.inf
+
+
 class Pooling(Protocol):
     """What becomes of per-sample norms, (B,) → (B,), before they are compared with a tolerance.
 

@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from fastdeq.clock import Stopwatch
 from fastdeq.notation import State
 
 TraceKind: TypeAlias = Literal["residuals", "states"]
@@ -62,7 +63,7 @@ class SolveStats:
     steps: (B,) int64, iterations of the method while the sample was active.
     nfe: (B,) int64, evaluations of f (of a linear solve: products with the matrix).
     status: (B,) int64, values of `Status`.
-    seconds: wall-clock time of the whole batch's solve, the device awaited; 0 where none was made.
+    elapsed: what `seconds` is read from: a number, or a stopwatch that has not been read yet.
     """
 
     residual: Tensor
@@ -70,8 +71,16 @@ class SolveStats:
     steps: Tensor
     nfe: Tensor
     status: Tensor
-    seconds: float = 0.0
+    elapsed: Stopwatch | float = 0.0
     trace: Trace | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time of the whole batch's solve or integration on its device; 0 where none was made.
+
+        On CUDA, the first reading waits until the device has done the solve.
+        """
+        return float(self.elapsed)
 
     @property
     def converged(self) -> Tensor:
@@ -105,9 +114,14 @@ class SolveResult(SolveStats):
 
 @dataclass(kw_only=True)
 class BackwardReport:
-    """Filled in by the backward pass; `stats` stays None where the adjoint solves nothing."""
+    """Filled in by the backward pass; `stats` stays None where that is ordinary backpropagation.
+
+    solves: whether it solves (I − Jᵀ) v = w. Where it integrates an equation instead (a neural
+        ODE's), the residuals of `stats` are NaN and its status is NOT_SOLVED.
+    """
 
     stats: SolveStats | None = None
+    solves: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -121,7 +135,8 @@ class Solution(SolveStats):
     defect: (B, D) f(z_sol) − z_sol with the graph of that one evaluation (the residual loss reads
         it).
     jacobian_loss: scalar estimate of ‖J‖²_F / D at z*, when the layer was asked for it.
-    backward: iterations, residual and status of the adjoint's solve, once it has run.
+    backward: iterations, residual and status of the adjoint's solve (or what its integration took),
+        once it has run.
     """
 
     value: State

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.solver_step import Operations
 from fastdeq import DeepEquilibriumNetwork, DEQChain
+from fastdeq.clock import Stopwatch
 from fastdeq.layers import DenseCell
-from fastdeq.solution import Solution, SolveStats, Status
+from fastdeq.solution import BackwardReport, Solution, SolveStats, Status
 from fastdeq.tasks.figures import FigureMeans, backward_figures, solver_figures
 
 
@@ -53,6 +55,59 @@ def test_a_figure_without_a_place_is_refused_by_name():
         FigureMeans(("loss", "accuracy")).update({"los": 1.0}, 1)
 
 
+def test_an_update_does_not_wait_for_the_device_once_the_figures_are_known():
+    means = FigureMeans(("loss", "accuracy", "seconds"))
+    figures: dict[str, Any] = {
+        "accuracy": torch.tensor(0.5),
+        "seconds": Stopwatch(torch.device("cpu")).stop(),
+    }
+    means.update(figures, 1)
+    operations = Operations()
+    with operations:
+        for _ in range(3):
+            means.update(figures, 2)
+    assert operations.waits == 0
+
+
+class Watch:
+    """A stopwatch that tells how often it was read."""
+
+    def __init__(self, seconds: float) -> None:
+        self.value, self.reads = seconds, 0
+
+    def __float__(self) -> float:
+        self.reads += 1
+        return self.value
+
+
+def test_a_stopwatch_is_read_once_when_the_means_are_wanted_or_much_later():
+    means, watches = FigureMeans(("seconds",)), [Watch(float(k)) for k in range(300)]
+    for watch in watches:
+        means.update({"seconds": watch}, 1)
+    assert [watch.reads for watch in watches] == [1] * 44 + [0] * 256
+    assert values(means) == {"seconds": 149.5}
+    means.update({"seconds": 449.0}, 1)
+    assert values(means)["seconds"] == pytest.approx((300 * 149.5 + 449) / 301, rel=1e-15)
+    assert all(watch.reads == 1 for watch in watches)
+
+
+def test_a_reset_forgets_what_was_never_read():
+    means, watch = FigureMeans(("seconds", "loss")), Watch(1.0)
+    means.update({"seconds": watch}, 1)
+    means.reset()
+    means.update({"loss": 2.0}, 1)
+    assert values(means) == {"loss": 2.0}
+    assert watch.reads == 0
+
+
+def test_a_refused_update_leaves_the_means_as_they_were():
+    means = FigureMeans(("loss",))
+    means.update({"loss": 1.0}, 1)
+    with pytest.raises(KeyError):
+        means.update({"loss": 5.0, "los": 1.0}, 1)
+    assert values(means) == {"loss": 1.0}
+
+
 STATS: dict[str, Any] = {
     "residual": torch.tensor([1.0, 2.0, 3.0, 4.0]),
     "relative_residual": torch.tensor([0.0, 0.25, 0.5, 0.25]),
@@ -70,12 +125,18 @@ def test_the_solvers_figures_are_means_over_the_samples():
 
 
 def test_the_adjoints_figures_are_means_over_the_samples():
-    figures = backward_figures(SolveStats(**STATS))
+    figures = backward_figures(BackwardReport(stats=SolveStats(**STATS)))
     assert floats(figures) == {
         "nfe_backward": 5.5,
         "residual_backward": 0.25,
         "unconverged_backward": 0.75,
     }
+
+
+def test_a_backward_pass_without_a_linear_solve_has_its_evaluations_alone():
+    report = BackwardReport(stats=SolveStats(**STATS), solves=False)
+    assert floats(backward_figures(report)) == {"nfe_backward": 5.5}
+    assert backward_figures(BackwardReport()) == {}
 
 
 def test_a_pass_of_fixed_depth_converges_nowhere_and_is_counted_unconverged_nowhere():

@@ -269,6 +269,20 @@ def test_a_sample_whose_product_is_nan_leaves_the_others_exact(first_bad):
     assert result.steps[others].tolist() == clean.steps[others].tolist()
 
 
+def test_the_operator_is_never_shown_what_is_not_finite():
+    a, b = torch.eye(3).double() + 0.1, numbers(0)(3, 3)
+    b[0, 1], b[1] = torch.nan, 0.0
+    shown = []
+
+    def matvec(v: Tensor) -> Tensor:
+        shown.append(bool(v.isfinite().all()))
+        return v @ a
+
+    assert gmres(matvec, b).status.tolist() == [Status.DIVERGED, *[Status.CONVERGED] * 2]
+    assert shown
+    assert all(shown)
+
+
 def test_a_right_hand_side_of_nan_is_lost_alone():
     b = numbers(19)(3, 4)
     b[0, 2] = torch.nan

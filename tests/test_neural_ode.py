@@ -1,5 +1,7 @@
 """The neural ODE against equations whose solution is known, and its account of its work."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -7,10 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from fastdeq import DEQChain, Status
-from fastdeq.layers import DenseCell, MultiScaleResidualCell, VariationalDropout, weight_norm
+from fastdeq.layers import (
+    DenseCell,
+    ExplicitNetwork,
+    MultiScaleResidualCell,
+    VariationalDropout,
+    weight_norm,
+)
 from tests.cells import DenseTanh
 from tests.test_call_invariants import recorded_masks
 from tests.test_multiscale import WIDTHS, dense_cell
+from tests.test_tasks import CLASSES, FEATURES, make_task, samples, train_figures
 
 pytest.importorskip("torchdiffeq")
 
@@ -74,6 +83,68 @@ def test_nfe_is_the_number_of_calls_of_the_cell_and_nothing_was_solved():
     assert (solution.status == Status.NOT_SOLVED).all()
     torch.testing.assert_close(solution.residual, solution.defect.norm(dim=1))
     torch.testing.assert_close(cell(y - solution.defect, x), y)
+
+
+@pytest.mark.parametrize("z0_learns", [False, True])
+def test_the_backward_pass_reports_the_calls_of_the_cell_that_it_makes(z0_learns):
+    cell, x = DenseTanh(4, 0.7), torch.randn(3, 4, dtype=torch.float64)
+    explicit = ExplicitNetwork(nn.Linear(4, 4, dtype=torch.float64)) if z0_learns else None
+    y, solution = NeuralODE(cell, tol=1e-4, initializer=explicit)(x)
+    assert solution.backward.stats is None
+    forward, cell.calls = cell.calls, 0
+    y.sum().backward()
+    stats = solution.backward.stats
+    assert stats is not None
+    assert stats.nfe.tolist() == [cell.calls] * 3
+    # dopri5: two evaluations to start with, six a step
+    assert stats.nfe.tolist() == (2 + 6 * stats.steps).tolist()
+    assert (stats.status == Status.NOT_SOLVED).all()
+    assert stats.residual.isnan().all()
+    assert (solution.nfe == forward).all()  # as it was
+    assert stats.seconds > 0
+
+
+def test_a_second_backward_pass_reports_itself():
+    cell, x = DenseTanh(4, 0.7), torch.randn(3, 4, dtype=torch.float64)
+    y, solution = NeuralODE(cell, tol=1e-4)(x)
+    for _ in range(2):
+        cell.calls = 0
+        y.sum().backward(retain_graph=True)
+        stats = solution.backward.stats
+        assert stats is not None
+        assert stats.nfe.tolist() == [cell.calls] * 3
+
+
+def test_without_a_backward_pass_nothing_is_reported_and_the_solution_is_freed():
+    layer, x = NeuralODE(DenseCell(4)), torch.randn(3, 4)
+    with torch.no_grad():
+        assert layer(x)[1].backward.stats is None
+    gc.disable()  # what dies without the collector is in no cycle
+    try:
+        y, solution = layer(x)
+        state = weakref.ref(solution.defect)
+        del y, solution
+        assert state() is None
+    finally:
+        gc.enable()
+
+
+def test_both_integrations_take_time():
+    y, solution = NeuralODE(DenseCell(4))(torch.randn(3, 4))
+    assert solution.seconds > 0
+    y.sum().backward()
+    assert solution.backward.stats is not None
+    assert solution.backward.stats.seconds > 0
+
+
+def test_a_training_step_logs_evaluations_and_seconds_of_the_backward_pass(tmp_path):
+    model = DEQChain(nn.Linear(FEATURES, 4), NeuralODE(DenseCell(4)), nn.Linear(4, CLASSES))
+    task = make_task(model=model)
+    figures = train_figures(task, [samples(5)], tmp_path)
+    assert figures["nfe_backward"] >= 8
+    assert figures["backward_seconds"] > 0
+    assert figures["solve_seconds"] > 0
+    assert not {"residual_backward", "unconverged_backward"} & figures.keys()
 
 
 def test_a_tighter_tolerance_takes_more_evaluations():

@@ -59,7 +59,7 @@ def test_broyden_refuses_a_state_above_max_dim():
 
 @pytest.mark.parametrize(
     ("solver", "history"),
-    [(LimitedMemoryBroydenSolver(memory=3), "u"), (Anderson(memory=3), "dz")],
+    [(LimitedMemoryBroydenSolver(memory=3), "u"), (Anderson(memory=3), "dg")],
 )
 def test_the_history_is_no_longer_than_memory(solver, history):
     problem = problem_named("nearly_singular")
@@ -71,8 +71,7 @@ def test_the_history_is_no_longer_than_memory(solver, history):
         for _ in range(12):
             step, memory = solver.step(evaluations, current, memory)
             current = step.iterate
-            rows = getattr(memory, history)
-            lengths.append(0 if rows is None else rows.shape[1])
+            lengths.append(len(getattr(memory, history)))
     assert max(lengths) == 3
     # Anderson drops the oldest row; Broyden restarts, after which it steps by the residual.
     assert lengths == ([1, 2, 3, 0] * 3 if history == "u" else [1, 2] + [3] * 10)

@@ -1,18 +1,20 @@
 """L4: the neural ODE baseline. Needs torchdiffeq (the extra `ode`), so nothing in fastdeq
 imports this module: import `fastdeq.layers.neural_ode` itself, or use model=neural_ode."""
 
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fastdeq.clock import Stopwatch
 from fastdeq.fixed_point import unsolved
 from fastdeq.layers.base import AbstractCellLayer
 from fastdeq.layers.call import CellCall
 from fastdeq.layers.initializers import AbstractInitializer
 from fastdeq.notation import State, StateMap
 from fastdeq.packing import Packing
-from fastdeq.solution import Solution
+from fastdeq.solution import BackwardReport, Solution, SolveStats, Status
 
 try:
     from torchdiffeq import odeint_adjoint
@@ -37,7 +39,9 @@ class NeuralODE(AbstractCellLayer):
     max_steps: in either direction.
 
     The solution: NFE counts all evaluations of the forward integration and the last f, the same for
-    all samples; status NOT_SOLVED; `residual` is ‖f(z(1)) − z(1)‖, which need not be small.
+    all samples; status NOT_SOLVED; `residual` is ‖f(z(1)) − z(1)‖, which need not be small. Its
+    `backward.stats`: steps, seconds and NFE of the integration backwards, each an evaluation of f
+    and a product with its transposed Jacobian.
 
     Raises: as `AbstractCellLayer`; also ValueError for an unknown method, or tol or max_steps out
     of range; RuntimeError where the integration takes too many steps, or too small ones.
@@ -72,6 +76,7 @@ class NeuralODE(AbstractCellLayer):
         forward, backward = (
             {"max_num_steps": self.max_steps, "step_t": end} for end in (times[1:], times[:1])
         )
+        watch = Stopwatch(start.device)
         try:
             path: Tensor = odeint_adjoint(
                 flow,
@@ -89,10 +94,12 @@ class NeuralODE(AbstractCellLayer):
                 f"the ODE was not integrated to t = 1 ({error}): raise tol or max_steps, or "
                 "regularize the Jacobian"
             ) from error
-        z = path[-1]
+        watch.stop()
+        z, report = path[-1], _reported(path, flow)
         steps = torch.full((len(z),), flow.steps, device=z.device)
         nfe = torch.full_like(steps, flow.evaluations + 1)  # the closing one
-        return unsolved(packing, z0, z, flow(None, z), steps=steps, nfe=nfe)
+        solution = unsolved(packing, z0, z, flow(None, z), steps=steps, nfe=nfe)
+        return replace(solution, elapsed=watch, backward=report)
 
     @property
     def method(self) -> dict[str, Any]:
@@ -100,7 +107,8 @@ class NeuralODE(AbstractCellLayer):
 
 
 class _Flow:
-    """f on flat states as torchdiffeq calls it; counts evaluations and (attempted) steps."""
+    """f on flat states as torchdiffeq calls it; counts evaluations and (attempted) steps, in both
+    directions."""
 
     def __init__(self, f: StateMap, packing: Packing) -> None:
         self.f, self.packing = f, packing
@@ -113,6 +121,40 @@ class _Flow:
     def callback_step(self, t: Tensor, z: Tensor, dt: Tensor) -> None:
         """Called by torchdiffeq before every step."""
         self.steps += 1
+
+    callback_step_adjoint = callback_step
+
+
+def _reported(path: Tensor, flow: _Flow) -> BackwardReport:
+    """Filled in when torchdiffeq integrates back, at the gradient of the path, (T, B, D).
+
+    Hooks on the node of that integration read the counters before and after it. They hold no
+    tensor, touch no gradient and stay: a second pass reports itself.
+    """
+    report, node = BackwardReport(solves=False), path.grad_fn
+    if node is None:
+        return report
+    batch, device = path.shape[1], path.device
+    began: list[tuple[Stopwatch, int, int]] = []
+
+    def begin(cotangents: Any) -> None:
+        began.append((Stopwatch(device), flow.steps, flow.evaluations))
+
+    def end(gradients: Any, cotangents: Any) -> None:
+        watch, steps, evaluations = began.pop()
+        unknown = torch.full((batch,), torch.nan, device=device)
+        report.stats = SolveStats(
+            residual=unknown,
+            relative_residual=unknown,
+            steps=torch.full((batch,), flow.steps - steps, device=device),
+            nfe=torch.full((batch,), flow.evaluations - evaluations, device=device),
+            status=torch.full((batch,), int(Status.NOT_SOLVED), device=device),
+            elapsed=watch.stop(),
+        )
+
+    node.register_prehook(begin)
+    node.register_hook(end)
+    return report
 
 
 def _leaves(f: StateMap) -> tuple[Tensor, ...]:

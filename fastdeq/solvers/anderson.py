@@ -5,18 +5,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdeq.history import History, add_combination, project
+from fastdeq.norms import finite
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
-from fastdeq.solvers.history import combine, project, push
 from fastdeq.solvers.termination import Iterate
 
 
 @dataclass(frozen=True)
 class _Differences:
-    """Of states and of residuals, newest last, each (B, k, D)."""
+    """Of residuals, ΔG, and of damped steps, ΔZ + β ΔG: k rows each."""
 
-    dz: Tensor | None = None
-    dg: Tensor | None = None
+    dg: History
+    moves: History
 
 
 @settings
@@ -44,21 +45,20 @@ class Anderson(AbstractSolver):
     damping: float = setting(default=1.0, above=0, at_most=1)
 
     def init(self, problem: Problem, first: Iterate) -> _Differences:
-        return _Differences()
+        return _Differences(History(self.memory), History(self.memory))
 
     def step(
         self, problem: Problem, current: Iterate, memory: _Differences
     ) -> tuple[Step, _Differences]:
         update = self.damping * current.g
-        if memory.dz is not None and memory.dg is not None:
-            gamma = _least_squares(memory.dg, current.g, self.ridge)
-            update = update - combine(memory.dz, gamma) - self.damping * combine(memory.dg, gamma)
+        if len(memory.dg):
+            gamma = _least_squares(memory.dg.rows, current.g, self.ridge)
+            update = add_combination(update, memory.moves.rows, gamma, scale=-1.0)
         new = problem.evaluate(current.z + update)
-        differences = _Differences(
-            push(memory.dz, new.z - current.z, self.memory),
-            push(memory.dg, new.g - current.g, self.memory),
-        )
-        return Step(new), differences
+        dg = new.g - current.g
+        memory.dg.push(dg)
+        memory.moves.push(torch.add(new.z - current.z, dg, alpha=self.damping))
+        return Step(new), memory
 
 
 def _least_squares(rows: Tensor, target: Tensor, ridge: float) -> Tensor:
@@ -66,14 +66,15 @@ def _least_squares(rows: Tensor, target: Tensor, ridge: float) -> Tensor:
     gram = torch.bmm(rows, rows.mT).double()
     # The scaling is not differentiated: it cancels, and √ has no slope at a sample that is at rest.
     length = gram.detach().diagonal(dim1=1, dim2=2).sqrt()
-    length = torch.where(length > 0, length, 1.0)
+    length = length.masked_fill(length == 0, 1.0)
     normal = gram / (length[:, :, None] * length[:, None, :])
     # An all-zero row (a sample at rest) gets coefficient 0 from a unit diagonal.
-    damp = torch.where(normal.detach().diagonal(dim1=1, dim2=2) > 0, ridge, 1.0)
+    resting = ~(normal.detach().diagonal(dim1=1, dim2=2) > 0)
+    damp = torch.full_like(length, ridge).masked_fill(resting, 1.0)
     right = project(rows, target).double() / length
     # The _ex form does not raise for the whole batch where one sample is singular (without a
     # ridge); that sample takes the plain damped step.
     solution, _ = torch.linalg.solve_ex(normal + torch.diag_embed(damp), right[:, :, None])
-    solution = torch.where(torch.isfinite(solution).all(dim=1, keepdim=True), solution, 0.0)
+    solution = solution.masked_fill(~finite(solution.sum(dim=1, keepdim=True)), 0.0)
     coefficients: Tensor = solution[:, :, 0] / length
     return coefficients.to(rows.dtype)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastdeq.norms import Pooling, pooling, sample_norm
+from fastdeq.norms import Pooling, finite, pooling, sample_norm
 from fastdeq.notation import FlatMap
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.termination import Iterate, Termination, TerminationMode
@@ -44,7 +44,7 @@ class Problem:
         """
         rows = self.active if rows is None else self.active & rows
         with torch.no_grad():  # one pass: a sum is finite only if every entry is
-            usable = torch.isfinite(z.sum(dim=1))
+            usable = finite(z.sum(dim=1))
         shown = torch.where((rows & usable)[:, None], z, self.hold)
         output = self.f(shown)
         if output.shape != shown.shape:
@@ -59,6 +59,10 @@ class Problem:
     def count(self, evaluations: Tensor) -> None:
         """Add evaluations, (B,): how many, or a mask for one each."""
         self.nfe = self.nfe + evaluations
+
+    def residual(self, at: Iterate) -> Tensor:
+        """Norm of an iterate's residual, (B,): per sample or shared, as the solver was set."""
+        return self.pooling.norm(at.residual, self.alive)
 
     def norm(self, v: Tensor) -> Tensor:
         """Norm of a (B, D) tensor, (B,): per sample or shared, as the solver was set."""
@@ -77,7 +81,7 @@ class AbstractSolver(ABC):
         is also what a cell needs that couples the samples of a batch (batch norm).
     check_every: read from the device every so many steps whether all samples are done; more means
         fewer waits and a few steps of idle overrun (results are the same: finished samples are
-        frozen).
+        frozen). Line searches and `vcab3` wait besides, to save evaluations.
     """
 
     differentiable: ClassVar[bool] = True

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdeq.history import safe_inverse
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
-from fastdeq.solvers.history import safe_inverse
 from fastdeq.solvers.line_search import norm_descent
 from fastdeq.solvers.termination import Iterate
 
@@ -71,4 +71,5 @@ def _update(matrix: Tensor, dz: Tensor, dg: Tensor) -> Tensor:
     left = dz - _apply(matrix, dg)
     right = _apply(matrix.mT, dz)
     u = left * safe_inverse(right, dg)[:, None]
-    return torch.baddbmm(matrix, u[:, :, None], right[:, None, :])
+    add = matrix.baddbmm if torch.is_grad_enabled() else matrix.baddbmm_  # the old one is not read
+    return add(u[:, :, None], right[:, None, :])

@@ -5,27 +5,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdeq.history import History, add_combination, project, safe_inverse
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
-from fastdeq.solvers.history import combine, project, push, safe_inverse
 from fastdeq.solvers.termination import Iterate
 
 
 @dataclass(frozen=True)
 class _LowRank:
-    """B = −I + Σ uᵢ vᵢᵀ with u, v (B, k, D), and the step −B g that is due, (B, D)."""
+    """B = −I + Σ uᵢ vᵢᵀ with k rows u and v, and the step −B g that is due, (B, D)."""
 
     direction: Tensor
-    u: Tensor | None = None
-    v: Tensor | None = None
+    u: History
+    v: History
 
-    def apply(self, x: Tensor) -> Tensor:
-        """B x."""
-        return -x if self.u is None or self.v is None else combine(self.u, project(self.v, x)) - x
+    def minus_apply(self, x: Tensor) -> Tensor:
+        """−B x."""
+        if not len(self.u):
+            return x
+        return add_combination(x, self.u.rows, project(self.v.rows, x), scale=-1.0)
 
     def apply_transposed(self, x: Tensor) -> Tensor:
         """Bᵀ x."""
-        return -x if self.u is None or self.v is None else combine(self.v, project(self.u, x)) - x
+        if not len(self.u):
+            return -x
+        return add_combination(x, self.v.rows, project(self.u.rows, x), keep=-1.0)
+
+    def restarted(self, g: Tensor) -> "_LowRank":
+        """B = −I again."""
+        self.u.clear()
+        self.v.clear()
+        return _LowRank(g, self.u, self.v)
+
+    def extended(self, direction: Tensor, u: Tensor, v: Tensor) -> "_LowRank":
+        """With one more term."""
+        self.u.push(u)
+        self.v.push(v)
+        return _LowRank(direction, self.u, self.v)
 
 
 @settings
@@ -46,18 +62,17 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
     memory: int = setting(default=20, at_least=1)
 
     def init(self, problem: Problem, first: Iterate) -> _LowRank:
-        return _LowRank(direction=first.g)
+        return _LowRank(first.g, History(self.memory), History(self.memory))
 
     def step(self, problem: Problem, current: Iterate, memory: _LowRank) -> tuple[Step, _LowRank]:
         dz = memory.direction
         new = problem.evaluate(current.z + dz)
-        if memory.u is not None and memory.u.shape[1] == self.memory:
-            return Step(new), _LowRank(direction=new.g)
+        if len(memory.u) == self.memory:
+            return Step(new), memory.restarted(new.g)
         v = memory.apply_transposed(dz)
-        product = memory.apply(new.g)
-        u = -product * safe_inverse(v, new.g - current.g)[:, None]
-        # B₊ g₊ = B g₊ + u (v · g₊)
-        direction = -product - u * torch.linalg.vecdot(v, new.g)[:, None]
-        return Step(new), _LowRank(
-            direction, push(memory.u, u, self.memory), push(memory.v, v, self.memory)
-        )
+        newton = memory.minus_apply(new.g)
+        u = newton * safe_inverse(v, new.g - current.g)[:, None]
+        # −B₊ g₊ = −B g₊ − u (v · g₊)
+        along = torch.linalg.vecdot(v, new.g)[:, None]
+        direction = torch.addcmul(newton, u, along, value=-1.0)
+        return Step(new), memory.extended(direction, u, v)

@@ -25,20 +25,19 @@ def norm_descent(
     Returns the trial that ended the search or, where none did, the one with the smallest residual:
     the shortest is often a poor one, and a non-monotone step that is not too bad often recovers.
     """
-    before, length = problem.norm(current.g), problem.norm(direction)
+    before, length = problem.residual(current), problem.norm(direction)
     best = problem.evaluate(current.z + direction)
-    lowest = problem.norm(best.g)
+    lowest = problem.residual(best)
     alpha = 1.0
     found = _descends(before, lowest, alpha * length, slack)
     for _ in range(trials):
         searching = problem.active & ~found
-        if not bool(
-            searching.any()
-        ):  # waits for the device; each trial saved is an evaluation of f
+        # Waits for the device; each trial saved is an evaluation of f.
+        if not bool(searching.any()):
             break
         alpha *= _SHRINK
         trial = problem.evaluate(current.z + alpha * direction, searching)
-        reached = problem.norm(trial.g)
+        reached = problem.residual(trial)
         better = searching & ~(reached >= lowest)  # also when the lowest so far is NaN
         best = Iterate(
             torch.where(better[:, None], trial.z, best.z),

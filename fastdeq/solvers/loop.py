@@ -14,9 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdeq.clock import now
-from fastdeq.norms import sample_norm
+from fastdeq.clock import Stopwatch
+from fastdeq.norms import finite
 from fastdeq.notation import FlatMap
+from fastdeq.precision import full_precision
 from fastdeq.solution import SolveResult, Status, Trace, TraceKind
 from fastdeq.solvers.base import AbstractSolver, Problem
 from fastdeq.solvers.termination import Iterate, Measures, Progress
@@ -37,9 +38,17 @@ def solve(
     for an f that changes the shape.
     """
     _check_start(z0)
-    start = now(z0.device)
-    startable = torch.isfinite(z0.sum(dim=1))
-    problem = Problem(f, torch.where(startable[:, None], z0, 0.0), solver.pooling)
+    watch = Stopwatch(z0.device)
+    with full_precision(f, z0.device) as guarded:
+        result = _iterated(solver, guarded, z0, trace)
+    return replace(result, elapsed=watch.stop())
+
+
+def _iterated(
+    solver: AbstractSolver, f: FlatMap, z0: Tensor, trace: TraceKind | None
+) -> SolveResult:
+    startable = finite(z0.sum(dim=1))
+    problem = Problem(f, z0.masked_fill(~startable[:, None], 0.0), solver.pooling)
     problem.active = problem.alive = startable
     run = _Run(solver, problem)
     history = [run.snapshot(trace)] if trace else []
@@ -53,7 +62,7 @@ def solve(
         run.take(step.iterate, step.stalled)
         if trace:
             history.append(run.snapshot(trace))
-    return replace(run.result(_as_trace(history)), seconds=now(z0.device) - start)
+    return run.result(_as_trace(history))
 
 
 class _Run:
@@ -67,7 +76,7 @@ class _Run:
         self.current = Iterate(problem.hold, torch.zeros_like(problem.hold))
         self.best_z = problem.hold
         unknown = problem.hold.detach()[:, 0].new_full((len(problem.hold),), torch.inf)
-        self.best = Measures(unknown, unknown, unknown, unknown)
+        self.best = unknown.expand(3, -1)  # residual, relative residual and objective of best_z
         self.residual = unknown  # at `current`; infinite where f was never good
         self.progress: Progress | None = None
         self.take(problem.evaluate(problem.hold))
@@ -77,22 +86,22 @@ class _Run:
         problem = self.problem
         with torch.no_grad():
             # Before anything is pooled: one bad sample must not spoil a figure that all share.
-            good = problem.active & torch.isfinite(sample_norm(proposed.g))
+            good = problem.active & finite(proposed.residual)
             problem.alive = problem.alive & (good | ~problem.active)
             measures = self.rule.measure(proposed, problem.pooling, problem.alive)
             if self.progress is None:
                 length = problem.pooling.length(proposed.z)
                 self.progress = Progress(self.rule, measures, length)
             good = good & ~self.progress.broke_away(measures)
-            stalled = self.progress.stalled(measures)
-            ended = (
-                (~good, Status.DIVERGED),
+            ended = (  # of several reasons, the last one is reported
+                (self.progress.stalled(measures), Status.STALLED),
+                (stuck, Status.STALLED),
                 (measures.objective <= self.rule.threshold, Status.CONVERGED),
-                (stalled if stuck is None else stalled | stuck, Status.STALLED),
+                (~good, Status.DIVERGED),
             )
-            for here, status in ended:  # the first reason that applies is the one reported
-                now = here & (self.status == _RUNNING)
-                self.status = torch.where(now, int(status), self.status)
+            for here, status in ended:
+                if here is not None:
+                    self.status = self.status.masked_fill(problem.active & here, int(status))
         rows = good[:, None]
         self.current = Iterate(
             torch.where(rows, proposed.z, self.current.z),
@@ -105,15 +114,12 @@ class _Run:
         problem.active = self.status == _RUNNING
 
     def _keep_best(self, good: Tensor, new: Measures) -> None:
-        old, better = self.best, good
+        objective, better = self.best[2], good
         if self.rule.returns_best:  # an objective may be infinite throughout: then the last is best
-            better = good & ((new.objective < old.objective) | torch.isinf(old.objective))
+            better = good & ((new.objective < objective) | (objective == torch.inf))
         self.best_z = torch.where(better[:, None], self.current.z, self.best_z)
-        merged = {
-            name: torch.where(better, figure, getattr(old, name))
-            for name, figure in vars(new).items()
-        }
-        self.best = Measures(**merged)
+        figures = torch.stack((new.residual, new.relative, new.objective))
+        self.best = torch.where(better, figures, self.best)
 
     def snapshot(self, kind: TraceKind) -> tuple[Tensor, Tensor | None]:
         """One row of the trace."""
@@ -123,11 +129,11 @@ class _Run:
         """The record of the finished solve."""
         return SolveResult(
             value=self.best_z,
-            residual=self.best.residual,
-            relative_residual=self.best.relative,
+            residual=self.best[0],
+            relative_residual=self.best[1],
             steps=self.steps,
             nfe=self.problem.nfe,
-            status=torch.where(self.status == _RUNNING, int(Status.STEP_LIMIT), self.status),
+            status=self.status.masked_fill(self.problem.active, int(Status.STEP_LIMIT)),
             trace=trace,
         )
 

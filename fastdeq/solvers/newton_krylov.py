@@ -44,7 +44,12 @@ class NewtonKrylov(AbstractSolver):
         return 0
 
     def step(self, problem: Problem, current: Iterate, memory: int) -> tuple[Step, int]:
-        linear = GMRES(tol=self.krylov_tol, max_steps=self.krylov_steps, per_sample=self.per_sample)
+        linear = GMRES(
+            tol=self.krylov_tol,
+            max_steps=self.krylov_steps,
+            per_sample=self.per_sample,
+            check_every=self.check_every,
+        )
 
         def matvec(v: Tensor) -> Tensor:
             product = v - forward_product(problem.f, problem.hold, v)
@@ -52,9 +57,9 @@ class NewtonKrylov(AbstractSolver):
             return torch.where(problem.active[:, None], product, v)
 
         # A frozen sample has nothing to solve: with a zero right-hand side it costs no iteration.
-        right = torch.where(problem.active[:, None], current.g, 0.0)
+        right = current.g.masked_fill(~problem.active[:, None], 0.0)
         solved = linear.solve(matvec, right)
-        problem.count(torch.where(problem.active, solved.nfe, 0))
+        problem.count(solved.nfe * problem.active)
         slack = 1.0 / (1 + memory) ** 2
         new = norm_descent(problem, current, solved.value, slack, self.line_search_steps)
         return Step(new), memory + 1

@@ -1,5 +1,7 @@
 """L1: Picard iteration, the plain one."""
 
+import torch
+
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.termination import Iterate
@@ -19,4 +21,4 @@ class Picard(AbstractSolver):
         return None
 
     def step(self, problem: Problem, current: Iterate, memory: None) -> tuple[Step, None]:
-        return Step(problem.evaluate(current.z + self.damping * current.g)), None
+        return Step(problem.evaluate(torch.add(current.z, current.g, alpha=self.damping))), None

@@ -17,6 +17,7 @@ stopped; the `*_deq_*` modes apply it to their objective too, as published.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -48,6 +49,11 @@ class Iterate:
 
     z: Tensor
     g: Tensor
+
+    @cached_property
+    def residual(self) -> Tensor:
+        """‖g‖ of every sample, (B,), without a graph."""
+        return sample_norm(self.g.detach())
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ class Termination:
 
     def measure(self, at: Iterate, pooling: Pooling, alive: Tensor) -> Measures:
         """Residual, relative residual and objective of an iterate."""
-        residual, f_norm = sample_norm(at.g), sample_norm(at.z + at.g)
+        residual, f_norm = at.residual, sample_norm(at.z + at.g)
+        relative = _ratio(residual, f_norm)
         du, f_pooled = pooling.norm(residual, alive), pooling.norm(f_norm, alive)
         match self.mode:
             case "abs":
@@ -104,13 +111,14 @@ class Termination:
             case "abs_norm" | "abs_deq_default" | "abs_deq_best":
                 objective = du
             case "rel_norm" | "rel_deq_default" | "rel_deq_best":
-                objective = _ratio(du, f_pooled)
-        return Measures(residual, _ratio(residual, f_norm), du, objective)
+                # Norms that are not pooled come back as they are.
+                objective = relative if du is residual else _ratio(du, f_pooled)
+        return Measures(residual, relative, du, objective)
 
 
 def _ratio(du: Tensor, u: Tensor) -> Tensor:
     """du / u with 0 / 0 = 0: an exact equilibrium at the origin is an equilibrium."""
-    return torch.where(du == 0, 0.0, du / u)
+    return (du / u).masked_fill(du == 0, 0.0)
 
 
 def _over(value: Tensor, tolerance: float) -> Tensor:
@@ -133,11 +141,12 @@ class Progress:
             grown = grown | (measures.objective > self.objective_cap)
         return grown
 
-    def stalled(self, measures: Measures) -> Tensor:
-        """Near the tolerance, and for a whole window of steps no longer moving towards it."""
+    def stalled(self, measures: Measures) -> Tensor | None:
+        """Near the tolerance, and for a whole window of steps no longer moving towards it; None
+        where nothing can have stalled yet."""
         self.window = [*self.window, measures.objective][-STALL_WINDOW:]
         if not self.rule.watches_progress or len(self.window) < STALL_WINDOW:
-            return torch.zeros_like(measures.objective, dtype=torch.bool)
+            return None
         window = torch.stack(self.window)
         flat = window.amax(dim=0) < STALL_RATIO * window.amin(dim=0)
         return flat & (measures.objective <= STALL_SLACK * self.rule.threshold)

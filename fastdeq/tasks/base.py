@@ -8,11 +8,11 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from fastdeq.clock import now
+from fastdeq.clock import Stopwatch
 from fastdeq.layers import ExplicitNetwork
 from fastdeq.models import DEQChain
 from fastdeq.solution import Solution
-from fastdeq.tasks.figures import FigureMeans, backward_figures, solver_figures
+from fastdeq.tasks.figures import Figure, FigureMeans, backward_figures, solver_figures
 from fastdeq.tasks.objective import LossWeights
 from fastdeq.tasks.schedules import AbstractSchedule, Constant
 
@@ -46,7 +46,8 @@ class AbstractTask(LightningModule):
     loss_residual), accuracy; nfe, residual (relative) and unconverged (share) of the forward solve,
     means over samples; seconds (of a whole training step, or of a prediction), solve_seconds (of
     the forward solve), means over batches; in training nfe_backward, residual_backward,
-    unconverged_backward and backward_seconds of the adjoint's solve; in evaluation, for models that
+    unconverged_backward and backward_seconds of the adjoint's solve (of a neural ODE's integration
+    backwards nfe_backward and backward_seconds alone); in evaluation, for models that
     predict z₀, explicit_loss, explicit_accuracy and explicit_seconds: the head on z₀, no solve.
 
     Raises: ValueError for a skip loss with a model that predicts nothing.
@@ -130,10 +131,10 @@ class AbstractTask(LightningModule):
         if self._step is None:
             return
         (solution, figures), self._step = self._step, None
-        seconds = {"solve_seconds": solution.seconds}
+        seconds = {"solve_seconds": solution.elapsed}
+        figures |= backward_figures(solution.backward)
         if solution.backward.stats is not None:
-            figures |= backward_figures(solution.backward.stats)
-            seconds["backward_seconds"] = solution.backward.stats.seconds
+            seconds["backward_seconds"] = solution.backward.stats.elapsed
         self.record("train", figures, len(solution.status))
         self.record("train", seconds)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set at run time
@@ -162,7 +163,7 @@ class AbstractTask(LightningModule):
         """Log the means over the test set."""
         self._log_means("test")
 
-    def record(self, stage: str, figures: Mapping[str, Tensor | float], weight: float = 1) -> None:
+    def record(self, stage: str, figures: Mapping[str, Figure], weight: float = 1) -> None:
         """Add figures to the stage's means: of so many samples, or of one batch."""
         means = self.means[f"{stage}_means"]
         assert isinstance(means, FigureMeans)
@@ -193,15 +194,15 @@ class AbstractTask(LightningModule):
         x, targets, weight = batch
         if not weight:
             return
-        start = now(self.device)
+        watch = Stopwatch(self.device)
         prediction, solution = self.model(x)
-        seconds = {"seconds": now(self.device) - start, "solve_seconds": solution.seconds}
+        seconds = {"seconds": watch.stop(), "solve_seconds": solution.elapsed}
         figures = {"loss": self.criterion(prediction, targets)}
         figures |= self.scores(prediction, targets) | solver_figures(solution)
         if self.model.equilibrium.initializer.predicts:
-            start = now(self.device)
+            watch = Stopwatch(self.device)
             explicit = self.model.explicit(x)
-            seconds["explicit_seconds"] = now(self.device) - start
+            seconds["explicit_seconds"] = watch.stop()
             figures["explicit_loss"] = self.criterion(explicit, targets)
             scores = self.scores(explicit, targets)
             figures |= {f"explicit_{name}": score for name, score in scores.items()}

@@ -1,12 +1,19 @@
 """L6: means of named figures, exact over any number of batches and processes."""
 
+from collections import deque
 from collections.abc import Mapping
+from typing import Any, SupportsFloat, TypeAlias
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from fastdeq.solution import Solution, SolveStats, Status
+from fastdeq.solution import BackwardReport, Solution, Status
+
+Figure: TypeAlias = Tensor | SupportsFloat
+"""A scalar on the device, a number, or what becomes one when it is read (a stopwatch)."""
+
+_PATIENCE = 256  # figures that may wait to be read: what is older, any device has long done
 
 
 class FigureMeans(Metric):
@@ -14,6 +21,9 @@ class FigureMeans(Metric):
 
     names: of all figures that may come. Sums are kept in float64 and added up over the processes
     when `compute` is called, which makes the mean of an uneven last batch, or part of one, exact.
+
+    An update does not wait for the device: tensors are added where they are, and what has to be
+    read (stopwatches) is read when the means are wanted, or many updates later.
     """
 
     full_state_update = False
@@ -27,16 +37,37 @@ class FigureMeans(Metric):
         for state in ("totals", "weights"):
             zeros = torch.zeros(len(names), dtype=torch.float64)
             self.add_state(state, default=zeros, dist_reduce_fx="sum")
+        self._indices: dict[tuple[str, ...], Tensor] = {}
+        self._forget()
 
-    def update(self, figures: Mapping[str, Tensor | float], weight: float) -> None:
+    def update(self, figures: Mapping[str, Figure], weight: float) -> None:
         """Add figures, each a mean over `weight` samples (or over one batch: weight 1).
 
         Raises: KeyError for a figure without a name here.
         """
-        columns = [self._places[name] for name in figures]
-        values = [torch.as_tensor(value, device=self.totals.device) for value in figures.values()]
-        self.totals[columns] += weight * torch.stack([value.double() for value in values])
-        self.weights[columns] += weight
+        places = [self._places[name] for name in figures]
+        tensors = {name: value for name, value in figures.items() if isinstance(value, Tensor)}
+        if tensors:
+            values = torch.stack([value.to(self.totals) for value in tensors.values()])
+            self.totals.index_add_(0, self._index_of(tuple(tensors)), values, alpha=weight)
+        for place, value in zip(places, figures.values(), strict=True):
+            self._counted[place] += weight
+            if not isinstance(value, Tensor):
+                self._waiting.append((place, weight, value))
+        self._read(all_but=_PATIENCE)
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Bring the sums kept on the host into the states, then do what every metric does."""
+        self._read(all_but=0)
+        for state, sums in ((self.totals, self._summed), (self.weights, self._counted)):
+            state += torch.tensor(sums, dtype=state.dtype, device=state.device)
+        self._forget()
+        super().sync(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._forget()
 
     def saved(self) -> dict[str, Tensor]:
         """The sums so far, of this process alone; `load` takes them back."""
@@ -55,6 +86,24 @@ class FigureMeans(Metric):
             name: mean for name, mean, weight in zip(self.names, means, seen, strict=True) if weight
         }
 
+    def _forget(self) -> None:
+        self._summed, self._counted = [0.0] * len(self.names), [0.0] * len(self.names)
+        self._waiting: deque[tuple[int, float, SupportsFloat]] = deque()
+
+    def _read(self, all_but: int) -> None:
+        """Add up the oldest of the figures that wait."""
+        while len(self._waiting) > all_but:
+            place, weight, value = self._waiting.popleft()
+            self._summed[place] += weight * float(value)
+
+    def _index_of(self, names: tuple[str, ...]) -> Tensor:
+        """The places of figures, on the device; kept, since making it waits."""
+        index = self._indices.get(names)
+        if index is None or index.device != self.totals.device:
+            places = [self._places[name] for name in names]
+            index = self._indices[names] = torch.tensor(places, device=self.totals.device)
+        return index
+
 
 def solver_figures(solution: Solution) -> dict[str, Tensor]:
     """Means over the samples of a forward solve, or of a pass of fixed depth."""
@@ -66,10 +115,13 @@ def solver_figures(solution: Solution) -> dict[str, Tensor]:
     return figures
 
 
-def backward_figures(stats: SolveStats) -> dict[str, Tensor]:
-    """Means over the samples of the adjoint's solve."""
-    return {
-        "nfe_backward": stats.nfe.float().mean(),
-        "residual_backward": stats.relative_residual.float().mean(),
-        "unconverged_backward": (~stats.converged).float().mean(),
-    }
+def backward_figures(report: BackwardReport) -> dict[str, Tensor]:
+    """Means over the samples of what the backward pass reports."""
+    stats = report.stats
+    if stats is None:
+        return {}
+    figures = {"nfe_backward": stats.nfe.float().mean()}
+    if report.solves:
+        figures["residual_backward"] = stats.relative_residual.float().mean()
+        figures["unconverged_backward"] = (~stats.converged).float().mean()
+    return figures

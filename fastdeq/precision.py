@@ -1,0 +1,30 @@
+"""L0: autocast is for f; what is computed around it keeps the dtype of the states."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastdeq.notation import FlatMap
+
+
+@contextmanager
+def full_precision(f: FlatMap, device: torch.device) -> Iterator[FlatMap]:
+    """Autocast off inside, but not in the f that is handed back: it computes as outside.
+
+    Without this, matrix products of float32 states, a solver's histories say, would be taken in
+    bfloat16.
+    """
+    kind = device.type
+    if not torch.is_autocast_enabled(kind):
+        yield f
+        return
+    dtype, caches = torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
+
+    def as_outside(z: Tensor) -> Tensor:
+        with torch.autocast(kind, dtype=dtype, cache_enabled=caches):
+            return f(z)
+
+    with torch.autocast(kind, enabled=False):
+        yield as_outside
