@@ -15,8 +15,8 @@ _WARM_UP = 5  # steps that allocate and tune; not in the median
 class StepTimer(Callback):
     """Seconds of each whole training step: forward, backward and optimizer, by the device's clock.
 
-    Logged as `step/seconds` and, as the epoch's mean, `train/seconds`. The device is not waited
-    for, but where its figures are logged.
+    Logged with the other figures of a step as `step/seconds` and, as the epoch's mean, as
+    `train/seconds`. The device is not waited for, but where its figures are logged.
     """
 
     def __init__(self) -> None:
@@ -59,6 +59,4 @@ class StepTimer(Callback):
             self._stopped.append(watch)
         if isinstance(pl_module, AbstractTask):
             pl_module.record("train", {"seconds": watch})
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set at run time
-        if every and trainer.global_step % every == 0:  # 0: never
-            pl_module.log("step/seconds", watch.seconds, on_step=True, on_epoch=False)
+            pl_module.log_step(watch)

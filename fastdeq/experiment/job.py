@@ -111,7 +111,8 @@ def make_trainer(
         bar = [ProgressBar()] if job.interactive else []
         options = {
             "logger": loggers,
-            "callbacks": [*chosen, EpochLines(), timer, *checkpoints(job.folder, task), *bar],
+            # The timer first: what saves a step's state has the step's figures behind it.
+            "callbacks": [timer, EpochLines(), *chosen, *checkpoints(job.folder, task), *bar],
             "default_root_dir": job.folder,
             "enable_progress_bar": job.interactive,
         }

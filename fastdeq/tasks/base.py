@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, SupportsFloat, TypeAlias
 
 import torch
 from pytorch_lightning import LightningModule
@@ -78,6 +78,7 @@ class AbstractTask(LightningModule):
         self.seed = seed
         self.means = nn.ModuleDict({f"{stage}_means": FigureMeans(_FIGURES) for stage in STAGES})
         self._step: tuple[Solution, dict[str, Any]] | None = None  # its backward pass is to come
+        self._shown: dict[str, Any] = {}  # figures of the step that has ended
 
     @abstractmethod
     def criterion(self, prediction: Tensor, targets: Tensor) -> Tensor:
@@ -115,6 +116,7 @@ class AbstractTask(LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The loss of a batch, in proportion to this process's share of the samples."""
         x, targets, weight = batch
+        self._shown = {}
         estimate = self.weights.wants_jacobian(self.global_step, self.seed)
         prediction, solution = self.model(x, jacobian_loss=estimate)
         parts = {"task": self.criterion(prediction, targets), **self.weights.parts(solution)}
@@ -137,11 +139,23 @@ class AbstractTask(LightningModule):
             seconds["backward_seconds"] = solution.backward.stats.elapsed
         self.record("train", figures, len(solution.status))
         self.record("train", seconds)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._shown = {**figures, **seconds, "lr": rate}
+
+    def log_step(self, seconds: SupportsFloat) -> None:
+        """Log the figures of the step that has just ended, with its `seconds`, where it is one of
+        every `log_every_n_steps`. At once, not when Lightning gets to it after its last hook: a
+        state that is saved here has them behind it.
+        """
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set at run time
-        if every and (self.global_step + 1) % every == 0:  # 0: never
-            figures["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-            named = {f"step/{name}": float(value) for name, value in (figures | seconds).items()}
-            self.log_dict(named, on_step=True, on_epoch=False, prog_bar=True)
+        if not every or self.global_step % every or not self._shown:  # 0: never
+            return
+        figures = {**self._shown, "seconds": seconds}
+        named = {f"step/{name}": float(value) for name, value in figures.items()}
+        self.log_dict(named, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        for logger in self.trainer.loggers:
+            row = {"epoch": self.current_epoch, **named}
+            logger.log_metrics(row, step=self.global_step - 1)
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Figures of a batch of the validation set."""

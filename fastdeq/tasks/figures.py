@@ -71,10 +71,18 @@ class FigureMeans(Metric):
 
     def saved(self) -> dict[str, Tensor]:
         """The sums so far, of this process alone; `load` takes them back."""
-        return {"totals": self.totals.detach().clone(), "weights": self.weights.detach().clone()}
+        self._read(all_but=0)
+        return {
+            name: values + torch.tensor(sums, dtype=values.dtype, device=values.device)
+            for name, values, sums in (
+                ("totals", self.totals, self._summed),
+                ("weights", self.weights, self._counted),
+            )
+        }
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Put back what `saved` gave, of the same names."""
+        self._forget()
         self.totals.copy_(saved["totals"])
         self.weights.copy_(saved["weights"])
 
