@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ import torch
 
 from fastdeq import experiment
 from fastdeq.callbacks import BEFORE, RESUME, Interrupted, is_sealed, seal_of
+from fastdeq.experiment.command import RESUMABLE
+from fastdeq.experiment.resume import held
+from tests.commands import ROOT, CommandLine
 from tests.test_configuration import composed
 
 SHORT = ("trainer.max_epochs=3", "trainer.accelerator=cpu", "data.batch_size=360")
@@ -210,8 +215,6 @@ def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
         run(folder, "model=deq", AT_ONCE)
-    from fastdeq.experiment.resume import held
-
     with held(folder), pytest.raises(BlockingIOError, match="in use"):
         run(folder, "model=deq")
     run(folder, "model=deq")  # free again
@@ -229,3 +232,48 @@ def test_the_weights_of_a_state_can_be_used_like_those_of_any_checkpoint(tmp_pat
         )
     )
     assert summary(tested)["mode"] == "test"
+
+
+def test_two_processes_stop_together_and_go_on_together(command: CommandLine) -> None:
+    short = (*SHORT, "model=deq", "loss.jacobian=0.1", "trainer=ddp_cpu", "trainer.devices=2")
+    whole = command(*short, "paths.run=whole")
+    assert whole.status == 0, whole.err
+    # Several processes look at the clock every ten steps: of twelve, the tenth is in mid-epoch.
+    stopped = command(*short, "paths.run=pieces", AT_ONCE)
+    assert stopped.status == RESUMABLE, stopped.err
+    assert "the same command goes on" in stopped.out
+    state = torch.load(command.folder / "pieces" / RESUME, weights_only=True)
+    assert state["global_step"] == 10
+    first, second = (each["random"]["torch"] for each in state["fastdeq"]["ranks"])
+    assert not torch.equal(first, second)
+    ended = command(*short, "paths.run=pieces", AT_ONCE)
+    assert ended.status == 0, ended.err
+    assert_same(command.folder / "whole", command.folder / "pieces")
+
+
+def test_the_command_says_that_it_goes_on_and_its_status_too(command: CommandLine) -> None:
+    words = (*SHORT, "model=deq", "paths.run=mine", AT_ONCE)
+    answers = [command(*words) for _ in range(3)]
+    for number, answer in enumerate(answers, 1):
+        assert answer.status == RESUMABLE
+        assert f"stopped after {number} step" in answer.out
+        assert "the same command goes on" in answer.out
+        assert answer.err == ""
+    assert "going on    from resume.ckpt" in answers[1].out
+    for word in ("stopped after 1 step", "going on"):
+        assert word in (command.folder / "mine" / "train.log").read_text()
+    assert "Traceback" not in (command.folder / "mine" / "train.log").read_text()
+
+
+def test_a_row_of_a_table_is_made_by_calls_that_end_in_time(tmp_path: Path) -> None:
+    call = [
+        *(sys.executable, str(ROOT / "tools" / "published_row.py"), "skip_reg_mdeq", "vcab3"),
+        *("--experiment", "mnist_mdeq", "--minutes", "1e-9", "--outputs", str(tmp_path)),
+        *("data=digits", "arch=digits_conv", "trainer.max_epochs=1", "trainer.accelerator=cpu"),
+        *("data.batch_size=600", "solver.max_steps=3"),
+    ]
+    answers = [subprocess.run(call, capture_output=True, text=True, check=False) for _ in range(3)]
+    assert [answer.returncode for answer in answers] == [75, 75, 0], answers[-1].stderr
+    folder = tmp_path / "mnist_mdeq" / "skip_reg_mdeq_vcab3_seed1"
+    assert summary(folder)["steps"] == 3
+    assert "| Skip Reg. DEQ | vcab3" in answers[-1].stdout

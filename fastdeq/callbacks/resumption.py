@@ -82,7 +82,9 @@ class Resumption(Callback):
         if save or stop:
             self.save(trainer)
         if stop:
-            raise Interrupted(f"stopped after {trainer.global_step:,} steps, as stop_after says")
+            count = trainer.global_step
+            steps = "1 step" if count == 1 else f"{count:,} steps"
+            raise Interrupted(f"stopped after {steps}, as stop_after says")
 
     def save(self, trainer: Trainer) -> None:
         """Write resume.ckpt, on all processes together."""
