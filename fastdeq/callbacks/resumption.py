@@ -1,15 +1,14 @@
 """L7: a run that ends before its time, and goes on as if it had not."""
 
-import random
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from fastdeq.callbacks.metrics_file import MetricsFile
+from fastdeq.callbacks.ranks import gathered, random_state, set_random_state
 from fastdeq.callbacks.storage import seal_of
 from fastdeq.tasks import AbstractTask
 
@@ -102,7 +101,7 @@ class Resumption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add what Lightning does not keep; on all processes, for each has numbers of its own."""
-        mine = {"random": _random_state(), "means": _means(pl_module)}
+        mine = {"random": random_state(), "means": _means(pl_module)}
         rows = [
             logger.flush()
             for logger in trainer.loggers
@@ -114,7 +113,7 @@ class Resumption(Callback):
             if not name.startswith("step/")
         }
         checkpoint[_KEY] = {
-            "ranks": _gathered(mine, trainer),
+            "ranks": gathered(mine, trainer),
             "rows": rows[0] if rows else 0,
             "figures": {**self.figures, **figures},
             "seconds": self.seconds_before + time.monotonic() - self._began,
@@ -146,44 +145,13 @@ def rows_of(checkpoint: dict[str, Any]) -> int:
     return int(checkpoint[_KEY]["rows"])
 
 
-def _gathered(mine: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
-    if trainer.world_size == 1:
-        return [mine]
-    everyone: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
 def _restore(ranks: list[dict[str, Any]], trainer: Trainer, pl_module: LightningModule) -> None:
     """This process's share. The number of processes is part of a run's configuration."""
     mine = ranks[trainer.global_rank]
-    _set_random_state(mine["random"])
+    set_random_state(mine["random"])
     if isinstance(pl_module, AbstractTask):
         pl_module.training_means.load(mine["means"])
 
 
 def _means(pl_module: LightningModule) -> dict[str, torch.Tensor]:
     return pl_module.training_means.saved() if isinstance(pl_module, AbstractTask) else {}
-
-
-def _random_state() -> dict[str, Any]:
-    """Of every generator that a step may draw from, as tensors and plain containers."""
-    version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "python": [version, list(words), gauss],
-        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    words32 = keys.cpu().numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words32, position, has_gauss, cached))

@@ -1,0 +1,41 @@
+"""L7: what each process has of its own: its random numbers, and how all get to know of them."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import Trainer
+
+
+def gathered(mine: Any, trainer: Trainer) -> list[Any]:
+    """What each process gives, by rank; on all processes together. Tensors on the CPU."""
+    if trainer.world_size == 1:
+        return [mine]
+    everyone: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def random_state() -> dict[str, Any]:
+    """Of every generator that a step may draw from, as tensors and plain containers."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": [version, list(words), gauss],
+        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    words32 = keys.cpu().numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words32, position, has_gauss, cached))
