@@ -121,7 +121,7 @@ class Failures(Callback):
             depth=task.model.equilibrium.depth,
             batch=batch,
             random=None if saved else random_state(),
-            kept=_copied(self._changing(task)),
+            kept={name: tensor.clone() for name, tensor in self._changing(task).items()},
         )
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -281,15 +281,6 @@ def _states(solution: Solution) -> dict[str, Any]:
         "relative_residual": solution.relative_residual.detach(),
         "status_backward": None if backward is None else backward.status,
     }
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, by a kernel for each type and not for each tensor."""
-    copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-    for dtype in {tensor.dtype for tensor in tensors.values()}:
-        names = [name for name, tensor in tensors.items() if tensor.dtype == dtype]
-        torch._foreach_copy_([copies[name] for name in names], [tensors[name] for name in names])
-    return copies
 
 
 def _save(pending: _Pending, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask) -> None:
