@@ -12,8 +12,8 @@ import torch
 
 from fastdeq import experiment
 from fastdeq.callbacks import BEFORE, RESUME, Interrupted, is_sealed, seal_of
-from fastdeq.experiment.command import RESUMABLE
 from fastdeq.experiment.resume import held
+from fastdeq.experiment.sweep import RESUMABLE
 from tests.commands import ROOT, CommandLine
 from tests.test_configuration import composed
 
