@@ -42,11 +42,15 @@ def figures(logged: list[dict[str, str]]) -> list[dict[str, str]]:
 def test_a_run_folder_holds_configuration_figures_checkpoint_and_summary(tmp_path: Path) -> None:
     folder = run(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "best.ckpt",
+        "best.ckpt.sha256",
         "config.yaml",
         "last.ckpt",
+        "last.ckpt.sha256",
         "metrics.csv",
         "overrides.json",
+        "status.json",
         "summary.json",
         "train.log",
     ]

@@ -22,8 +22,8 @@ from fastdeq.callbacks import (
     is_sealed,
     seal_of,
 )
-from fastdeq.experiment.command import RESUMABLE
 from fastdeq.experiment.resume import held
+from fastdeq.experiment.sweep import RESUMABLE
 from tests.commands import ROOT, CommandLine
 from tests.test_configuration import composed
 

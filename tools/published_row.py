@@ -4,8 +4,8 @@ status 0 (75: stopped in time, the next call goes on; anything else: an error).
     python tools/published_row.py skip_mdeq vcab3 --minutes 9 data.root=PATH
 
 The run lies in outputs/rows/<experiment>/<model>_<solver>_seed<seed>; at its end the table of all
-rows that lie there is printed. Overrides (key=value) go to train.py; on a GPU solver.check_every=3 and
-trainer.precision=bf16-mixed are worth trying.
+rows that lie there is printed. Overrides (key=value) go to train.py; on a GPU solver.check_every=3
+and trainer.precision=bf16-mixed are worth trying.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """L7: a run that ends before its time, and goes on as if it had not."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Resumption(Callback):
     stop_after: seconds after which the run saves its state and raises `Interrupted`, at the end of
     a step; None: never.
 
+    asked: may be set to a function that names what has asked the run to stop, or returns None.
+
     Raises: ValueError for values out of range.
     """
 
@@ -52,6 +55,7 @@ class Resumption(Callback):
         """Of training, in the processes that this one continues."""
         self.figures: dict[str, float] = {}
         """The figures logged last when the state was saved: of the epoch before."""
+        self.asked: Callable[[], str | None] = lambda: None
         self._born = self._began = self._saved = time.monotonic()
         self._restored: dict[str, Any] | None = None
 
@@ -77,13 +81,13 @@ class Resumption(Callback):
         # After an epoch's last step come its figures and its evaluation: the next step is near.
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
-        stop, save = self._due(trainer)
-        if save or stop:
+        reason, save = self._due(trainer)
+        if save or reason:
             self.save(trainer)
-        if stop:
+        if reason:
             count = trainer.global_step
             steps = "1 step" if count == 1 else f"{count:,} steps"
-            raise Interrupted(f"stopped after {steps}, as stop_after says")
+            raise Interrupted(f"stopped after {steps}, as {reason} says")
 
     def save(self, trainer: Trainer) -> None:
         """Write resume.ckpt, on all processes together."""
@@ -127,17 +131,19 @@ class Resumption(Callback):
         self.seconds_before = checkpoint[_KEY]["seconds"]
         self.figures = dict(checkpoint[_KEY]["figures"])
 
-    def _due(self, trainer: Trainer) -> tuple[bool, bool]:
-        """Whether to stop, and whether to save: the same on all processes."""
+    def _due(self, trainer: Trainer) -> tuple[str | None, bool]:
+        """Why to stop, and whether to save: the same on all processes."""
         by_steps = self.steps is not None and trainer.global_step % self.steps == 0
         if trainer.world_size > 1 and trainer.global_step % _AGREE:
-            return False, by_steps
+            return None, by_steps
         now = time.monotonic()
-        stop = self.stop_after is not None and now - self._born >= self.stop_after
+        reason = self.asked()
+        if self.stop_after is not None and now - self._born >= self.stop_after:
+            reason = reason or "stop_after"
         save = self.minutes is not None and now - self._saved >= 60 * self.minutes
         if trainer.world_size > 1:
-            stop, save = trainer.strategy.broadcast((stop, save), src=0)
-        return stop, save or by_steps
+            reason, save = trainer.strategy.broadcast((reason, save), src=0)
+        return reason, save or by_steps
 
 
 def rows_of(checkpoint: dict[str, Any]) -> int:
@@ -146,11 +152,19 @@ def rows_of(checkpoint: dict[str, Any]) -> int:
 
 
 def _restore(ranks: list[dict[str, Any]], trainer: Trainer, pl_module: LightningModule) -> None:
-    """This process's share. The number of processes is part of a run's configuration."""
-    mine = ranks[trainer.global_rank]
-    set_random_state(mine["random"])
-    if isinstance(pl_module, AbstractTask):
-        pl_module.training_means.load(mine["means"])
+    """This process's share. Another number of processes keeps the sums, which the first one takes,
+    and goes on with random numbers of its own where there are none for it.
+    """
+    rank, same = trainer.global_rank, len(ranks) == trainer.world_size
+    if rank < len(ranks):
+        set_random_state(ranks[rank]["random"])
+    if not isinstance(pl_module, AbstractTask):
+        return
+    if same:
+        pl_module.training_means.load(ranks[rank]["means"])
+    elif rank == 0:
+        parts = [each["means"] for each in ranks]
+        pl_module.training_means.load({name: sum(p[name] for p in parts) for name in parts[0]})
 
 
 def _means(pl_module: LightningModule) -> dict[str, torch.Tensor]:

@@ -17,10 +17,8 @@ from fastdeq.experiment.explain import explain
 from fastdeq.experiment.folder import OVERRIDES
 from fastdeq.experiment.replay import replay
 from fastdeq.experiment.run import read_score, run
-from fastdeq.experiment.sweep import Refused, record_job
-
-RESUMABLE = 75
-"""The exit status of a run that has saved its state to go on later (sysexits' EX_TEMPFAIL)."""
+from fastdeq.experiment.signals import received
+from fastdeq.experiment.sweep import RESUMABLE, Refused, record_job
 
 
 def command_line(main: Callable[[], object]) -> None:
@@ -61,8 +59,13 @@ def job(cfg: DictConfig) -> float:
         folder = run(cfg)
         score = read_score(folder)
     except Exception as error:
-        report(error, debug=cfg.get("debug") is True)
-        record_job(folder, explain(error))
+        interrupted = isinstance(error, Interrupted)
+        if not interrupted:
+            report(error, debug=cfg.get("debug") is True)
+        record_job(folder, explain(error), interrupted=interrupted)
+        if received():  # it was the sweep that was asked to stop
+            print("the same command goes on", flush=True)
+            sys.exit(RESUMABLE)
         return math.nan
     record_job(folder, None)
     return score

@@ -86,7 +86,7 @@ def provenance(device: torch.device, command: str) -> dict[str, Any]:
             "python": platform.python_version(),
             **{package: _version(package) for package in _PACKAGES},
         },
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": commit(),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "command": command,
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -153,6 +153,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def commit() -> str | None:
+    """The commit that the package's own checkout is at."""
+    return _git("rev-parse", "HEAD")
 
 
 def _git(*arguments: str) -> str | None:

@@ -35,6 +35,7 @@ from fastdeq.callbacks import (
 )
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.folder import LOG, SUMMARY, peak_memory, provenance, write_json
+from fastdeq.experiment.signals import received
 from fastdeq.report import heading, row
 from fastdeq.tasks import AbstractTask
 
@@ -108,6 +109,9 @@ def make_trainer(
     plugins: list[Any] = [SealedCheckpointIO()]
     if job is not None:
         chosen = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
+        for callback in chosen:
+            if isinstance(callback, Resumption):
+                callback.asked = received
         bar = [ProgressBar()] if job.interactive else []
         options = {
             "logger": loggers,
@@ -122,6 +126,8 @@ def make_trainer(
         options["strategy"] = strategy(find_unused_parameters=task.leaves_parameters_unused)
         plugins.append(LightningEnvironment())  # not what a cluster's variables suggest
     made: lightning.Trainer = trainer(**options, plugins=plugins)
+    # Lightning's handler communicates from within the handler; ours sets a flag (signals.py).
+    made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return made
 
 
@@ -133,6 +139,7 @@ def _quiet() -> None:
     for message in (
         "Experiment logs directory",  # the folder is new, and config.yaml is in it first
         "Checkpoint directory",  # likewise
+        "The `srun` command is available",  # the ranks are started here (launch.py)
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning 2.6 on torch 2.13
         ".*does not have many workers",  # batches are cut from memory
         "It is recommended to use `self.log",  # the tasks' means are synchronized already

@@ -7,17 +7,21 @@ configuration instead.
 
 import gc
 import os
+import signal
 import socket
 import sys
 from contextlib import nullcontext, suppress
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessContext, spawn
 
 from fastdeq.callbacks import Interrupted
 from fastdeq.experiment.folder import SUMMARY, logging_to
 from fastdeq.experiment.job import Job, work
+from fastdeq.experiment.signals import listening, received
+
+_LOOK, _GRACE = 0.2, 2.0  # seconds: between two looks at the ranks; for them to end by themselves
 
 
 def launch(job: Job) -> None:
@@ -31,13 +35,33 @@ def launch(job: Job) -> None:
         with logging_to(log):
             work(job)
         return
-    spawn(_rank, args=(job, _free_port()), nprocs=job.ranks)
+    ranks = spawn(_rank, args=(job, _free_port()), nprocs=job.ranks, join=False)
+    _wait_for(ranks)
     if not (job.folder / SUMMARY).exists():  # all have ended well, but not the run
         raise Interrupted("stopped before its end, as stop_after says")
 
 
+def _wait_for(ranks: ProcessContext) -> None:
+    """Until all have ended; hands a signal to stop on to them, once. The second one ends this
+    process, and with it its ranks (see `_rank`).
+
+    Raises: what the first rank that failed raised; the others are ended within seconds, for they
+    may wait for it in vain.
+    """
+    told = False
+    while not ranks.join(timeout=_LOOK, grace_period=_GRACE):
+        if received() and not told:
+            told = True
+            for process in ranks.processes:
+                process.terminate()
+
+
 def _rank(rank: int, job: Job, port: int) -> None:
     """The life of one process: the variables that Lightning's environment reads, then the work."""
+    # Ctrl-C at a terminal goes to the parent alone, which hands it on; SIGINT itself comes here
+    # from the kernel when the parent has died (torch.multiprocessing asks for it), and ends us.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ |= {
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
@@ -48,7 +72,8 @@ def _rank(rank: int, job: Job, port: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // job.ranks))
     # Only the first speaks; the others' failures reach the parent through `spawn`.
     log = job.folder / f"{job.config['mode']}.log"
-    with suppress(Interrupted), logging_to(log) if rank == 0 else nullcontext():
+    speaking = logging_to(log) if rank == 0 else nullcontext()
+    with listening((signal.SIGTERM, signal.SIGUSR2)), suppress(Interrupted), speaking:
         work(job)
     leave()
 

@@ -1,6 +1,8 @@
 """L8: a run folder that is there already: whose it is, and from where it can go on."""
 
 import fcntl
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +12,19 @@ from omegaconf import OmegaConf
 
 from fastdeq.callbacks import BEFORE, RESUME, is_sealed
 from fastdeq.experiment.folder import CONFIG, LOG, SUMMARY
+from fastdeq.experiment.status import read_status
 
 _LOCK = ".lock"
-_FREE = ("paths", "resume", "stop_after", "from_run", "reference", "logger", "callbacks.resumption")
-"""What may change between the processes of a run: its figures do not depend on it."""
+_FREE = (
+    *("paths", "resume", "stop_after", "from_run", "reference", "logger", "debug"),
+    *("callbacks.resumption", "task.optimizer", "task.model", "task.weights", "task.schedule"),
+    *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
+    *("trainer.detect_anomaly", "data.root", "data.store", "data.download", "data.verify"),
+    "data.workers",
+)
+"""What is no part of a run's identity: where it is made and by what machines, and what is said a
+second time (the task's parts). Its figures do not depend on it.
+"""
 
 
 @contextmanager
@@ -28,10 +39,16 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(
-                f"paths.run: {folder} is in use: another process trains in it; wait for it, or "
-                "give another folder"
+                f"{folder} is in use: another process ({_owner(folder)}) trains in it; wait for "
+                "it, or choose another folder (paths.run=PATH, or resume=never in a sweep)"
             ) from None
         yield
+
+
+def identity_of(config: dict[str, Any]) -> str:
+    """Twelve digits that two runs share if their settings are the same."""
+    text = json.dumps(_identity(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def is_done(folder: Path) -> bool:
@@ -67,6 +84,11 @@ def saved_state(folder: Path) -> Path | None:
         if path.exists():
             LOG.warning("%s is damaged: going on from the state before it", path)
     return None
+
+
+def _owner(folder: Path) -> str:
+    status = read_status(folder)
+    return f"{status.get('pid', 'of unknown number')} on {status.get('host', 'some machine')}"
 
 
 def _identity(config: Any) -> dict[str, Any]:

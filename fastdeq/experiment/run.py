@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from fastdeq.experiment.folder import (
 )
 from fastdeq.experiment.job import Job, make_trainer
 from fastdeq.experiment.launch import interactive, launch
-from fastdeq.experiment.resume import check_same, held, is_done, saved_state
+from fastdeq.experiment.resume import check_same, held, identity_of, is_done, saved_state
+from fastdeq.experiment.signals import listening
+from fastdeq.experiment.status import created, recorded
 
 
 def run(cfg: DictConfig) -> Path:
@@ -63,33 +65,56 @@ def run(cfg: DictConfig) -> Path:
     paths = config["paths"]
     chosen = None if paths["run"] is None else Path(paths["run"])
     goes_on = settings.resume == "auto" and settings.mode == "train"
-    if chosen is not None and chosen.exists() and goes_on:
-        folder = chosen
-        check_same(folder, config)
-    else:
-        folder = make_folder(Path(paths["outputs"]), settings.name, chosen)
+    identity = identity_of(config)
+    if chosen is None and goes_on and HydraConfig.get().mode == RunMode.MULTIRUN:
+        # A sweep that is started again finds its runs.
+        chosen = Path(paths["outputs"]) / settings.name / identity
+    folder = _folder(chosen, config, settings, identity, goes_on=goes_on)
     with held(folder):
         if goes_on and is_done(folder):
             print(f"done already: see {folder}")
             return folder
-        if not (folder / CONFIG).exists():
-            write_json(folder / OVERRIDES, list(HydraConfig.get().overrides.task))
-            write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
-        launch(
-            Job(
-                config=config,
-                folder=folder,
-                command=shlex.join(sys.argv),
-                checkpoint=checkpoint,
-                resume=saved_state(folder),
-                choices=choices,
-                reference=find_reference(config, choices),
-                ranks=ranks,
-                interactive=interactive(),
-                started=started,
-            )
+        job = Job(
+            config=config,
+            folder=folder,
+            command=shlex.join(sys.argv),
+            checkpoint=checkpoint,
+            resume=saved_state(folder),
+            choices=choices,
+            reference=find_reference(config, choices),
+            ranks=ranks,
+            interactive=interactive(),
+            started=started,
         )
+        with listening(), recorded(folder, identity):
+            launch(job)
     return folder
+
+
+def _folder(
+    chosen: Path | None,
+    config: dict[str, Any],
+    settings: RunSettings,
+    identity: str,
+    *,
+    goes_on: bool,
+) -> Path:
+    """A new folder, or with `goes_on` the chosen one as it is."""
+    if chosen is not None and goes_on:
+        # Made by one process; of several that come at the same moment the others find it there.
+        with suppress(FileExistsError):
+            _describe(make_folder(chosen.parent, settings.name, chosen), config, identity)
+        check_same(chosen, config)
+        return chosen
+    folder = make_folder(Path(config["paths"]["outputs"]), settings.name, chosen)
+    _describe(folder, config, identity)
+    return folder
+
+
+def _describe(folder: Path, config: dict[str, Any], identity: str) -> None:
+    created(folder, identity)
+    write_json(folder / OVERRIDES, list(HydraConfig.get().overrides.task))
+    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
 
 
 def read_score(folder: Path) -> float:

@@ -15,9 +15,15 @@ from omegaconf import DictConfig
 from fastdeq.experiment.folder import write_json
 from fastdeq.report import SweepTable, read_jobs
 
+RESUMABLE = 75
+"""The exit status of a run that has saved its state to go on later (sysexits' EX_TEMPFAIL)."""
 
-def record_job(folder: Path | None, error: str | None) -> None:
-    """Write <sweep>/jobs/<number>.json: the job's overrides, run folder, and what went wrong."""
+
+def record_job(folder: Path | None, error: str | None, *, interrupted: bool = False) -> None:
+    """Write <sweep>/jobs/<number>.json: the job's overrides, run folder, and what went wrong.
+
+    interrupted: nothing did, but the job has stopped before its end and can go on.
+    """
     hydra = HydraConfig.get()
     jobs = Path(hydra.sweep.dir) / "jobs"
     jobs.mkdir(parents=True, exist_ok=True)
@@ -28,6 +34,7 @@ def record_job(folder: Path | None, error: str | None) -> None:
         },
         "folder": None if folder is None else str(folder.absolute()),
         "error": error,
+        "interrupted": interrupted,
     }
     write_json(jobs / f"{hydra.job.num}.json", record)
 
@@ -48,7 +55,7 @@ class Sweep(Callback):
                 self._compose([*first[:place], text, *first[place + 1 :]])
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print and write the table, and leave with status 1 if a job failed."""
+        """Print and write the table; leave with status 1 if a job failed, 75 if one can go on."""
         folder = Path(config.hydra.sweep.dir)
         jobs = read_jobs(folder)
         if not jobs:
@@ -56,12 +63,13 @@ class Sweep(Callback):
         table = SweepTable(jobs)
         table.write(folder)
         print(f"\n{table.markdown()}\n\nmean ± standard deviation over seeds; see {folder}")
-        failed = [job for job in jobs if job.error is not None]
-        for job in failed:
+        unfinished = [job for job in jobs if job.error is not None]
+        for job in unfinished:
             settings = " ".join(f"{key}={value}" for key, value in job.overrides.items())
-            print(f"job {job.number} failed ({settings}): {job.error}", file=sys.stderr)
-        if failed:
-            sys.exit(1)
+            how = "was interrupted" if job.interrupted else "failed"
+            print(f"job {job.number} {how} ({settings}): {job.error}", file=sys.stderr)
+        if unfinished:
+            sys.exit(RESUMABLE if all(job.interrupted for job in unfinished) else 1)
 
     def _compose(self, overrides: list[str]) -> None:
         hydra = GlobalHydra.instance().hydra

@@ -36,6 +36,7 @@ class SweepJob:
     folder: str | None
     error: str | None
     summary: dict[str, Any] | None
+    interrupted: bool = False
 
     def figure(self, name: str) -> float | None:
         """A figure of the summary, wherever it stands there."""
