@@ -29,7 +29,7 @@ from fastdeq.layers import DenseCell
 from fastdeq.solution import Status, Trace
 from fastdeq.solvers import LimitedMemoryBroydenSolver
 from fastdeq.tasks import AbstractTask, ClassificationTask, Cosine, LossWeights
-from tests.test_tasks import FEATURES, WIDTH, samples, trained
+from tests.test_tasks import FEATURES, WIDTH, Listed, make_trainer, samples, trained
 
 GOOD, OTHER = samples(5), samples(6)
 NAN = Batch(torch.full((5, FEATURES), torch.nan), GOOD.targets)
@@ -255,6 +255,25 @@ def test_the_first_failing_step_is_kept_with_all_it_began_with(tmp_path, on_fail
     # From this random state, drawn by `trained`, a step without dropout draws nothing.
     torch.manual_seed(1)
     assert torch.equal(part["random"]["torch"], torch.get_rng_state())
+
+
+class Breaking(Listed):
+    """Something else goes wrong when the third batch is asked for."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.batches[:2]
+        raise RuntimeError("the disk is gone")
+
+
+def test_a_failing_step_is_kept_also_where_the_next_one_never_comes(tmp_path, lines):
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        make_trainer(tmp_path, callbacks=[Failures()]).fit(
+            task_of(),
+            train_dataloaders=Breaking(GOOD, NAN, GOOD),
+            val_dataloaders=Listed(GOOD),
+        )
+    assert kept(tmp_path)["failure"]["step"] == 1
+    assert [line.split(":")[0] for line in lines] == ["step 1"]
 
 
 def test_only_the_first_is_kept(tmp_path):

@@ -1,16 +1,17 @@
 """L7: training steps that fail: told, left out, or the end of the run; the first is kept."""
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdeq.callbacks.diagnosis import Diagnosis, Reading, measure
-from fastdeq.callbacks.ranks import gathered, random_state
+from fastdeq.callbacks.ranks import as_plain, gathered, taken_random_state
 from fastdeq.callbacks.storage import SealedCheckpointIO
 from fastdeq.solution import Solution
 from fastdeq.tasks import AbstractTask
@@ -36,8 +37,38 @@ class _Step:
     epoch: int
     depth: int | None
     batch: Any
-    random: dict[str, Any] | None
+    random: tuple[Any, ...] | None
     kept: dict[str, Tensor]
+
+
+class _Tensors:
+    """What a task is made of, found once: walking through its modules takes its time."""
+
+    def __init__(self, task: AbstractTask) -> None:
+        self.parameters = list(task.parameters())
+        named = task.state_dict(keep_vars=True)
+        self.named = {name: t.detach() for name, t in named.items() if isinstance(t, nn.Parameter)}
+        """The parameters by all their names, sharing their memory."""
+        self._holders = [
+            (f"{name}.", module)
+            for name, module in task.named_modules()
+            if next(module.buffers(recurse=False), None) is not None
+        ]
+
+    def gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def buffers(self) -> dict[str, Tensor]:
+        """As they are now: a module may put another tensor in a buffer's place."""
+        return {
+            prefix + name: buffer
+            for prefix, module in self._holders
+            for name, buffer in module.named_buffers(recurse=False)
+        }
+
+    def put_back(self, kept: dict[str, Tensor]) -> None:
+        for name, buffer in self.buffers().items():
+            buffer.copy_(kept[name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +133,7 @@ class Failures(Callback):
             raise ValueError(f"Failures.in_a_row is {in_a_row}, but must be at least 1, or null")
         self.on_failure, self.unconverged, self.in_a_row = on_failure, unconverged, in_a_row
         self._record = _Record()
+        self._tensors: _Tensors | None = None
         self._now: _Step | None = None
         self._pending: _Pending | None = None
         self._skip = False
@@ -115,13 +147,15 @@ class Failures(Callback):
         """
         self._stop_if_hopeless(trainer)
         task, saved = _task(pl_module), self._record.saved
+        if self._tensors is None:
+            self._tensors = _Tensors(task)
         self._now = _Step(
             number=trainer.global_step,
             epoch=trainer.current_epoch,
             depth=task.model.equilibrium.depth,
             batch=batch,
-            random=None if saved else random_state(),
-            kept={name: tensor.clone() for name, tensor in self._changing(task).items()},
+            random=None if saved else taken_random_state(),
+            kept={name: tensor.clone() for name, tensor in self._changing(self._tensors).items()},
         )
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,10 +164,11 @@ class Failures(Callback):
         Raises: TrainingFailed.
         """
         assert self._now is not None
+        assert self._tensors is not None
         late = self.on_failure == "warn"
         if late:
             self._settle(trainer, pl_module)
-        self._pending = _pending(self._now, trainer, _task(pl_module))
+        self._pending = _pending(self._now, trainer, _task(pl_module), self._tensors.gradients())
         self._now = None
         if not late:
             self._settle(trainer, pl_module)
@@ -154,8 +189,19 @@ class Failures(Callback):
         Raises: TrainingFailed.
         """
         self._settle(trainer, pl_module)
+        self._tensors = None
         self._end_phase(trainer)
         self._stop_if_hopeless(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Judge the step before the one in which something else has ended the run; alone, since
+        other processes may not come to this point.
+        """
+        if trainer.world_size == 1:
+            with suppress(RuntimeError):  # of a device that has failed, too
+                self._settle(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -170,11 +216,11 @@ class Failures(Callback):
         """Take it back."""
         self._record = _Record(**checkpoint.get(_KEY, {}))
 
-    def _changing(self, task: AbstractTask) -> dict[str, Tensor]:
+    def _changing(self, tensors: "_Tensors") -> dict[str, Tensor]:
         """What the step may have changed by the time it is judged, and is then wanted."""
-        if self.on_failure == "warn":
-            return {} if self._record.saved else task.state_dict()
-        return dict(task.named_buffers())
+        if self.on_failure != "warn":
+            return tensors.buffers()
+        return {} if self._record.saved else {**tensors.named, **tensors.buffers()}
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the step that waits for it, on all processes together.
@@ -193,7 +239,8 @@ class Failures(Callback):
             raise TrainingFailed(_told(pending.step.number, diagnosis, trainer))
         if failed and self.on_failure == "skip_step":
             self._skip = True
-            _put_back(pending.step.kept, pl_module)
+            assert self._tensors is not None
+            self._tensors.put_back(pending.step.kept)
         self._count(failed, diagnosis)
         self._follow(failed, pending.step.number, diagnosis, trainer)
 
@@ -246,7 +293,9 @@ def _task(pl_module: LightningModule) -> AbstractTask:
     return pl_module
 
 
-def _pending(step: _Step, trainer: Trainer, task: AbstractTask) -> _Pending:
+def _pending(
+    step: _Step, trainer: Trainer, task: AbstractTask, gradients: list[Tensor]
+) -> _Pending:
     """The step after its backward pass, with its figures on their way; on all processes."""
     under_way, inputs = task.step_under_way, step.batch[0]
     solution, loss = None, torch.zeros((), device=inputs.device)
@@ -254,8 +303,7 @@ def _pending(step: _Step, trainer: Trainer, task: AbstractTask) -> _Pending:
         solution, loss = under_way[0], under_way[1]["loss"] * step.batch[2]
     # A scaler's gradients (16-mixed) are scaled, now and then to infinity: it deals with that.
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    gradients = [p.grad for p in task.parameters() if p.grad is not None and not scaled]
-    figures = measure(solution, inputs, loss, gradients)
+    figures = measure(solution, inputs, loss, [] if scaled else gradients)
     everyone = [figures]
     if trainer.world_size > 1:
         everyone = [torch.empty_like(figures) for _ in range(trainer.world_size)]
@@ -289,7 +337,7 @@ def _save(pending: _Pending, diagnosis: Diagnosis, trainer: Trainer, task: Abstr
     device = task.device.index if task.device.type == "cuda" else None
     mine = {
         "batch": list(step.batch),
-        "random": step.random,
+        "random": None if step.random is None else as_plain(step.random),
         "device": device,
         **pending.states,
     }
@@ -317,12 +365,6 @@ def _on_host(node: Any) -> Any:
     if isinstance(node, dict):
         return {name: _on_host(value) for name, value in node.items()}
     return [_on_host(value) for value in node] if isinstance(node, list) else node
-
-
-def _put_back(kept: dict[str, Tensor], pl_module: LightningModule) -> None:
-    with torch.no_grad():
-        for name, buffer in pl_module.named_buffers():
-            buffer.copy_(kept[name])
 
 
 def _told(number: int, diagnosis: Diagnosis, trainer: Trainer) -> str:
