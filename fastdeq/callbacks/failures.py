@@ -138,6 +138,12 @@ class Failures(Callback):
         self._pending: _Pending | None = None
         self._skip = False
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what the task is made of; nothing is left of a training before this one."""
+        self._tensors = _Tensors(_task(pl_module))
+        self._now = self._pending = None
+        self._skip = False
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -147,8 +153,7 @@ class Failures(Callback):
         """
         self._stop_if_hopeless(trainer)
         task, saved = _task(pl_module), self._record.saved
-        if self._tensors is None:
-            self._tensors = _Tensors(task)
+        assert self._tensors is not None
         self._now = _Step(
             number=trainer.global_step,
             epoch=trainer.current_epoch,
@@ -189,7 +194,6 @@ class Failures(Callback):
         Raises: TrainingFailed.
         """
         self._settle(trainer, pl_module)
-        self._tensors = None
         self._end_phase(trainer)
         self._stop_if_hopeless(trainer)
 
