@@ -1,8 +1,14 @@
 """What goes wrong in a run, to be put into one as a callback."""
 
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+
+from fastdeq import DeepEquilibriumNetwork
+from fastdeq.tasks import AbstractTask
 
 
 class FailingRank(Callback):
@@ -13,3 +19,47 @@ class FailingRank(Callback):
     ) -> None:
         if trainer.global_rank == 1 and batch_idx == 1:
             raise RuntimeError("the second fails")
+
+
+class BadPart(Callback):
+    """In the second step, the second process's inputs are not finite (`what="inputs"`), or its
+    solve ends far too early (`what="solve"`), which no other process can see. In the end all
+    processes must have the same weights.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        task = cast(AbstractTask, pl_module)
+        layer = cast(DeepEquilibriumNetwork, task.model.equilibrium)
+        if trainer.global_rank == 0:
+            return
+        if batch_idx == 0:
+            self.solver = layer.solver
+        layer.solver = self.solver
+        if batch_idx == 1 and self.what == "inputs":
+            batch[0].fill_(torch.nan)
+        elif batch_idx == 1:
+            layer.solver = replace(self.solver, max_steps=1, tol=1e-12)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        mine = torch.cat([parameter.detach().flatten() for parameter in pl_module.parameters()])
+        everyone = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+        torch.distributed.all_gather(everyone, mine)
+        assert all(torch.equal(mine, other) for other in everyone)
+
+
+class Gradients(Callback):
+    """Keeps the gradients of every step, as they are after the backward pass, in gradients.pt."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        named = pl_module.named_parameters()
+        self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+        if trainer.is_global_zero:
+            torch.save(self.steps, Path(trainer.default_root_dir) / "gradients.pt")

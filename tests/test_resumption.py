@@ -1,7 +1,9 @@
 """A run that is interrupted and goes on is the run that was not."""
 
 import csv
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,15 @@ import pytest
 import torch
 
 from fastdeq import experiment
-from fastdeq.callbacks import BEFORE, RESUME, Interrupted, is_sealed, seal_of
+from fastdeq.callbacks import (
+    BEFORE,
+    FAILURE,
+    RESUME,
+    Interrupted,
+    TrainingFailed,
+    is_sealed,
+    seal_of,
+)
 from fastdeq.experiment.resume import held
 from fastdeq.experiment.sweep import RESUMABLE
 from tests.commands import ROOT, CommandLine
@@ -20,6 +30,8 @@ from tests.test_configuration import composed
 SHORT = ("trainer.max_epochs=3", "trainer.accelerator=cpu", "data.batch_size=360")
 """Twelve steps: three epochs of four."""
 AT_ONCE = "stop_after=1e-9"  # after every step, but for the last of an epoch
+NOT_FINITE = ("optimizer.lr=1e30", "callbacks.pretraining.steps=99")
+"""Every step but the first."""
 NETWORKS = {
     "dense": ("model=skip_deq", "scheduler=cosine"),
     "batch statistics, dropout, both phases": (
@@ -27,6 +39,10 @@ NETWORKS = {
         *("arch.channels=[4,4]", "callbacks.pretraining.steps=6", "solver.max_steps=4"),
     ),
     "random regularization": ("model=deq", "loss.jacobian=0.1", "loss.jacobian_probability=0.5"),
+    "some steps skipped": (
+        *("model=deq", "solver.max_steps=7", "scheduler=cosine"),
+        *("callbacks.failures.on_failure=skip_step", "callbacks.failures.unconverged=0.002"),
+    ),
     "augmented, seldom evaluated": (
         *("model=skip_reg_deq", "trainer.check_val_every_n_epoch=2", "logger=tensorboard"),
     ),
@@ -72,7 +88,28 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def told(folder: Path) -> list[str]:
+    """What train.log says of steps that failed, without the time and the folder."""
+    lines = (folder / "train.log").read_text().splitlines()
+    found = [
+        line.split(" ", 2)[2] for line in lines if re.match(r".{20}steps? [\d,]+( to|:)", line)
+    ]
+    return [line.partition("; the step again")[0] for line in found]
+
+
+def kept_step(folder: Path) -> bytes | None:
+    """The failed step that was kept, with everything in it."""
+    path = folder / FAILURE
+    if not path.exists():
+        return None
+    content = io.BytesIO()
+    torch.save(torch.load(path, weights_only=True), content)
+    return content.getvalue()
+
+
 def assert_same(one: Path, other: Path) -> None:
+    assert told(one) == told(other)
+    assert kept_step(one) == kept_step(other)
     for a, b in zip(rows(one), rows(other), strict=True):
         assert a == b
     assert (one / "metrics.csv").read_text().splitlines()[0] == (
@@ -97,6 +134,38 @@ def test_a_run_stopped_after_every_step_equals_the_run_that_was_not(
     pieces = run_in_pieces(tmp_path / "pieces", *NETWORKS[network])
     assert pieces == 9  # three epochs of four steps, none stopped at its last
     assert_same(whole, tmp_path / "pieces")
+
+
+def test_of_the_network_whose_failing_steps_are_skipped_some_fail_and_some_do_not(
+    tmp_path: Path,
+) -> None:
+    folder = run(tmp_path / "whole", *NETWORKS["some steps skipped"])
+    first, last = told(folder)
+    assert first.startswith("step 1: ")
+    failed, steps = (int(word) for word in last.split(": ")[1].split()[:3:2])
+    assert 1 < failed < steps
+    assert last.endswith("failed and were skipped")
+
+
+@pytest.mark.filterwarnings("ignore:f is not finite:RuntimeWarning")  # in the evaluations
+@pytest.mark.parametrize("on_failure", ["warn", "skip_step"])
+def test_a_row_of_failing_steps_goes_on_where_it_was(tmp_path: Path, on_failure: str) -> None:
+    # Nothing in these steps is finite, so that warn counts them too.
+    failing = ("model=deq", *NOT_FINITE, f"callbacks.failures.on_failure={on_failure}")
+    errors = []
+    for folder, words in (("whole", ()), ("pieces", (AT_ONCE,))):
+        for _ in range(20):
+            try:
+                run(tmp_path / folder, *failing, "callbacks.failures.in_a_row=5", *words)
+            except Interrupted:
+                continue
+            except TrainingFailed as error:
+                errors.append(str(error).partition("; the run's")[0])
+                break
+    assert errors[0] == errors[1]
+    assert "the last 5 steps in a row failed" in errors[0]
+    assert told(tmp_path / "whole") == told(tmp_path / "pieces")
+    assert kept_step(tmp_path / "whole") == kept_step(tmp_path / "pieces")
 
 
 def test_saving_often_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from fastdeq.callbacks.checkpoints import BEST, LAST, checkpoints
 from fastdeq.callbacks.console import EpochLines, ProgressBar, table_of
+from fastdeq.callbacks.diagnosis import Diagnosis, course_of, ends, measure
+from fastdeq.callbacks.failures import FAILURE, Failures, TrainingFailed
 from fastdeq.callbacks.metrics_file import MetricsFile
 from fastdeq.callbacks.pretraining import Pretraining
+from fastdeq.callbacks.ranks import set_random_state
 from fastdeq.callbacks.resumption import BEFORE, RESUME, Interrupted, Resumption, rows_of
 from fastdeq.callbacks.storage import SealedCheckpointIO, is_sealed, seal_of
 from fastdeq.callbacks.timing import StepTimer
@@ -11,9 +14,12 @@ from fastdeq.callbacks.timing import StepTimer
 __all__ = [
     "BEFORE",
     "BEST",
+    "FAILURE",
     "LAST",
     "RESUME",
+    "Diagnosis",
     "EpochLines",
+    "Failures",
     "Interrupted",
     "MetricsFile",
     "Pretraining",
@@ -21,9 +27,14 @@ __all__ = [
     "Resumption",
     "SealedCheckpointIO",
     "StepTimer",
+    "TrainingFailed",
     "checkpoints",
+    "course_of",
+    "ends",
     "is_sealed",
+    "measure",
     "rows_of",
     "seal_of",
+    "set_random_state",
     "table_of",
 ]

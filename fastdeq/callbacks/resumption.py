@@ -1,16 +1,15 @@
 """L7: a run that ends before its time, and goes on as if it had not."""
 
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from fastdeq.callbacks.metrics_file import MetricsFile
+from fastdeq.callbacks.ranks import gathered, random_state, set_random_state
 from fastdeq.callbacks.storage import seal_of
 from fastdeq.tasks import AbstractTask
 
@@ -106,7 +105,7 @@ class Resumption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add what Lightning does not keep; on all processes, for each has numbers of its own."""
-        mine = {"random": _random_state(), "means": _means(pl_module)}
+        mine = {"random": random_state(), "means": _means(pl_module)}
         rows = [
             logger.flush()
             for logger in trainer.loggers
@@ -118,7 +117,7 @@ class Resumption(Callback):
             if not name.startswith("step/")
         }
         checkpoint[_KEY] = {
-            "ranks": _gathered(mine, trainer),
+            "ranks": gathered(mine, trainer),
             "rows": rows[0] if rows else 0,
             "figures": {**self.figures, **figures},
             "seconds": self.seconds_before + time.monotonic() - self._began,
@@ -152,21 +151,13 @@ def rows_of(checkpoint: dict[str, Any]) -> int:
     return int(checkpoint[_KEY]["rows"])
 
 
-def _gathered(mine: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
-    if trainer.world_size == 1:
-        return [mine]
-    everyone: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
-
-
 def _restore(ranks: list[dict[str, Any]], trainer: Trainer, pl_module: LightningModule) -> None:
     """This process's share. Another number of processes keeps the sums, which the first one takes,
     and goes on with random numbers of its own where there are none for it.
     """
     rank, same = trainer.global_rank, len(ranks) == trainer.world_size
     if rank < len(ranks):
-        _set_random_state(ranks[rank]["random"])
+        set_random_state(ranks[rank]["random"])
     if not isinstance(pl_module, AbstractTask):
         return
     if same:
@@ -178,26 +169,3 @@ def _restore(ranks: list[dict[str, Any]], trainer: Trainer, pl_module: Lightning
 
 def _means(pl_module: LightningModule) -> dict[str, torch.Tensor]:
     return pl_module.training_means.saved() if isinstance(pl_module, AbstractTask) else {}
-
-
-def _random_state() -> dict[str, Any]:
-    """Of every generator that a step may draw from, as tensors and plain containers."""
-    version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "python": [version, list(words), gauss],
-        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    keys, position, has_gauss, cached = state["numpy"]
-    words32 = keys.cpu().numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words32, position, has_gauss, cached))

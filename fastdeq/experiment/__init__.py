@@ -6,6 +6,7 @@ do the work (`job`).
 """
 
 from fastdeq.experiment.command import command_line, job
+from fastdeq.experiment.replay import replay
 from fastdeq.experiment.run import run
 
-__all__ = ["command_line", "job", "run"]
+__all__ = ["command_line", "job", "replay", "run"]

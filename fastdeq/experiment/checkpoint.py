@@ -15,7 +15,7 @@ def load_weights(task: AbstractTask, path: Path) -> None:
     Raises: FileNotFoundError where there is none; ValueError for a file that is damaged, or no
     checkpoint, or of another model.
     """
-    weights = _read(path).get("state_dict")
+    weights = read_checkpoint(path).get("state_dict")
     if not isinstance(weights, dict):
         raise ValueError(f"{path} is no checkpoint of a run: give best.ckpt or last.ckpt of one")
     try:
@@ -28,7 +28,11 @@ def load_weights(task: AbstractTask, path: Path) -> None:
         ) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What is in the file; empty where that is no dictionary.
+
+    Raises: FileNotFoundError where there is none; ValueError for a file that cannot be read.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} is no file: give last.ckpt of a run folder")
     try:

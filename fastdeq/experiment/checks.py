@@ -28,7 +28,7 @@ class RunSettings:
 
     name: str = setting()
     seed: int = setting(at_least=0)
-    mode: Literal["train", "test"] = setting()
+    mode: Literal["train", "test", "replay"] = setting()
     checkpoint: str | None = setting()
     from_run: str | None = setting()
     resume: Literal["auto", "never"] = setting()
@@ -43,6 +43,11 @@ class RunSettings:
             raise ValueError(
                 "mode=test needs weights: give checkpoint=PATH, or from_run=FOLDER for the last "
                 "ones of a run"
+            )
+        if self.mode == "replay" and self.checkpoint is None and self.from_run is None:
+            raise ValueError(
+                "mode=replay needs a failed step: give from_run=FOLDER for the one that a run has "
+                "kept (failure.ckpt), or checkpoint=PATH"
             )
 
 

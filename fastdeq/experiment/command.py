@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from fastdeq.callbacks import Interrupted
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.folder import OVERRIDES
+from fastdeq.experiment.replay import replay
 from fastdeq.experiment.run import read_score, run
 from fastdeq.experiment.signals import received
 from fastdeq.experiment.sweep import RESUMABLE, Refused, record_job
@@ -43,6 +44,8 @@ def job(cfg: DictConfig) -> float:
     """
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         try:
+            if cfg.get("mode") == "replay":
+                return replay(cfg).diagnosis.loss
             return read_score(run(cfg))
         except Interrupted:
             print("the same command goes on, where it names the run folder (paths.run)", flush=True)

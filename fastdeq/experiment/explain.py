@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from fastdeq.callbacks import TrainingFailed
 from fastdeq.experiment.checks import nearest
 
 
@@ -97,6 +98,7 @@ _KINDS: tuple[tuple[type[Exception], Callable[[Any], str]], ...] = (
     (InterpolationResolutionError, _resolution),
     (OmegaConfBaseException, lambda error: str(error).splitlines()[0]),
     (ProcessRaisedException, _process),
+    (TrainingFailed, str),
 )
 
 

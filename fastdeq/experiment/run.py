@@ -55,6 +55,8 @@ def run(cfg: DictConfig) -> Path:
     started = _started()
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     settings = check_values(config)
+    if settings.mode == "replay":
+        raise ValueError("mode=replay makes no run: call fastdeq.experiment.replay")
     ranks = count_ranks(config["trainer"])
     checkpoint = _checkpoint(settings)
     with warnings.catch_warnings():

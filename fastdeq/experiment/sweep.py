@@ -75,9 +75,11 @@ class Sweep(Callback):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         try:
-            hydra.compose_config(
+            composed = hydra.compose_config(
                 "train", overrides, run_mode=RunMode.RUN, with_log_configuration=False
             )
+            if composed.get("mode") == "replay":
+                raise ValueError("mode=replay makes one step again: leave -m out")
         except Exception as error:
             # Hydra turns a callback's exceptions into warnings and goes on.
             raise Refused(error) from error

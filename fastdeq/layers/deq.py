@@ -17,7 +17,7 @@ from fastdeq.layers.initializers import (
     zeros_of,
 )
 from fastdeq.notation import State, StateMap
-from fastdeq.solution import Solution
+from fastdeq.solution import Solution, TraceKind
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver
 
 
@@ -28,6 +28,9 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
     cell, initializer, depth: as in `AbstractCellLayer`.
     solver, adjoint: settings; any of either (see `fastdeq.solvers`, `fastdeq.adjoints`). By default
         limited-memory Broyden and GMRES, with the `per_sample` that goes with the cell.
+
+    While the attribute `trace` is set ("residuals" or "states"), solutions carry the history of the
+    forward solve.
 
     A batch norm that uses batch statistics couples the samples of a batch: use `per_sample=False`
     with it. Where it always does (track_running_stats=False), anything else is refused.
@@ -51,10 +54,11 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         self.adjoint = Implicit(solver=GMRES(per_sample=alone)) if adjoint is None else adjoint
         check_settings(self.solver, self.adjoint)
         check_coupling(cell, self.solver, self.adjoint)
+        self.trace: TraceKind | None = None
 
     def evolve(self, f: StateMap, z0: State) -> Solution:
         """Raises and warns as `fixed_point`."""
-        return fixed_point(f, z0, solver=self.solver, adjoint=self.adjoint)
+        return fixed_point(f, z0, solver=self.solver, adjoint=self.adjoint, trace=self.trace)
 
     @property
     def method(self) -> dict[str, Any]:

@@ -115,18 +115,32 @@ class AbstractTask(LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The loss of a batch, in proportion to this process's share of the samples."""
-        x, targets, weight = batch
         self._shown = {}
-        estimate = self.weights.wants_jacobian(self.global_step, self.seed)
+        loss, solution, figures = self.minimized(batch, self.global_step)
+        if batch[2]:
+            self._step = (solution, figures)
+        return loss
+
+    def minimized(self, batch: Batch, step: int) -> tuple[Tensor, Solution, dict[str, Any]]:
+        """What optimizer step number `step` (from 0) minimizes on this batch: the loss times the
+        batch's weight, with the solution and the figures that are known before the backward pass.
+        """
+        x, targets, weight = batch
+        estimate = self.weights.wants_jacobian(step, self.seed)
         prediction, solution = self.model(x, jacobian_loss=estimate)
         parts = {"task": self.criterion(prediction, targets), **self.weights.parts(solution)}
         loss = torch.stack(list(parts.values())).sum()
-        if weight:
-            named = {f"loss_{name}": part.detach() for name, part in parts.items()}
-            scores = self.scores(prediction.detach(), targets)
-            figures = {"loss": loss.detach(), **named, **scores, **solver_figures(solution)}
-            self._step = (solution, figures)
-        return loss if weight == 1 else loss * weight
+        named = {f"loss_{name}": part.detach() for name, part in parts.items()}
+        scores = self.scores(prediction.detach(), targets)
+        figures = {"loss": loss.detach(), **named, **scores, **solver_figures(solution)}
+        return loss if weight == 1 else loss * weight, solution, figures
+
+    @property
+    def step_under_way(self) -> tuple[Solution, dict[str, Any]] | None:
+        """Solution and figures of the training step whose backward pass is being made or has just
+        been made; None between steps, and for a batch that only stands in (weight 0).
+        """
+        return self._step
 
     def on_after_backward(self) -> None:
         """Record the step's figures, now that the adjoint's solve is known too."""

@@ -1,0 +1,196 @@
+"""L7: how a training step went: how its solves ended, whether it is finite, and what helps."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fastdeq.solution import Solution, SolveStats, Status, Trace
+
+Course: TypeAlias = Literal["falling", "level", "growing"]
+"""Where the residuals of the samples that did not converge were going when the solve ended."""
+
+_KINDS = len(Status)
+_UNCONVERGED = (Status.STEP_LIMIT, Status.STALLED, Status.DIVERGED)
+_FALLING = 0.9  # the last quarter of the steps has brought the smallest residual below this share
+_GROWING = 2.0  # the last residual is so many times the smallest one
+
+
+def measure(
+    solution: Solution | None, inputs: Tensor, loss: Tensor, gradients: Iterable[Tensor]
+) -> Tensor:
+    """What `Diagnosis.of` reads, (13,) on the inputs' device; does not wait for the device.
+
+    solution: after its backward pass; None where there is none to count. gradients: of all
+    parameters.
+    """
+    device = inputs.device
+    backward = None if solution is None else solution.backward.stats
+    norm = nn.utils.get_total_norm(list(gradients)).to(device)
+    scalars = [loss.to(device), norm, torch.isfinite(inputs).all()]
+    return torch.cat(
+        [
+            _counts(solution, device),
+            _counts(backward, device),
+            torch.stack([scalar.to(torch.float32) for scalar in scalars]),
+        ]
+    )
+
+
+def _counts(stats: SolveStats | None, device: torch.device) -> Tensor:
+    """How many samples ended with each status, (5,)."""
+    if stats is None:
+        return torch.zeros(_KINDS, device=device)
+    kinds = torch.arange(_KINDS, device=device)  # bincount would wait for the device
+    return (stats.status[:, None] == kinds).sum(dim=0).to(torch.float32)
+
+
+class Reading:
+    """Numbers on their way to the host. Reading them waits for the work that they come from, and
+    not for what the device was given to do since.
+
+    values: (rows, columns).
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._ready: torch.cuda.Event | None = None
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(values.device))
+
+    def rows(self) -> list[list[float]]:
+        """The numbers."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        rows: list[list[float]] = self._values.tolist()
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """A training step, on the samples of all processes.
+
+    forward, backward: how many samples ended with each `Status`, in its order.
+    loss: the sum over processes, each in proportion to its samples, over their number.
+    gradient_norm: Euclidean, over all parameters; non-finite if it is so anywhere.
+    finite_inputs: whether all inputs are. course: where residuals went, of a solve that was traced.
+    """
+
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    loss: float
+    gradient_norm: float
+    finite_inputs: bool = True
+    course: Course | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[float]], course: Course | None = None) -> "Diagnosis":
+        """From what `measure` gives on each process; its losses come with their weights."""
+        counts = [sum(round(row[i]) for row in rows) for i in range(2 * _KINDS)]
+        losses, norms, finite = ([row[i] for row in rows] for i in (-3, -2, -1))
+        return cls(
+            forward=tuple(counts[:_KINDS]),
+            backward=tuple(counts[_KINDS:]),
+            loss=sum(losses) / len(rows),
+            gradient_norm=next((norm for norm in norms if not math.isfinite(norm)), norms[0]),
+            finite_inputs=all(finite),
+            course=course,
+        )
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss and the gradient's norm are."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+    def failed(self, most: float | None) -> bool:
+        """Whether the step is not finite, or the share of samples that did not converge, in the
+        forward or in the backward solve, is above `most` (None: whatever it is).
+        """
+        shares = (_share(self.forward), _share(self.backward))
+        return not self.finite or (most is not None and max(shares) > most)
+
+    @property
+    def symptom(self) -> str:
+        """What is wrong, in words."""
+        if not self.finite_inputs:
+            return "the inputs of the batch are not finite"
+        if not math.isfinite(self.loss):
+            return f"the loss is {self.loss}"
+        if not self.finite:
+            return f"the loss is {self.loss:.4g}, and the norm of its gradient {self.gradient_norm}"
+        forward = _share(self.forward) >= _share(self.backward)
+        counts = self.forward if forward else self.backward
+        name = "forward" if forward else "backward"
+        return (
+            f"{_unconverged(counts)} of {sum(counts)} samples did not converge in the {name} solve "
+            f"({ends(counts)})"
+        )
+
+    @property
+    def advice(self) -> str:
+        """What helps, by the keys of the configuration."""
+        if not self.finite_inputs:
+            return "look at the data"
+        if not self.finite:
+            return _STEPS if _worst(self.forward) != Status.DIVERGED else f"{_STEPS}; {_CONTRACT}"
+        if _share(self.backward) > _share(self.forward):
+            return _BACKWARD[_worst(self.backward)]
+        worst = _worst(self.forward)
+        if worst == Status.STEP_LIMIT and self.course in ("growing", "level"):
+            return f"{_CONTRACT} (more steps would not help: the residuals are {self.course})"
+        return _FORWARD[worst]
+
+
+_STEPS = "a smaller optimizer.lr, or trainer.gradient_clip_val=1"
+_CONTRACT = "loss.jacobian=1 keeps f contractive, callbacks.pretraining.steps=N unrolls it at first"
+_LOOSEN = "a larger solver.tol, or another solver"
+_FORWARD = {
+    Status.STEP_LIMIT: "a larger solver.max_steps or solver.tol",
+    Status.STALLED: _LOOSEN,
+    Status.DIVERGED: _CONTRACT,
+}
+_BACKWARD = {
+    Status.STEP_LIMIT: "a larger adjoint.solver.max_steps or adjoint.solver.tol",
+    Status.STALLED: "a larger adjoint.solver.tol, or loss.jacobian=1",
+    Status.DIVERGED: "loss.jacobian=1 keeps f contractive; or another adjoint.solver",
+}
+
+
+def course_of(trace: Trace, status: Tensor) -> Course | None:
+    """Of the residuals (K + 1, B) of the samples that did not converge, their median; None where
+    all did, or where there were too few steps to tell.
+    """
+    left = torch.isin(status, torch.tensor(_UNCONVERGED, device=status.device))
+    residuals = trace.residuals[:, left].double()
+    if not left.any() or len(residuals) < 3:
+        return None
+    smallest = residuals.cummin(dim=0).values
+    earlier = smallest[-1 - max(1, len(residuals) // 4)]
+    if (residuals[-1] / smallest[-1]).median() >= _GROWING:
+        return "growing"
+    return "falling" if (smallest[-1] / earlier).median() < _FALLING else "level"
+
+
+def ends(counts: Sequence[int]) -> str:
+    """How many samples ended how: '3 converged, 2 step_limit'."""
+    return ", ".join(f"{n} {Status(i).name.lower()}" for i, n in enumerate(counts) if n)
+
+
+def _unconverged(counts: Sequence[int]) -> int:
+    return sum(counts[status] for status in _UNCONVERGED)
+
+
+def _share(counts: Sequence[int]) -> float:
+    """Of samples that were not solved (pretraining) none has failed."""
+    return _unconverged(counts) / (sum(counts) or 1)
+
+
+def _worst(counts: Sequence[int]) -> Status:
+    """How most of those that did not converge ended."""
+    return max(_UNCONVERGED, key=lambda status: counts[status])

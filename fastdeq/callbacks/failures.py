@@ -1,0 +1,377 @@
+"""L7: training steps that fail: told, left out, or the end of the run; the first is kept."""
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from fastdeq.callbacks.diagnosis import Diagnosis, Reading, measure
+from fastdeq.callbacks.ranks import as_plain, gathered, taken_random_state
+from fastdeq.callbacks.storage import SealedCheckpointIO
+from fastdeq.solution import Solution
+from fastdeq.tasks import AbstractTask
+
+log = logging.getLogger("fastdeq")
+
+FAILURE = "failure.ckpt"
+OnFailure: TypeAlias = Literal["warn", "skip_step", "raise"]
+
+_KEY = "fastdeq_failures"
+_CALM = 100  # good steps that end a phase of failing ones: at most two lines in so many steps
+
+
+class TrainingFailed(RuntimeError):
+    """The run ends because of a training step, or many in a row, that failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A training step as it began; `kept`: tensors of the task that it may change."""
+
+    number: int
+    epoch: int
+    depth: int | None
+    batch: Any
+    random: tuple[Any, ...] | None
+    kept: dict[str, Tensor]
+
+
+class _Tensors:
+    """What a task is made of, found once: walking through its modules takes its time."""
+
+    def __init__(self, task: AbstractTask) -> None:
+        self.parameters = list(task.parameters())
+        named = task.state_dict(keep_vars=True)
+        self.named = {name: t.detach() for name, t in named.items() if isinstance(t, nn.Parameter)}
+        """The parameters by all their names, sharing their memory."""
+        self._holders = [
+            (f"{name}.", module)
+            for name, module in task.named_modules()
+            if next(module.buffers(recurse=False), None) is not None
+        ]
+
+    def gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def buffers(self) -> dict[str, Tensor]:
+        """As they are now: a module may put another tensor in a buffer's place."""
+        return {
+            prefix + name: buffer
+            for prefix, module in self._holders
+            for name, buffer in module.named_buffers(recurse=False)
+        }
+
+    def put_back(self, kept: dict[str, Tensor]) -> None:
+        for name, buffer in self.buffers().items():
+            buffer.copy_(kept[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A step whose figures may still be on their way."""
+
+    step: _Step
+    states: dict[str, Any]
+    reading: Reading
+
+
+@dataclass
+class _Record:
+    """What later steps depend on, and a run that goes on needs."""
+
+    saved: bool = False
+    row: int = 0  # failed steps up to now, without one between that taught anything
+    cause: str = ""  # of the first of them
+    phase: list[int] = field(default_factory=list)  # its first step, its last failed, how many
+
+
+class Failures(Callback):
+    """A training step fails where more than a share of its samples do not converge, in the forward
+    or in the backward solve, or where its loss or the norm of its gradient is not finite. Steps of
+    pretraining are no solves: only the latter counts.
+
+    on_failure: `warn` tells when a phase of failing steps begins and how long it was. `skip_step`
+        also leaves the optimizer step out: parameters, the optimizer's state and running statistics
+        stay what they were, while the step counts for all schedules. `raise` ends the run.
+    unconverged: the share; None: no share is too large.
+    in_a_row: the run ends after so many failed steps that taught nothing (skipped, or not finite)
+        without one between that did; None: never. Unconverged steps that were made do not count:
+        much is learned from solves cut off at their step limit.
+
+    The first failed step of a run is kept in failure.ckpt, to be run again by `mode=replay`.
+
+    The verdict is that of all processes together, and the same on all: it takes one exchange of 13
+    numbers a step. With `warn` it is read a step late, so that no device is waited for; otherwise
+    once a step, after the backward pass. With accumulated gradients each batch is judged, and one
+    that fails takes the whole optimizer step with it.
+
+    Raises: ValueError for values out of range; in training, TrainingFailed.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_failure: OnFailure = "warn",
+        unconverged: float | None = 0.5,
+        in_a_row: int | None = 100,
+    ) -> None:
+        if on_failure not in ("warn", "skip_step", "raise"):
+            raise ValueError(
+                f"Failures.on_failure is {on_failure!r}, but must be one of 'warn', 'skip_step', "
+                "'raise'"
+            )
+        if unconverged is not None and not 0 <= unconverged <= 1:
+            raise ValueError(
+                f"Failures.unconverged is {unconverged}, but must be a share from 0 to 1, or null"
+            )
+        if in_a_row is not None and in_a_row < 1:
+            raise ValueError(f"Failures.in_a_row is {in_a_row}, but must be at least 1, or null")
+        self.on_failure, self.unconverged, self.in_a_row = on_failure, unconverged, in_a_row
+        self._record = _Record()
+        self._tensors: _Tensors | None = None
+        self._now: _Step | None = None
+        self._pending: _Pending | None = None
+        self._skip = False
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember how the step begins.
+
+        Raises: TrainingFailed, where the run that is gone on with had come to that.
+        """
+        self._stop_if_hopeless(trainer)
+        task, saved = _task(pl_module), self._record.saved
+        if self._tensors is None:
+            self._tensors = _Tensors(task)
+        self._now = _Step(
+            number=trainer.global_step,
+            epoch=trainer.current_epoch,
+            depth=task.model.equilibrium.depth,
+            batch=batch,
+            random=None if saved else taken_random_state(),
+            kept={name: tensor.clone() for name, tensor in self._changing(self._tensors).items()},
+        )
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the step, or, where it may wait, the one before.
+
+        Raises: TrainingFailed.
+        """
+        assert self._now is not None
+        assert self._tensors is not None
+        late = self.on_failure == "warn"
+        if late:
+            self._settle(trainer, pl_module)
+        self._pending = _pending(self._now, trainer, _task(pl_module), self._tensors.gradients())
+        self._now = None
+        if not late:
+            self._settle(trainer, pl_module)
+        self._stop_if_hopeless(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Leave a failed step out: optimizers pass over parameters without a gradient."""
+        if self._skip:
+            self._skip = False
+            for parameter in pl_module.parameters():
+                parameter.grad = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the last step, and end the phase that it may be in.
+
+        Raises: TrainingFailed.
+        """
+        self._settle(trainer, pl_module)
+        self._tensors = None
+        self._end_phase(trainer)
+        self._stop_if_hopeless(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Judge the step before the one in which something else has ended the run; alone, since
+        other processes may not come to this point.
+        """
+        if trainer.world_size == 1:
+            with suppress(RuntimeError):  # of a device that has failed, too
+                self._settle(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what later steps depend on, the one before this moment included."""
+        self._settle(trainer, pl_module)
+        checkpoint[_KEY] = dict(vars(self._record), phase=list(self._record.phase))
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take it back."""
+        self._record = _Record(**checkpoint.get(_KEY, {}))
+
+    def _changing(self, tensors: "_Tensors") -> dict[str, Tensor]:
+        """What the step may have changed by the time it is judged, and is then wanted."""
+        if self.on_failure != "warn":
+            return tensors.buffers()
+        return {} if self._record.saved else {**tensors.named, **tensors.buffers()}
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the step that waits for it, on all processes together.
+
+        Raises: TrainingFailed, with `raise`.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        diagnosis = Diagnosis.of(pending.reading.rows())
+        failed = diagnosis.failed(self.unconverged)
+        if failed and not self._record.saved:
+            self._record.saved = True
+            _save(pending, diagnosis, trainer, _task(pl_module))
+        if failed and self.on_failure == "raise":
+            raise TrainingFailed(_told(pending.step.number, diagnosis, trainer))
+        if failed and self.on_failure == "skip_step":
+            self._skip = True
+            assert self._tensors is not None
+            self._tensors.put_back(pending.step.kept)
+        self._count(failed, diagnosis)
+        self._follow(failed, pending.step.number, diagnosis, trainer)
+
+    def _count(self, failed: bool, diagnosis: Diagnosis) -> None:
+        """The row of steps that taught nothing."""
+        record = self._record
+        if not failed or (self.on_failure == "warn" and diagnosis.finite):
+            record.row, record.cause = 0, ""
+            return
+        record.row += 1
+        record.cause = record.cause or f"{diagnosis.symptom}; what helps: {diagnosis.advice}"
+
+    def _follow(self, failed: bool, number: int, diagnosis: Diagnosis, trainer: Trainer) -> None:
+        """The phase: a line where it begins, and one where it is over."""
+        phase = self._record.phase
+        if failed and phase:
+            phase[1:] = [number, phase[2] + 1]
+        elif failed:
+            phase[:] = [number, number, 1]
+            if trainer.is_global_zero:
+                log.warning("%s", _told(number, diagnosis, trainer))
+        elif phase and number - phase[1] >= _CALM:
+            self._end_phase(trainer)
+
+    def _end_phase(self, trainer: Trainer) -> None:
+        if not self._record.phase:
+            return
+        first, last, count = self._record.phase
+        self._record.phase = []
+        if trainer.is_global_zero and last > first:  # of a single step all has been said
+            done = "and were skipped" if self.on_failure == "skip_step" else "and were made"
+            log.warning(
+                "steps %s to %s: %s of %s failed %s",
+                *(f"{number:,}" for number in (first, last, count, last - first + 1)),
+                done,
+            )
+
+    def _stop_if_hopeless(self, trainer: Trainer) -> None:
+        record = self._record
+        if self.in_a_row is not None and record.row >= self.in_a_row:
+            steps = "step" if record.row == 1 else f"{record.row:,} steps in a row"
+            raise TrainingFailed(
+                f"the last {steps} failed; at the first of them {record.cause}; the run's first "
+                f"failed step again: {_replay(trainer)}"
+            )
+
+
+def _task(pl_module: LightningModule) -> AbstractTask:
+    assert isinstance(pl_module, AbstractTask)
+    return pl_module
+
+
+def _pending(
+    step: _Step, trainer: Trainer, task: AbstractTask, gradients: list[Tensor]
+) -> _Pending:
+    """The step after its backward pass, with its figures on their way; on all processes."""
+    under_way, inputs = task.step_under_way, step.batch[0]
+    solution, loss = None, torch.zeros((), device=inputs.device)
+    if under_way is not None:
+        solution, loss = under_way[0], under_way[1]["loss"] * step.batch[2]
+    # A scaler's gradients (16-mixed) are scaled, now and then to infinity: it deals with that.
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    figures = measure(solution, inputs, loss, [] if scaled else gradients)
+    everyone = [figures]
+    if trainer.world_size > 1:
+        everyone = [torch.empty_like(figures) for _ in range(trainer.world_size)]
+        torch.distributed.all_gather(everyone, figures)
+    return _Pending(
+        step=step,
+        states={} if solution is None or step.random is None else _states(solution),
+        reading=Reading(torch.stack(everyone)),
+    )
+
+
+def _states(solution: Solution) -> dict[str, Any]:
+    """Start, equilibrium and how each sample ended, without graphs."""
+    scales = {"z0": solution.z0, "z_star": solution.value}
+    backward = solution.backward.stats
+    return {
+        **{
+            name: [z.detach() for z in ((state,) if isinstance(state, Tensor) else state)]
+            for name, state in scales.items()
+        },
+        "status": solution.status,
+        "residual": solution.residual.detach(),
+        "relative_residual": solution.relative_residual.detach(),
+        "status_backward": None if backward is None else backward.status,
+    }
+
+
+def _save(pending: _Pending, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask) -> None:
+    """Write failure.ckpt, on all processes together: to each its part of the batch."""
+    step = pending.step
+    device = task.device.index if task.device.type == "cuda" else None
+    mine = {
+        "batch": list(step.batch),
+        "random": None if step.random is None else as_plain(step.random),
+        "device": device,
+        **pending.states,
+    }
+    ranks = gathered(_on_host(mine), trainer)
+    if not trainer.is_global_zero:
+        return
+    weights = task.state_dict()
+    weights |= {name: tensor for name, tensor in step.kept.items() if name in weights}
+    content = {
+        "state_dict": weights,
+        "failure": {
+            "step": step.number,
+            "epoch": step.epoch,
+            "depth": step.depth,
+            "diagnosis": vars(diagnosis),
+            "ranks": ranks,
+        },
+    }
+    SealedCheckpointIO().save_checkpoint(content, Path(trainer.default_root_dir) / FAILURE)
+
+
+def _on_host(node: Any) -> Any:
+    if isinstance(node, Tensor):
+        return node.cpu()
+    if isinstance(node, dict):
+        return {name: _on_host(value) for name, value in node.items()}
+    return [_on_host(value) for value in node] if isinstance(node, list) else node
+
+
+def _told(number: int, diagnosis: Diagnosis, trainer: Trainer) -> str:
+    helps = f"what helps: {diagnosis.advice}"
+    return f"step {number:,}: {diagnosis.symptom}; {helps}; the step again: {_replay(trainer)}"
+
+
+def _replay(trainer: Trainer) -> str:
+    """The command for the failed step that was kept: the run's first."""
+    return f"python train.py mode=replay from_run={trainer.default_root_dir}"

@@ -1,0 +1,55 @@
+"""L7: what each process has of its own: its random numbers, and how all get to know of them."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import Trainer
+
+
+def gathered(mine: Any, trainer: Trainer) -> list[Any]:
+    """What each process gives, by rank; on all processes together. Tensors on the CPU."""
+    if trainer.world_size == 1:
+        return [mine]
+    everyone: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def random_state() -> dict[str, Any]:
+    """Of every generator that a step may draw from, as tensors and plain containers."""
+    return as_plain(taken_random_state())
+
+
+def taken_random_state() -> tuple[Any, ...]:
+    """The same as the generators give it: quicker where it is seldom kept. See `as_plain`."""
+    return (
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        random.getstate(),
+        np.random.get_state(legacy=True),
+    )
+
+
+def as_plain(taken: tuple[Any, ...]) -> dict[str, Any]:
+    """What `taken_random_state` gave, as `random_state` gives it."""
+    on_cpu, cuda, (version, words, gauss), (_, keys, position, has_gauss, cached) = taken
+    return {
+        "torch": on_cpu,
+        "cuda": cuda,
+        "python": [version, list(words), gauss],
+        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    words32 = keys.cpu().numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words32, position, has_gauss, cached))

@@ -1,0 +1,194 @@
+"""L8: a failed training step once more (mode=replay), as it was or with other settings."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from fastdeq.callbacks import (
+    FAILURE,
+    Diagnosis,
+    Failures,
+    course_of,
+    ends,
+    is_sealed,
+    measure,
+    seal_of,
+    set_random_state,
+)
+from fastdeq.experiment.checkpoint import load_weights, read_checkpoint
+from fastdeq.experiment.checks import RunSettings, check_values, count_ranks
+from fastdeq.experiment.job import make_trainer
+from fastdeq.layers import DeepEquilibriumNetwork
+from fastdeq.solution import Solution, Trace
+from fastdeq.tasks import AbstractTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """What came of it. gradients: of the parameters by name, the mean over the processes."""
+
+    diagnosis: Diagnosis
+    gradients: dict[str, Tensor]
+    failed: bool
+
+
+def replay(cfg: DictConfig) -> Replayed:
+    """Make the step of a failure.ckpt again, forward and backward, and print how it goes: with the
+    weights, the batch and the random numbers that it had, on one device, and the settings of `cfg`.
+    Makes no run folder, and needs no data set. What several processes did is done one by one.
+
+    Raises: ValueError, TypeError, FileNotFoundError or Hydra's InstantiationException for settings
+    or a file that cannot be used.
+    """
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    path = _path(check_values(config))
+    failure = _read(path)
+    alone = {**config["trainer"], "devices": 1, "strategy": "auto"}
+    count_ranks(alone)
+    task: AbstractTask = instantiate(cfg.task, _convert_="all")
+    load_weights(task, path)
+    trainer = make_trainer({**config, "trainer": alone}, task)
+    precision = trainer.precision_plugin
+    task = precision.convert_module(task).to(trainer.strategy.root_device)  # type: ignore[assignment]
+    with (
+        warnings.catch_warnings(record=True) as warned,
+        torch.autograd.set_detect_anomaly(config["debug"]),
+        precision.train_step_context(),
+    ):
+        warnings.simplefilter("always")
+        diagnosis, gradients, trace = _again(task.train(), failure)
+    again = diagnosis.failed(_threshold(config))
+    _print(path, failure, diagnosis, trace, again)
+    for text in dict.fromkeys(str(warning.message) for warning in warned):
+        print(f"warning: {text}")
+    return Replayed(diagnosis=diagnosis, gradients=gradients, failed=again)
+
+
+def _path(settings: RunSettings) -> Path:
+    if settings.checkpoint is not None:
+        path = Path(settings.checkpoint)
+    else:
+        assert settings.from_run is not None  # or RunSettings had refused it
+        path = Path(settings.from_run) / FAILURE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"mode=replay: {path} is not there: give a run of which a step has failed, or "
+            "checkpoint=PATH"
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if seal_of(path).exists() and not is_sealed(path):
+        raise ValueError(f"mode=replay: {path} is damaged: its SHA-256 is another one")
+    failure = read_checkpoint(path).get("failure")
+    if not isinstance(failure, dict):
+        raise ValueError(
+            f"mode=replay: {path} holds no failed step: give {FAILURE} of a run, or mode=test to "
+            "evaluate a checkpoint"
+        )
+    return failure
+
+
+def _again(
+    task: AbstractTask, failure: dict[str, Any]
+) -> tuple[Diagnosis, dict[str, Tensor], Trace | None]:
+    """Each process's part in turn; their gradients are averaged, as DistributedDataParallel does.
+
+    Every part starts from the same weights and buffers: those of the first process.
+    """
+    layer = task.model.equilibrium
+    layer.depth = failure["depth"]
+    if isinstance(layer, DeepEquilibriumNetwork):
+        layer.trace = "residuals"
+    before = {name: buffer.clone() for name, buffer in task.named_buffers()}
+    share = 1 / len(failure["ranks"])
+    total: dict[str, Tensor] = {}
+    rows, solutions = [], []
+    for part in failure["ranks"]:
+        for name, buffer in task.named_buffers():
+            buffer.copy_(before[name])
+        task.zero_grad()
+        row, solution = _step(task, part, failure["step"])
+        rows.append(row)
+        solutions.append(solution)
+        for name, parameter in task.named_parameters():
+            if parameter.grad is not None:
+                mine = parameter.grad if share == 1 else parameter.grad * share
+                total[name] = total[name] + mine if name in total else mine
+    rows[0][-2:-1] = torch.nn.utils.get_total_norm(list(total.values())).to(rows[0])[None]
+    trace, status = _joined(solutions)
+    course = None if trace is None else course_of(trace, status)
+    return Diagnosis.of([row.tolist() for row in rows], course), total, trace
+
+
+def _step(task: AbstractTask, part: dict[str, Any], number: int) -> tuple[Tensor, Solution]:
+    """Forward and backward on one process's part; what `measure` says."""
+    x, targets, weight = part["batch"]
+    batch = (x.to(task.device), targets.to(task.device), weight)
+    random, device = dict(part["random"]), part["device"] or 0
+    # The process had a device of its own; here there is one, or none.
+    random["cuda"] = random["cuda"][device : device + 1] if torch.cuda.is_available() else []
+    set_random_state(random)
+    loss, solution, _ = task.minimized(batch, number)
+    loss.backward()
+    gradients = [p.grad for p in task.parameters() if p.grad is not None]
+    return measure(solution if weight else None, batch[0], loss.detach(), gradients), solution
+
+
+def _joined(solutions: Sequence[Solution]) -> tuple[Trace | None, Tensor]:
+    """The parts' histories side by side, the shorter ones held at their end; their statuses."""
+    status = torch.cat([solution.status for solution in solutions])
+    traces = [solution.trace for solution in solutions]
+    known = [trace.residuals.detach() for trace in traces if trace is not None]
+    if len(known) < len(traces):
+        return None, status
+    length = max(len(residuals) for residuals in known)
+    held = [torch.cat([r, r[-1:].expand(length - len(r), -1)]) for r in known]
+    return Trace(residuals=torch.cat(held, dim=1)), status
+
+
+def _threshold(config: dict[str, Any]) -> float | None:
+    node = (config.get("callbacks") or {}).get("failures")
+    watching = Failures() if node is None else instantiate(node)
+    assert isinstance(watching, Failures)
+    return watching.unconverged
+
+
+def _print(
+    path: Path, failure: dict[str, Any], now: Diagnosis, trace: Trace | None, again: bool
+) -> None:
+    ranks = failure["ranks"]
+    samples = sum(len(part["batch"][0]) for part in ranks if part["batch"][2])
+    processes = f" on {len(ranks)} processes" if len(ranks) > 1 else ""
+    print(f"step {failure['step']:,} of {path}: {samples} samples{processes}")
+    for title, diagnosis in (("then", Diagnosis(**failure["diagnosis"])), ("now", now)):
+        print(f"{title:<9} {_figures(diagnosis)}")
+    if trace is not None:
+        print(f"residual  {_history(trace)}")
+    if again:
+        print(f"it fails again: {now.symptom}; what helps: {now.advice}")
+    else:
+        print("it does not fail")
+
+
+def _figures(diagnosis: Diagnosis) -> str:
+    solves = (("forward", diagnosis.forward), ("backward", diagnosis.backward))
+    told = [f"{name} {ends(counts)}" for name, counts in solves if any(counts)]
+    figures = f"loss {diagnosis.loss:.6g}, gradient norm {diagnosis.gradient_norm:.6g}"
+    return "; ".join([figures, *told])
+
+
+def _history(trace: Trace) -> str:
+    """Median over the samples, at the start, at quarters of the steps and at the end."""
+    last = len(trace.residuals) - 1
+    places = sorted({last * quarter // 4 for quarter in range(5)})
+    medians = [f"{float(trace.residuals[place].median()):.1e}" for place in places]
+    return f"{' → '.join(medians)} after {', '.join(map(str, places))} steps (median of samples)"
