@@ -299,7 +299,7 @@ def test_a_run_without_validation_keeps_the_last_state(tmp_path):
 )
 def test_the_bar_shows_the_steps_figures_without_prefix_and_version(kind, shown, tmp_path):
     bar, task = ProgressBar(), make_task(kind)
-    trainer = fit(task, tmp_path, bar, enable_progress_bar=True, logger=Kept())
+    trainer = fit(task, tmp_path, StepTimer(), bar, enable_progress_bar=True, logger=Kept())
     metrics = bar.get_metrics(trainer, task)
     assert list(metrics) == shown
     assert metrics == {name: trainer.callback_metrics[f"step/{name}"].item() for name in shown}

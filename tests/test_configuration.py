@@ -39,6 +39,11 @@ GOES_WITH = {
     "arch=polynomial": ["data=polynomial"],
     "task=regression": ["data=polynomial"],
     "arch=fc": ["model=skip_deq"],
+    "adjoint=implicit_fixed_point": ["model=skip_deq"],  # fails on an untrained multiscale cell
+    **{  # at its own size a step takes many seconds
+        f"{group}=imagenet_small": ["data.size=64", "solver.max_steps=2", "adjoint=jfb"]
+        for group in ("experiment", "sweep")
+    },
     **{
         f"arch={arch}": ["model=skip_mdeq", "solver.max_steps=3", "adjoint.solver.max_steps=3"]
         for arch in ("cifar_tiny", "mnist_conv", "digits_conv")

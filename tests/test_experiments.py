@@ -1,6 +1,7 @@
 """Every shipped experiment composes with every choice that goes with it, and trains."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from tests.commands import CommandLine
+from tests.folders import images, write_images
 from tests.images import samples, small_mnist, write_files
 from tests.pictures import (
     ARCHIVE,
@@ -164,6 +166,12 @@ for _name in ("svhn", "cifar10_mdeq"):
     SETTINGS[f"{_name}_tsit5"] = SETTINGS[_name] | TSIT5
 
 
+SMALLER: dict[str, tuple[str, ...]] = {
+    "imagenet_small": ("data.size=64", "sizes.outputs=5", "data.workers=0", "adjoint=jfb")
+}
+"""What makes an experiment small beside the data."""
+
+
 @pytest.fixture
 def data(command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Overrides that make any experiment small."""
@@ -173,6 +181,9 @@ def data(command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("fastdeq.data.SvhnDataModule.source", small_svhn())
     write_folder(tmp_path / "data" / "cifar10", {ARCHIVE: archive(cifar_files())})
     write_folder(tmp_path / "data" / "svhn", svhn_files())
+    if find_spec(NEEDS["data=image_folder"]):
+        five = images(("ant", "bee", "cat", "dog", "eel"))
+        write_images(tmp_path / "data" / "image_folder", five)
     monkeypatch.setenv("FASTDEQ_DATA", str(tmp_path / "data"))
     return ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.accelerator=cpu"]
 
@@ -183,7 +194,13 @@ def test_every_experiment_trains_with_every_model(
 ) -> None:
     if needed := NEEDS.get(f"model={model}"):
         pytest.importorskip(needed)
-    answer = command(f"experiment={experiment}", f"model={model}", "data.batch_size=10", *data)
+    if experiment == "imagenet_small":
+        pytest.importorskip(NEEDS["data=image_folder"])
+    smaller = SMALLER.get(experiment, ())
+    if model not in FULLY_CONNECTED:  # untrained, they would use all the evaluations they may
+        smaller = (*smaller, "solver.max_steps=3", "trainer.limit_test_batches=1")
+    words = (f"experiment={experiment}", f"model={model}", "data.batch_size=10", *smaller)
+    answer = command(*words, *data)
     assert answer.status == 0, answer.err
     (path,) = (path for path in answer.files if path.name == "summary.json")
     summary = json.loads(path.read_text())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fastdeq import experiment
+from fastdeq.callbacks import Interrupted
 from fastdeq.tasks import AbstractTask
 from tests.test_configuration import composed
 
@@ -122,6 +123,17 @@ def test_without_a_login_each_run_is_kept_in_its_folder_and_nothing_is_sent_or_a
     assert second.id in kept(tmp_path / "second").name
     assert not stranger
     assert not any(capfd.readouterr())  # its banners would stand between the lines of the epochs
+
+
+def test_a_run_that_goes_on_keeps_its_id(tmp_path, stranger, runs):
+    words = (*SHORT, f"paths.run={tmp_path / 'run'}", "logger=wandb", "model=deq")
+    with pytest.raises(Interrupted):
+        experiment.run(composed(*words, "stop_after=1e-9"))
+    experiment.run(composed(*words))
+    first, second = runs
+    assert first.id == second.id
+    assert first._is_finished
+    assert not stranger
 
 
 def test_an_experiment_with_weights_and_biases_keeps_its_run_beside_metrics_csv(

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ class SealedCheckpointIO(TorchCheckpointIO):
             seal_of(target).unlink(missing_ok=True)
             aside.replace(target)
         except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):  # of a disk that has become read-only
+                aside.unlink(missing_ok=True)
             raise OSError(
                 f"no checkpoint can be written to {target} ({str(error).splitlines()[0]}): make "
                 "room, or choose another place (paths.outputs); the one before it is intact"

@@ -4,6 +4,7 @@ Not imported by the package itself: who does not choose it need not have it.
 """
 
 import os
+import secrets
 from pathlib import Path
 from typing import Literal, cast
 
@@ -15,6 +16,7 @@ Mode = Literal["auto", "online", "offline", "disabled"]
 
 class WeightsAndBiases(WandbLogger):
     """One W&B run for one experiment, in its run folder; call `close` in the end, whatever came.
+    An experiment that is interrupted and goes on keeps its W&B run.
 
     mode: auto is online where credentials are known (WANDB_API_KEY, netrc) and offline elsewhere;
     the environment's WANDB_MODE comes first. Nothing is asked, and no network is needed offline
@@ -32,6 +34,8 @@ class WeightsAndBiases(WandbLogger):
     ) -> None:
         self._run = wandb.init(
             project=project,
+            id=_run_id(Path(save_dir)),
+            resume="allow",
             name=name,
             group=group,
             dir=save_dir,
@@ -45,6 +49,14 @@ class WeightsAndBiases(WandbLogger):
     def close(self) -> None:
         """Finish the run: what is left is written, and the next job gets one of its own."""
         self._run.finish()
+
+
+def _run_id(folder: Path) -> str:
+    """The run's id at W&B, kept in its folder: a run that goes on goes on there too."""
+    path = folder / ".wandb_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text()
 
 
 def _mode(mode: Mode) -> Literal["online", "offline", "disabled"]:

@@ -128,6 +128,8 @@ def make_trainer(
     made: lightning.Trainer = trainer(**options, plugins=plugins)
     # Lightning's handler communicates from within the handler; ours sets a flag (signals.py).
     made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    # And with it the broadcast before every step, by which the ranks would tell each other.
+    made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return made
 
 

@@ -3,11 +3,12 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,16 @@ def _folder(
 ) -> Path:
     """A new folder, or with `goes_on` the chosen one as it is."""
     if chosen is not None and goes_on:
-        # Made by one process; of several that come at the same moment the others find it there.
-        with suppress(FileExistsError):
-            _describe(make_folder(chosen.parent, settings.name, chosen), config, identity)
+        if not chosen.exists():
+            # Made aside and renamed: of several processes that come at the same moment one makes
+            # it, and the others find it whole.
+            place = chosen.with_name(f".{chosen.name}.{os.getpid()}")
+            aside = make_folder(chosen.parent, settings.name, place)
+            _describe(aside, config, identity)
+            try:
+                aside.rename(chosen)
+            except OSError:
+                shutil.rmtree(aside)
         check_same(chosen, config)
         return chosen
     folder = make_folder(Path(config["paths"]["outputs"]), settings.name, chosen)
