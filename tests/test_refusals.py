@@ -78,6 +78,7 @@ VALUES = {
     "callbacks.failures.on_failure=skip": ("callbacks.failures.on_failure is 'skip'", "skip_step"),
     "callbacks.failures.unconverged=2": ("unconverged is 2", "share from 0 to 1"),
     "callbacks.failures.in_a_row=0": ("in_a_row is 0", "at least 1"),
+    "callbacks.failures.patience=0": ("patience is 0", "at least 1"),
     "callbacks.pretraining.steps=-1": ("pretraining", "steps", "-1"),
     "arch.expansion=0": ("expansion is 0",),
     "arch.channels=[8,0]": ("channels",),

@@ -82,7 +82,13 @@ def test_a_step_made_again_has_the_loss_and_the_gradient_it_had(
 def test_a_later_step_too_with_the_draws_of_its_number(tmp_path: Path) -> None:
     """Of the Jacobian's term, drawn for every step, and of the weights that have moved by then."""
     overrides = (
-        *("model=deq", "solver.max_steps=7", "callbacks.failures.unconverged=0", KEEP),
+        *(
+            "model=deq",
+            "solver.max_steps=7",
+            "callbacks.failures.unconverged=0",
+            KEEP,
+            "callbacks.failures.patience=1",
+        ),
         *("loss.jacobian=0.1", "loss.jacobian_probability=0.5", "trainer.max_epochs=3"),
     )
     folder = run(tmp_path / "run", *overrides)
