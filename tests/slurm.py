@@ -82,6 +82,10 @@ for line in jobs.splitlines():
 """
 
 
+class NotStarted(RuntimeError):
+    """The machine has Slurm's programs, but does not let them run."""
+
+
 def missing() -> str | None:
     """Why there can be no Slurm here, or None."""
     path = f"{os.environ['PATH']}:/usr/sbin"
@@ -139,7 +143,10 @@ class Slurm:
 
 @contextmanager
 def running(root: Path) -> Iterator[Slurm]:
-    """Start the daemons, and stop them whatever happens."""
+    """Start the daemons, and stop them whatever happens.
+
+    Raises: NotStarted.
+    """
     (root / "state").mkdir(parents=True)
     _configure(root)
     environment = {
@@ -149,9 +156,14 @@ def running(root: Path) -> Iterator[Slurm]:
     }
     slurm, daemons = Slurm(root, environment), list(_daemons(root))
     try:
-        for command, _ in daemons:
-            subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
-        wait_for(lambda: _idle(slurm), f"two idle nodes; see {root}/*.log")
+        try:
+            for command, _ in daemons:
+                subprocess.run(
+                    command, env=environment, check=True, capture_output=True, timeout=60
+                )
+            wait_for(lambda: _idle(slurm), f"two idle nodes; see {root}/*.log")
+        except (OSError, subprocess.SubprocessError) as error:  # TimeoutError is an OSError
+            raise NotStarted(f"Slurm does not start on this machine: {error}") from error
         yield slurm
     finally:
         with suppress(subprocess.SubprocessError):

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -108,7 +108,11 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     root = tmp_path_factory.mktemp("slurm")
     (root / "here").mkdir()
-    with pytest.MonkeyPatch.context() as patch, slurm.running(root / "daemons") as running:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        try:
+            running = stack.enter_context(slurm.running(root / "daemons"))
+        except slurm.NotStarted as reason:
+            pytest.skip(str(reason))
         path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
         python = f"{Path(sys.executable).parent}:{running.environment['PATH']}"
         for name in ("FASTDEQ_DATA", "FASTDEQ_CACHE"):
