@@ -201,13 +201,13 @@ def test_to_warn_changes_nothing_and_tells_when_it_begins_and_how_long_it_was(tm
     plain, watched = task_of(EARLY), task_of(EARLY)
     batches = [GOOD, OTHER] * 5
     trained(plain, batches, tmp_path)
-    trained(watched, batches, tmp_path, callbacks=[Failures()])
+    trained(watched, batches, tmp_path, callbacks=[Failures(patience=1)])
     assert_equal(plain.state_dict(), watched.state_dict())
     assert len(lines) == 2
     assert lines[0].startswith(
         "step 0: 5 of 5 samples did not converge in the forward solve (5 step_limit); what helps: "
     )
-    assert lines[0].endswith(f"mode=replay from_run={tmp_path}")
+    assert lines[0].endswith(f"step 0 again: python train.py mode=replay from_run={tmp_path}")
     assert lines[1] == "steps 0 to 9: 10 of 10 failed and were made"
 
 
@@ -276,9 +276,39 @@ def test_a_failing_step_is_kept_also_where_the_next_one_never_comes(tmp_path, li
     assert [line.split(":")[0] for line in lines] == ["step 1"]
 
 
-def test_only_the_first_is_kept(tmp_path):
-    trained(task_of(EARLY), [GOOD, NAN, GOOD], tmp_path, callbacks=[Failures()])
+@pytest.mark.parametrize("on_failure", ["warn", "skip_step"])
+def test_the_first_is_kept_until_one_is_not_finite_and_then_that(tmp_path, on_failure):
+    watch = partial(Failures, on_failure=on_failure, patience=1)
+    trained(task_of(EARLY, lr=0.0), [GOOD] * 3, tmp_path, callbacks=[watch()])
     assert kept(tmp_path)["failure"]["step"] == 0
+    batches = [GOOD, OTHER, NAN, GOOD, NAN]
+    trained(task_of(EARLY, lr=0.0), batches, tmp_path, callbacks=[watch()])
+    assert kept(tmp_path)["failure"]["step"] == 2
+    assert is_sealed(tmp_path / FAILURE)
+
+
+@pytest.mark.parametrize(("steps", "told"), [(2, []), (3, ["step 2", "steps 0 to 2"])])
+def test_unconverged_steps_are_told_and_kept_when_patience_ends(tmp_path, lines, steps, told):
+    trained(task_of(EARLY), [GOOD] * steps, tmp_path, callbacks=[Failures(patience=3)])
+    assert [line.split(":")[0] for line in lines] == told
+    assert (tmp_path / FAILURE).exists() == bool(told)
+    if told:
+        assert kept(tmp_path)["failure"]["step"] == 2
+
+
+def test_a_phase_of_unconverged_steps_that_turns_non_finite_is_told_again(tmp_path, lines):
+    batches = [GOOD, NAN, GOOD, NAN]
+    watch = [Failures(on_failure="skip_step", patience=1)]
+    trained(task_of(EARLY, lr=0.0), batches, tmp_path, callbacks=watch)
+    assert [line.split(":")[0] for line in lines] == ["step 0", "step 1", "steps 0 to 3"]
+
+
+def test_a_later_line_names_the_step_that_is_kept(tmp_path, lines):
+    batches = [NAN] + [GOOD] * 101 + [NAN]
+    watch = [Failures(on_failure="skip_step")]
+    trained(task_of(lr=0.0), batches, tmp_path, callbacks=watch)
+    assert [line.split(":")[0] for line in lines] == ["step 0", "step 102"]
+    assert all("; step 0 again: python" in line for line in lines)
 
 
 # skip_step
@@ -390,6 +420,7 @@ def test_unconverged_steps_end_a_run_only_where_they_are_skipped(tmp_path):
         ({"unconverged": 1.5}, "unconverged is 1.5, but must be a share from 0 to 1"),
         ({"unconverged": -0.1}, "unconverged is -0.1"),
         ({"in_a_row": 0}, "in_a_row is 0, but must be at least 1"),
+        ({"patience": 0}, "patience is 0, but must be at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong, cure):
@@ -417,5 +448,5 @@ def test_to_warn_waits_for_no_device(tmp_path):
         return sum("called a synchronizing" in str(one.message) for one in told)
 
     watch = Failures()
-    watch._record.saved = True  # writing the file waits, once a run
+    watch._record.kept, watch._record.final = 0, True  # writing the file waits, once a run
     assert waits(watch) == waits() == waits(watch)

@@ -84,10 +84,12 @@ class _Pending:
 class _Record:
     """What later steps depend on, and a run that goes on needs."""
 
-    saved: bool = False
+    kept: int | None = None  # the number of the step in failure.ckpt
+    final: bool = False  # nothing will take its place
     row: int = 0  # failed steps up to now, without one between that taught anything
     cause: str = ""  # of the first of them
     phase: list[int] = field(default_factory=list)  # its first step, its last failed, how many
+    told: int = 0  # of this phase: that solves did not converge (1), that a step is not finite (2)
 
 
 class Failures(Callback):
@@ -95,15 +97,19 @@ class Failures(Callback):
     or in the backward solve, or where its loss or the norm of its gradient is not finite. Steps of
     pretraining are no solves: only the latter counts.
 
-    on_failure: `warn` tells when a phase of failing steps begins and how long it was. `skip_step`
-        also leaves the optimizer step out: parameters, the optimizer's state and running statistics
-        stay what they were, while the step counts for all schedules. `raise` ends the run.
+    on_failure: `warn` tells of a phase of failing steps when it begins and how long it was.
+        `skip_step` also leaves the optimizer step out: parameters, the optimizer's state and
+        running statistics stay what they were, while the step counts for all schedules. `raise`
+        ends the run.
     unconverged: the share; None: no share is too large.
     in_a_row: the run ends after so many failed steps that taught nothing (skipped, or not finite)
         without one between that did; None: never. Unconverged steps that were made do not count:
         much is learned from solves cut off at their step limit.
+    patience: `warn` tells, and keeps a step, when so many in a phase have not converged: the first
+        solves of an untrained cell often do not, and soon do. What is not finite is told at once.
 
-    The first failed step of a run is kept in failure.ckpt, to be run again by `mode=replay`.
+    The first step that is told is kept in failure.ckpt, to be run again by `mode=replay`; the first
+    one that is not finite takes its place.
 
     The verdict is that of all processes together, and the same on all: it takes one exchange of 13
     numbers a step. With `warn` it is read a step late, so that no device is waited for; otherwise
@@ -119,6 +125,7 @@ class Failures(Callback):
         on_failure: OnFailure = "warn",
         unconverged: float | None = 0.5,
         in_a_row: int | None = 100,
+        patience: int = 10,
     ) -> None:
         if on_failure not in ("warn", "skip_step", "raise"):
             raise ValueError(
@@ -131,11 +138,20 @@ class Failures(Callback):
             )
         if in_a_row is not None and in_a_row < 1:
             raise ValueError(f"Failures.in_a_row is {in_a_row}, but must be at least 1, or null")
+        if patience < 1:
+            raise ValueError(f"Failures.patience is {patience}, but must be at least 1")
         self.on_failure, self.unconverged, self.in_a_row = on_failure, unconverged, in_a_row
+        self.patience = patience
         self._record = _Record()
         self._tensors: _Tensors | None = None
         self._now: _Step | None = None
         self._pending: _Pending | None = None
+        self._skip = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what the task is made of; nothing is left of a training before this one."""
+        self._tensors = _Tensors(_task(pl_module))
+        self._now = self._pending = None
         self._skip = False
 
     def on_train_batch_start(
@@ -146,15 +162,13 @@ class Failures(Callback):
         Raises: TrainingFailed, where the run that is gone on with had come to that.
         """
         self._stop_if_hopeless(trainer)
-        task, saved = _task(pl_module), self._record.saved
-        if self._tensors is None:
-            self._tensors = _Tensors(task)
+        assert self._tensors is not None
         self._now = _Step(
             number=trainer.global_step,
             epoch=trainer.current_epoch,
-            depth=task.model.equilibrium.depth,
+            depth=_task(pl_module).model.equilibrium.depth,
             batch=batch,
-            random=None if saved else taken_random_state(),
+            random=None if self._record.final else taken_random_state(),
             kept={name: tensor.clone() for name, tensor in self._changing(self._tensors).items()},
         )
 
@@ -189,7 +203,6 @@ class Failures(Callback):
         Raises: TrainingFailed.
         """
         self._settle(trainer, pl_module)
-        self._tensors = None
         self._end_phase(trainer)
         self._stop_if_hopeless(trainer)
 
@@ -220,7 +233,7 @@ class Failures(Callback):
         """What the step may have changed by the time it is judged, and is then wanted."""
         if self.on_failure != "warn":
             return tensors.buffers()
-        return {} if self._record.saved else {**tensors.named, **tensors.buffers()}
+        return {} if self._record.final else {**tensors.named, **tensors.buffers()}
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the step that waits for it, on all processes together.
@@ -231,18 +244,18 @@ class Failures(Callback):
             return
         pending, self._pending = self._pending, None
         diagnosis = Diagnosis.of(pending.reading.rows())
-        failed = diagnosis.failed(self.unconverged)
-        if failed and not self._record.saved:
-            self._record.saved = True
-            _save(pending, diagnosis, trainer, _task(pl_module))
-        if failed and self.on_failure == "raise":
-            raise TrainingFailed(_told(pending.step.number, diagnosis, trainer))
-        if failed and self.on_failure == "skip_step":
+        failed, number = diagnosis.failed(self.unconverged), pending.step.number
+        self._count(failed, diagnosis)
+        if not failed:
+            self._calm(number, trainer)
+            return
+        if self._is_due(number, diagnosis):
+            self._keep(pending, diagnosis, trainer, _task(pl_module))
+            self._tell(number, diagnosis, trainer)
+        if self.on_failure == "skip_step":
             self._skip = True
             assert self._tensors is not None
             self._tensors.put_back(pending.step.kept)
-        self._count(failed, diagnosis)
-        self._follow(failed, pending.step.number, diagnosis, trainer)
 
     def _count(self, failed: bool, diagnosis: Diagnosis) -> None:
         """The row of steps that taught nothing."""
@@ -253,24 +266,49 @@ class Failures(Callback):
         record.row += 1
         record.cause = record.cause or f"{diagnosis.symptom}; what helps: {diagnosis.advice}"
 
-    def _follow(self, failed: bool, number: int, diagnosis: Diagnosis, trainer: Trainer) -> None:
-        """The phase: a line where it begins, and one where it is over."""
-        phase = self._record.phase
-        if failed and phase:
-            phase[1:] = [number, phase[2] + 1]
-        elif failed:
-            phase[:] = [number, number, 1]
-            if trainer.is_global_zero:
-                log.warning("%s", _told(number, diagnosis, trainer))
-        elif phase and number - phase[1] >= _CALM:
+    def _is_due(self, number: int, diagnosis: Diagnosis) -> bool:
+        """Add a failed step to its phase; whether it is told, now or already."""
+        first, _, count = self._record.phase or (number, number, 0)
+        self._record.phase = [first, number, count + 1]
+        waits = self.on_failure == "warn" and diagnosis.finite
+        return bool(self._record.told) or not waits or count + 1 >= self.patience
+
+    def _keep(
+        self, pending: _Pending, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
+    ) -> None:
+        """The first step that is told, and then the first that is not finite."""
+        record = self._record
+        if record.kept is not None and (record.final or diagnosis.finite):
+            return
+        record.kept, record.final = pending.step.number, not diagnosis.finite
+        _save(pending, diagnosis, trainer, task)
+
+    def _tell(self, number: int, diagnosis: Diagnosis, trainer: Trainer) -> None:
+        """A line where a phase begins, and one where it turns non-finite.
+
+        Raises: TrainingFailed, with `raise`.
+        """
+        kind = 1 if diagnosis.finite else 2
+        helps = f"what helps: {diagnosis.advice}"
+        line = f"step {number:,}: {diagnosis.symptom}; {helps}; {self._replay(trainer)}"
+        if self.on_failure == "raise":
+            raise TrainingFailed(line)
+        if trainer.is_global_zero and kind > self._record.told:
+            log.warning("%s", line)
+        self._record.told = max(kind, self._record.told)
+
+    def _calm(self, number: int, trainer: Trainer) -> None:
+        """After a step that did not fail."""
+        if self._record.phase and number - self._record.phase[1] >= _CALM:
             self._end_phase(trainer)
 
     def _end_phase(self, trainer: Trainer) -> None:
-        if not self._record.phase:
+        phase, told = self._record.phase, self._record.told
+        self._record.phase, self._record.told = [], 0
+        if not told or not trainer.is_global_zero:
             return
-        first, last, count = self._record.phase
-        self._record.phase = []
-        if trainer.is_global_zero and last > first:  # of a single step all has been said
+        first, last, count = phase
+        if last > first:  # of a single step all has been said
             done = "and were skipped" if self.on_failure == "skip_step" else "and were made"
             log.warning(
                 "steps %s to %s: %s of %s failed %s",
@@ -283,9 +321,14 @@ class Failures(Callback):
         if self.in_a_row is not None and record.row >= self.in_a_row:
             steps = "step" if record.row == 1 else f"{record.row:,} steps in a row"
             raise TrainingFailed(
-                f"the last {steps} failed; at the first of them {record.cause}; the run's first "
-                f"failed step again: {_replay(trainer)}"
+                f"the last {steps} failed; at the first of them {record.cause}; "
+                f"{self._replay(trainer)}"
             )
+
+    def _replay(self, trainer: Trainer) -> str:
+        """The command that makes the kept step again."""
+        command = f"python train.py mode=replay from_run={trainer.default_root_dir}"
+        return f"step {self._record.kept:,} again: {command}"
 
 
 def _task(pl_module: LightningModule) -> AbstractTask:
@@ -365,13 +408,3 @@ def _on_host(node: Any) -> Any:
     if isinstance(node, dict):
         return {name: _on_host(value) for name, value in node.items()}
     return [_on_host(value) for value in node] if isinstance(node, list) else node
-
-
-def _told(number: int, diagnosis: Diagnosis, trainer: Trainer) -> str:
-    helps = f"what helps: {diagnosis.advice}"
-    return f"step {number:,}: {diagnosis.symptom}; {helps}; the step again: {_replay(trainer)}"
-
-
-def _replay(trainer: Trainer) -> str:
-    """The command for the failed step that was kept: the run's first."""
-    return f"python train.py mode=replay from_run={trainer.default_root_dir}"
