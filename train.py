@@ -3,10 +3,16 @@
 `python train.py --help` says what can be chosen.
 """
 
-import hydra
-from omegaconf import DictConfig
+import signal
 
-from fastdeq import experiment
+# It asks a run to stop, and may come while torch is still being imported: it waits until the run
+# listens, instead of ending the process.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from fastdeq import experiment  # noqa: E402
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

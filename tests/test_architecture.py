@@ -38,6 +38,7 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.callbacks": 7,
     "fastdeq.report": 7,
     "fastdeq.experiment": 8,
+    "fastdeq.jobs": 9,
 }
 """A module or a package with all that is in it. A new one gets its line here."""
 

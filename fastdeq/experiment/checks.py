@@ -11,6 +11,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 from hydra.utils import get_object
 
+from fastdeq.experiment.cluster import current_step
 from fastdeq.settings import describe, fits, setting, settings
 
 GROUPS = (
@@ -101,33 +102,57 @@ def _check_length(trainer: dict[str, Any]) -> None:
             )
 
 
-def count_ranks(trainer: dict[str, Any]) -> int:
+def count_ranks(trainer: dict[str, Any], *, elsewhere: bool = False) -> int:
     """How many processes train: one for each device of a distributed strategy, else one.
 
-    Raises: ValueError for more GPUs than there are, and for several devices without a strategy
-    that divides the work.
+    elsewhere: the run is for other machines than this one, which may lack their devices.
+
+    Raises: ValueError for more GPUs than there are, for several devices without a strategy that
+    divides the work, and for other numbers of tasks than a cluster has started.
     """
+    count = _count_devices(trainer, elsewhere=elsewhere)
+    nodes: int = trainer.get("num_nodes", 1)
+    step = None if elsewhere else current_step()
+    if step is not None and (step.ranks, step.nodes) != (count * nodes, nodes):
+        raise ValueError(
+            f"srun has started {step.ranks} tasks on {step.nodes} nodes, but trainer.devices is "
+            f"{trainer.get('devices', 1)} and trainer.num_nodes is {nodes}: a run needs one task "
+            "for each device of each node"
+        )
+    if nodes > 1 and step is None and not elsewhere:
+        raise ValueError(
+            f"trainer.num_nodes is {nodes}: on several machines Slurm starts one task for each "
+            "device (slurm/one_run.sbatch)"
+        )
+    return count * nodes
+
+
+def _count_devices(trainer: dict[str, Any], *, elsewhere: bool) -> int:
+    """Of one node."""
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", 1)
     gpus = torch.cuda.device_count()
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
-    if accelerator in ("gpu", "cuda") and not gpus:
+    if accelerator in ("gpu", "cuda") and not gpus and not elsewhere:
         raise ValueError(
             f"trainer.accelerator is {accelerator}, but there is no GPU here: use "
             "trainer.accelerator=cpu, or trainer=ddp_cpu for several processes"
         )
     count = len(devices) if isinstance(devices, list) else devices
     if count in ("auto", -1, "-1"):
+        if elsewhere and accelerator != "cpu":
+            raise ValueError(
+                f"trainer.devices is {devices}, which is not known before the job starts: give "
+                "the number of GPUs of a node"
+            )
         count = max(gpus, 1) if on_gpu else 1
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"trainer.devices is {devices!r}, but must be at least 1, a list, or auto")
     wanted = max(devices) + 1 if isinstance(devices, list) and devices else count
-    if on_gpu and wanted > gpus:
+    if on_gpu and wanted > gpus and not elsewhere:
         raise ValueError(f"trainer.devices asks for {devices}, but there are {gpus} GPUs here")
     if count > 1 and not isinstance(trainer.get("strategy"), dict):
         cure = "trainer=ddp" if on_gpu else "trainer=ddp_cpu"
         raise ValueError(f"trainer.devices is {devices}: several devices need {cure}")
-    if trainer.get("num_nodes", 1) != 1:
-        raise ValueError("trainer.num_nodes is not 1: a run takes the devices of one machine")
     return count
 
 

@@ -7,18 +7,30 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fastdeq.callbacks import Interrupted
+from fastdeq.experiment.cluster import (
+    dismiss,
+    end_with,
+    in_submitit,
+    is_follower,
+    meeting,
+    requeue,
+)
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.folder import OVERRIDES
+from fastdeq.experiment.launch import follow
 from fastdeq.experiment.replay import replay
 from fastdeq.experiment.run import read_score, run
 from fastdeq.experiment.signals import received
-from fastdeq.experiment.sweep import RESUMABLE, Refused, record_job
+from fastdeq.experiment.sweep import RESUMABLE, Refused, quiet_hydra, record_job
+
+quiet_hydra()  # submitit's processes load this module and compose, without anything else of it
 
 
 def command_line(main: Callable[[], object]) -> None:
@@ -28,6 +40,10 @@ def command_line(main: Callable[[], object]) -> None:
     keep their traceback.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors on, instead of printing them itself
+    quiet_hydra()
+    if is_follower():
+        follow_first()
+        return
     try:
         sys.argv[1:] = with_saved_overrides(sys.argv[1:])
         main()
@@ -35,6 +51,8 @@ def command_line(main: Callable[[], object]) -> None:
         fail(error.cause)
     except Exception as error:
         fail(error)
+    finally:
+        dismiss()
 
 
 def job(cfg: DictConfig) -> float:
@@ -42,6 +60,9 @@ def job(cfg: DictConfig) -> float:
 
     A job of a sweep that fails does not stop the others; the table and the exit status tell.
     """
+    if is_follower():  # of submitit, which composes on every rank
+        return follow_first()
+    end_with(0)
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         try:
             if cfg.get("mode") == "replay":
@@ -49,7 +70,7 @@ def job(cfg: DictConfig) -> float:
             return read_score(run(cfg))
         except Interrupted:
             print("the same command goes on, where it names the run folder (paths.run)", flush=True)
-            sys.exit(RESUMABLE)
+            _end(RESUMABLE)
         except Exception as error:
             fail(error, debug=cfg.get("debug") is True)
     folder = None
@@ -63,18 +84,58 @@ def job(cfg: DictConfig) -> float:
         if not interrupted:
             report(error, debug=cfg.get("debug") is True)
         record_job(folder, explain(error), interrupted=interrupted)
-        if received():  # it was the sweep that was asked to stop
+        if interrupted and received() == "SIGUSR2" and in_submitit():
+            _requeue()
+        elif received():  # it was the sweep that was asked to stop
             print("the same command goes on", flush=True)
-            sys.exit(RESUMABLE)
+            _end(RESUMABLE)
+        else:
+            end_with(RESUMABLE if interrupted else 1)
         return math.nan
+    finally:
+        dismiss()
     record_job(folder, None)
     return score
 
 
-def fail(error: Exception, *, debug: bool | None = None) -> None:
+def follow_first() -> float:
+    """All that a rank of a cluster does that is not the first; NaN."""
+    end_with(0)
+    leader = meeting()
+    assert leader is not None
+    try:
+        follow(leader)
+    except Interrupted:
+        pass  # the first one says so, and its exit status counts
+    except Exception as error:
+        end_with(1)
+        report(error, debug="debug=true" in sys.argv)
+        if HydraConfig.initialized():  # in a sweep; the first one may be lost in a collective
+            record_job(None, explain(error))
+        leader.fail(explain(error))
+    return math.nan
+
+
+def _requeue() -> None:
+    """Let submitit put the job into the queue again; does not return, but where it will not."""
+    end_with(RESUMABLE)
+    print("going back into the queue", flush=True)
+    try:
+        requeue()
+    except Exception as error:  # of submitit: timed out too many times
+        report(error, debug=False)
+        record_job(None, explain(error), interrupted=True)
+
+
+def _end(status: int) -> NoReturn:
+    end_with(status)
+    sys.exit(status)
+
+
+def fail(error: Exception, *, debug: bool | None = None) -> NoReturn:
     """Report the error and end the process with status 1."""
     report(error, debug="debug=true" in sys.argv if debug is None else debug)
-    sys.exit(1)
+    _end(1)
 
 
 def report(error: Exception, *, debug: bool) -> None:

@@ -11,11 +11,17 @@ from hydra.errors import (
     OverrideParseException,
 )
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    ValidationError,
+)
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from fastdeq.callbacks import TrainingFailed
 from fastdeq.experiment.checks import nearest
+from fastdeq.experiment.cluster import RankFailed
 
 
 def explain(error: BaseException) -> str:
@@ -23,6 +29,9 @@ def explain(error: BaseException) -> str:
     for kind, sentence in _KINDS:
         if isinstance(error, kind):
             return _one_line(sentence(error))
+    if type(error).__name__ == "UncompletedJobError":  # of submitit, with all that was printed
+        job, what = [*str(error).splitlines(), ""][:2]
+        return f"{job} {what}; the sweep's other jobs go on: start it again to collect them"
     name = (
         "" if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: "
     )
@@ -39,6 +48,8 @@ def _missing_choice(error: MissingConfigException) -> str:
 
 def _composition(error: ConfigCompositionException) -> str:
     cause = error.__cause__
+    if isinstance(cause, ValidationError):  # of a launcher's keys, which have types
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
     if isinstance(cause, ConfigKeyError) or hasattr(cause, "parent_node"):
         key = str(getattr(cause, "full_key", "") or _quoted(error))
         parent = getattr(cause, "parent_node", None)
@@ -98,6 +109,7 @@ _KINDS: tuple[tuple[type[Exception], Callable[[Any], str]], ...] = (
     (InterpolationResolutionError, _resolution),
     (OmegaConfBaseException, lambda error: str(error).splitlines()[0]),
     (ProcessRaisedException, _process),
+    (RankFailed, str),
     (TrainingFailed, str),
 )
 

@@ -16,6 +16,7 @@ import pytorch_lightning as lightning
 import torch
 from hydra.utils import instantiate
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.loggers import Logger
 
 from fastdeq.callbacks import (
@@ -34,6 +35,7 @@ from fastdeq.callbacks import (
     table_of,
 )
 from fastdeq.experiment.checkpoint import load_weights
+from fastdeq.experiment.cluster import current_step
 from fastdeq.experiment.folder import LOG, SUMMARY, peak_memory, provenance, write_json
 from fastdeq.experiment.signals import received
 from fastdeq.report import heading, row
@@ -63,7 +65,7 @@ class Job:
 
 
 def work(job: Job) -> None:
-    """Run the job as the process that the environment says (LOCAL_RANK); rank 0 writes the summary.
+    """Run the job as the rank that the environment says; rank 0 writes the summary.
 
     Raises: whatever the parts raise; Interrupted where the run has saved its state to go on later.
     """
@@ -74,7 +76,7 @@ def work(job: Job) -> None:
     if job.checkpoint is not None:
         load_weights(task, job.checkpoint)
     # Weights are equal on all ranks; what is drawn while training (dropout, ε) must not be.
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank = _rank()
     if rank:
         torch.manual_seed(cfg["seed"] + rank)
     timer = StepTimer()
@@ -96,6 +98,11 @@ def work(job: Job) -> None:
                 close()
 
 
+def _rank() -> int:
+    step = current_step()
+    return int(os.environ.get("LOCAL_RANK", 0)) if step is None else step.rank
+
+
 def make_trainer(
     cfg: dict[str, Any],
     task: AbstractTask,
@@ -106,7 +113,10 @@ def make_trainer(
     """The trainer of the configuration; without a job one that only shows that it can be built."""
     _quiet()
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
-    plugins: list[Any] = [SealedCheckpointIO()]
+    # Named, for Lightning would guess from variables that a cluster has set for others.
+    slurm = current_step() is not None
+    ranks = SLURMEnvironment(auto_requeue=False) if slurm else LightningEnvironment()
+    plugins: list[Any] = [SealedCheckpointIO(), ranks]
     if job is not None:
         chosen = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
         for callback in chosen:
@@ -124,7 +134,6 @@ def make_trainer(
     if callable(strategy := trainer.keywords.get("strategy")):
         # Looking for idle parameters costs a walk through the graph in every step.
         options["strategy"] = strategy(find_unused_parameters=task.leaves_parameters_unused)
-        plugins.append(LightningEnvironment())  # not what a cluster's variables suggest
     made: lightning.Trainer = trainer(**options, plugins=plugins)
     # Lightning's handler communicates from within the handler; ours sets a flag (signals.py).
     made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -146,6 +155,7 @@ def _quiet() -> None:
         ".*does not have many workers",  # batches are cut from memory
         "It is recommended to use `self.log",  # the tasks' means are synchronized already
         "`ModelCheckpoint\\(monitor=",  # a run that stops before its first validation: _conclude
+        "The `srun` command is available",  # whether it is used is known (cluster.current_step)
         "The number of training batches",  # fewer in an epoch than log_every_n_steps
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, spawn
 
 from fastdeq.callbacks import Interrupted
+from fastdeq.experiment.cluster import Meeting, RankFailed, meeting
 from fastdeq.experiment.folder import SUMMARY, logging_to
 from fastdeq.experiment.job import Job, work
 from fastdeq.experiment.signals import listening, received
@@ -25,12 +26,17 @@ _LOOK, _GRACE = 0.2, 2.0  # seconds: between two looks at the ranks; for them to
 
 
 def launch(job: Job) -> None:
-    """Run the job to its end on `job.ranks` processes.
+    """Run the job to its end on `job.ranks` processes: this one, some that are started here, or
+    those that a cluster has started, of which this is the first.
 
     Raises: what the work raises; of several processes, that of the first that failed, and the
     others are ended; Interrupted for a run that has saved its state to go on later.
     """
     log = job.folder / f"{job.config['mode']}.log"
+    if (others := meeting()) is not None:
+        with logging_to(log):
+            _lead(job, others)
+        return
     if job.ranks == 1:
         with logging_to(log):
             work(job)
@@ -39,6 +45,31 @@ def launch(job: Job) -> None:
     _wait_for(ranks)
     if not (job.folder / SUMMARY).exists():  # all have ended well, but not the run
         raise Interrupted("stopped before its end, as stop_after says")
+
+
+def follow(leader: Meeting) -> None:
+    """The life of a cluster's rank that is not the first: it composes and checks nothing, makes no
+    folder, and says nothing.
+
+    Raises: what the work raises.
+    """
+    job = leader.told()
+    if job is not None:
+        with listening():
+            work(job)
+
+
+def _lead(job: Job, others: Meeting) -> None:
+    """Raises: what the work raises; RankFailed where another rank's failure is behind it."""
+    others.tell(job)
+    try:
+        work(job)
+    except Interrupted:
+        raise
+    except Exception as error:
+        if text := others.failure():
+            raise RankFailed(f"a process failed: {text}") from error
+        raise
 
 
 def _wait_for(ranks: ProcessContext) -> None:

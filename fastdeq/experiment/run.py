@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +54,13 @@ def run(cfg: DictConfig) -> Path:
     Interrupted.
     """
     started = _started()
-    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    settings = check_values(config)
-    if settings.mode == "replay":
-        raise ValueError("mode=replay makes no run: call fastdeq.experiment.replay")
-    ranks = count_ranks(config["trainer"])
-    checkpoint = _checkpoint(settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is built again for the run warns again
-        _check_parts(cfg, config, ranks, checkpoint)
+    checked = check(cfg)
+    config, settings, identity = checked.config, checked.settings, checked.identity
     choices = _choices()
-    paths = config["paths"]
-    chosen = None if paths["run"] is None else Path(paths["run"])
+    chosen = None if config["paths"]["run"] is None else Path(config["paths"]["run"])
     goes_on = settings.resume == "auto" and settings.mode == "train"
-    identity = identity_of(config)
     if chosen is None and goes_on and HydraConfig.get().mode == RunMode.MULTIRUN:
-        # A sweep that is started again finds its runs.
-        chosen = Path(paths["outputs"]) / settings.name / identity
+        chosen = checked.folder_in_sweep
     folder = _folder(chosen, config, settings, identity, goes_on=goes_on)
     with held(folder):
         if goes_on and is_done(folder):
@@ -78,18 +69,63 @@ def run(cfg: DictConfig) -> Path:
         job = Job(
             config=config,
             folder=folder,
-            command=shlex.join(sys.argv),
-            checkpoint=checkpoint,
+            command=_command(),
+            checkpoint=checked.checkpoint,
             resume=saved_state(folder),
             choices=choices,
             reference=find_reference(config, choices),
-            ranks=ranks,
+            ranks=checked.ranks,
             interactive=interactive(),
             started=started,
         )
         with listening(), recorded(folder, identity):
             launch(job)
     return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A configuration that can be run.
+
+    config: resolved, plain containers. ranks: processes that train, of all nodes. checkpoint:
+    weights to begin with. identity: shared by the runs that are the same.
+    """
+
+    config: dict[str, Any]
+    settings: RunSettings
+    ranks: int
+    checkpoint: Path | None
+    identity: str
+
+    @property
+    def folder_in_sweep(self) -> Path:
+        """Where a sweep that is started again finds this run."""
+        return Path(self.config["paths"]["outputs"]) / self.settings.name / self.identity
+
+
+def check(cfg: DictConfig, *, elsewhere: bool = False) -> Checked:
+    """Check the values, and build everything once, which leaves nothing behind but prepared data.
+
+    elsewhere: it is to run on other machines than this one, which may lack their devices.
+
+    Raises: as `run` does before anything is written.
+    """
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    settings = check_values(config)
+    if settings.mode == "replay":
+        raise ValueError("mode=replay makes no run: call fastdeq.experiment.replay")
+    ranks = count_ranks(config["trainer"], elsewhere=elsewhere)
+    checkpoint = _checkpoint(settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is built again for the run warns again
+        _check_parts(cfg, None if elsewhere else config, ranks, checkpoint)
+    return Checked(
+        config=config,
+        settings=settings,
+        ranks=ranks,
+        checkpoint=checkpoint,
+        identity=identity_of(config),
+    )
 
 
 def _folder(
@@ -159,9 +195,12 @@ def _checkpoint(settings: RunSettings) -> Path | None:
 
 
 def _check_parts(
-    cfg: DictConfig, config: dict[str, Any], ranks: int, checkpoint: Path | None
+    cfg: DictConfig, config: dict[str, Any] | None, ranks: int, checkpoint: Path | None
 ) -> None:
-    """Build everything once, so that what cannot be built is known before a folder is made."""
+    """Build everything once, so that what cannot be built is known before a folder is made.
+
+    config: what a trainer is built from; None: none, for want of its devices.
+    """
     for key in ("solver", "adjoint", "loss", "scheduler", "callbacks"):
         with _blamed_on(key):
             instantiate(cfg[key], _convert_="all")
@@ -175,8 +214,9 @@ def _check_parts(
     task = instantiate(cfg.task, _convert_="all")
     with _blamed_on("optimizer"):
         task.make_optimizer(task.parameters())
-    with _blamed_on("trainer"):
-        make_trainer(config, task)
+    if config is not None:
+        with _blamed_on("trainer"):
+            make_trainer(config, task)
     wanted, found = (tuple(cfg.sizes.input), cfg.sizes.outputs), (data.input_shape, data.outputs)
     if wanted != found:
         raise ValueError(
@@ -211,6 +251,16 @@ _PLAIN = (ValueError, TypeError, FileNotFoundError, FileExistsError, OSError)
 def _choices() -> dict[str, str]:
     chosen = HydraConfig.get().runtime.choices
     return {str(key): str(value) for key, value in chosen.items() if "/" not in key}
+
+
+def _command() -> str:
+    """The command of this run alone: of a job in a sweep its own, whatever has started the process
+    that it is in.
+    """
+    hydra = HydraConfig.get()
+    return shlex.join(
+        ["train.py", *hydra.overrides.task] if hydra.mode == RunMode.MULTIRUN else sys.argv
+    )
 
 
 def _started() -> float:

@@ -27,6 +27,8 @@ def listening(signals: Sequence[signal.Signals] = ASKED) -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, _note) for number in signals}
+    # Those that have come since the process was started wait until now (train.py).
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     try:
         yield
     finally:

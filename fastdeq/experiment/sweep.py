@@ -1,20 +1,26 @@
 """L8: around the jobs of a sweep: a check before the first, a record of each, a table after."""
 
 import sys
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from fastdeq.experiment.cluster import current_step
 from fastdeq.experiment.folder import write_json
+from fastdeq.experiment.submission import check_queue, check_tasks, to_submit
 from fastdeq.report import SweepTable, read_jobs
 
+T = TypeVar("T")
 RESUMABLE = 75
 """The exit status of a run that has saved its state to go on later (sysexits' EX_TEMPFAIL)."""
 
@@ -44,15 +50,29 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Compose with every value that the sweep names, once, before anything is written."""
+        if current_step() is not None:
+            raise Refused(
+                ValueError(
+                    "-m inside of a Slurm job of several tasks: start the sweep outside of it with "
+                    "hydra/launcher=submitit_slurm, or as an array (slurm/sweep_array.sbatch)"
+                )
+            )
+        _check_plugin(config.hydra.launcher)
+        _check_plugin(config.hydra.sweeper)
         params = config.hydra.sweeper.get("params") or {}
         given = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
         overrides = [
             _alternatives(override) for override in OverridesParser.create().parse_overrides(given)
         ]
         first = [texts[0] for texts in overrides]
+        launcher = to_submit(config.hydra.launcher)
         for place, texts in enumerate(overrides):
             for text in texts[1:] or texts:
-                self._compose([*first[:place], text, *first[place + 1 :]])
+                cfg = self._compose([*first[:place], text, *first[place + 1 :]])
+                if launcher is not None:
+                    _or_refused(check_tasks, launcher, cfg.trainer)
+        if launcher is not None:
+            _or_refused(check_queue, launcher)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print and write the table; leave with status 1 if a job failed, 75 if one can go on."""
@@ -71,18 +91,19 @@ class Sweep(Callback):
         if unfinished:
             sys.exit(RESUMABLE if all(job.interrupted for job in unfinished) else 1)
 
-    def _compose(self, overrides: list[str]) -> None:
+    def _compose(self, overrides: list[str]) -> DictConfig:
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        try:
-            composed = hydra.compose_config(
-                "train", overrides, run_mode=RunMode.RUN, with_log_configuration=False
-            )
-            if composed.get("mode") == "replay":
-                raise ValueError("mode=replay makes one step again: leave -m out")
-        except Exception as error:
-            # Hydra turns a callback's exceptions into warnings and goes on.
-            raise Refused(error) from error
+        cfg = _or_refused(
+            hydra.compose_config,
+            "train",
+            overrides,
+            run_mode=RunMode.RUN,
+            with_log_configuration=False,
+        )
+        if cfg.get("mode") == "replay":
+            raise Refused(ValueError("mode=replay makes one step again: leave -m out"))
+        return cfg
 
 
 class Refused(BaseException):
@@ -93,8 +114,44 @@ class Refused(BaseException):
         self.cause = cause
 
 
+def _or_refused(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Hydra turns a callback's exceptions into warnings and goes on."""
+    try:
+        return function(*arguments, **options)
+    except Exception as error:
+        raise Refused(error) from error
+
+
+def quiet_hydra() -> None:
+    """Without the warning that files in conf/hydra/launcher have the names of the plugins' choices:
+    they bring other defaults, and the types of the plugins' are to hold for them.
+    """
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against")
+
+
+def _check_plugin(node: DictConfig) -> None:
+    """Raises: Refused for a launcher or sweeper that is not installed."""
+    *package, _ = str(node._target_).split(".")
+    extra = _EXTRAS.get(".".join(package[:2]))
+    if extra is not None and find_spec(".".join(package[:2])) is None:
+        raise Refused(
+            ImportError(f'{node._target_} is not installed: pip install "fastdeq[{extra}]"')
+        )
+
+
+_EXTRAS = {
+    "hydra_plugins.hydra_joblib_launcher": "joblib",
+    "hydra_plugins.hydra_submitit_launcher": "cluster",
+    "hydra_plugins.hydra_optuna_sweeper": "optuna",
+}
+
+
 def _alternatives(override: Override) -> list[str]:
     """The override once for each value that it sweeps over."""
+    if override.is_interval_sweep():  # that a sweeper searches: its ends
+        interval = override.value()
+        assert isinstance(interval, IntervalSweep)
+        return [f"{override.get_key_element()}={end}" for end in (interval.start, interval.end)]
     if not override.is_sweep_override():
         return [override.input_line or ""]
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]

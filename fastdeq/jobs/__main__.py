@@ -1,0 +1,11 @@
+"""L9: ``python -m fastdeq.jobs ACTION ...``: the jobs of a sweep in Slurm's queue."""
+
+import sys
+from importlib.util import find_spec
+
+if find_spec("submitit") is None or find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+    sys.exit('error: fastdeq.jobs needs submitit: pip install "fastdeq[cluster]"')
+
+from fastdeq.jobs.command import main
+
+sys.exit(main(sys.argv[1:]))

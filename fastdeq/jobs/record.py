@@ -1,0 +1,95 @@
+"""L9: what has been submitted, and what has become of it: submission.json and the run folders."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit.slurm.slurm import SlurmInfoWatcher
+
+from fastdeq.experiment.folder import write_json
+from fastdeq.experiment.status import read_status
+
+SUBMISSION = "submission.json"
+OPEN = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING", "SUSPENDED", "PREEMPTED")
+"""States of Slurm after which something may still come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """One job: its number in the sweep, its name for Slurm (12_0), its overrides and its folders.
+
+    run: of the run, which is made when it starts. log: what its first rank prints.
+    """
+
+    number: int
+    slurm: str
+    overrides: tuple[str, ...]
+    run: Path
+    log: Path
+
+    @property
+    def status(self) -> str | None:
+        """What the run says of itself; None before it starts."""
+        status: str | None = read_status(self.run).get("status")
+        return status
+
+
+def write_submission(sweep: Path, jobs: list[Submitted]) -> None:
+    """Write submission.json into the sweep's folder."""
+    content = [
+        {
+            "slurm": job.slurm,
+            "overrides": list(job.overrides),
+            "run": str(job.run.absolute()),
+            "log": str(job.log.absolute()),
+        }
+        for job in jobs
+    ]
+    write_json(sweep / SUBMISSION, {"jobs": content})
+
+
+def read_submission(sweep: Path) -> list[Submitted]:
+    """The jobs of a sweep in their order.
+
+    Raises: FileNotFoundError for a folder without them, ValueError for a file that is damaged.
+    """
+    path = sweep / SUBMISSION
+    if not path.is_file():
+        raise FileNotFoundError(f"{sweep} is no sweep that was submitted ({SUBMISSION} is missing)")
+    try:
+        return [
+            Submitted(
+                number=number,
+                slurm=job["slurm"],
+                overrides=tuple(job["overrides"]),
+                run=Path(job["run"]),
+                log=Path(job["log"]),
+            )
+            for number, job in enumerate(json.loads(path.read_text())["jobs"])
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read, it is damaged ({error})") from error
+
+
+def newest(outputs: Path) -> Path:
+    """The sweep that was submitted last.
+
+    Raises: FileNotFoundError where there is none.
+    """
+    found = sorted(outputs.glob(f"multirun/*/{SUBMISSION}"))
+    if not found:
+        raise FileNotFoundError(
+            f"{outputs}/multirun holds no sweep that was submitted: give its folder, sweep=PATH"
+        )
+    return found[-1].parent
+
+
+def slurm_states(jobs: list[Submitted]) -> dict[int, str]:
+    """What Slurm says of each job, by its number; UNKNOWN for one that it has forgotten."""
+    watcher = SlurmInfoWatcher(delay_s=1)
+    for job in jobs:
+        watcher.register_job(job.slurm)
+    watcher.update()
+    # CANCELLED comes with the number of who has done it.
+    states = {job.number: watcher.get_state(job.slurm, mode="cache") for job in jobs}
+    return {number: state.split()[0] for number, state in states.items()}
