@@ -222,6 +222,22 @@ def test_every_model_fits_every_set_of_images_without_naming_a_size(data: str, m
     assert prediction.shape == (2, cfg.sizes.outputs)
 
 
+@pytest.mark.parametrize("data", ["cifar10", "svhn"])
+def test_colour_images_bring_settings_that_train_and_the_command_line_has_the_last_word(
+    data: str,
+) -> None:
+    cfg = composed(f"data={data}", "model=skip_mdeq")
+    assert (cfg.solver.tol, cfg.solver.max_steps) == (5e-2, 18)
+    assert (cfg.adjoint.solver.tol, cfg.adjoint.solver.max_steps) == (5e-2, 20)
+    assert cfg.callbacks.pretraining.steps == 3000
+    assert cfg.scheduler._target_.endswith("Cosine")
+    typed = ("solver=anderson", "solver.tol=1e-3", "adjoint=jfb", "callbacks.pretraining.steps=0")
+    own = composed(f"data={data}", "model=skip_mdeq", *typed)
+    assert (own.solver.tol, own.solver.max_steps) == (1e-3, 18)
+    assert own.adjoint._target_.endswith("JacobianFree")
+    assert own.callbacks.pretraining.steps == 0
+
+
 def test_the_command_line_has_the_last_word_on_the_arch() -> None:
     for overrides in (["arch=fc"], ["arch=fc", "model=mdeq"], ["experiment=cifar10_tiny"]):
         composed("data=mnist", *overrides)

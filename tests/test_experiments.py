@@ -154,6 +154,7 @@ SETTINGS["svhn"] = {
     "optimizer.weight_decay": 2.5e-6,
     "scheduler.minimum": 1e-6,
     "trainer.max_epochs": 50,
+    "callbacks.pretraining.steps": 0,
     "skip_weight": 0.01,
 }
 TSIT5 = {
