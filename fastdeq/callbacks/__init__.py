@@ -8,7 +8,7 @@ from fastdeq.callbacks.metrics_file import MetricsFile
 from fastdeq.callbacks.pretraining import Pretraining
 from fastdeq.callbacks.ranks import set_random_state
 from fastdeq.callbacks.resumption import BEFORE, RESUME, Interrupted, Resumption, rows_of
-from fastdeq.callbacks.storage import SealedCheckpointIO, is_sealed, seal_of
+from fastdeq.callbacks.storage import SealedCheckpointIO, is_sealed, seal_of, write_whole
 from fastdeq.callbacks.timing import StepTimer
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "seal_of",
     "set_random_state",
     "table_of",
+    "write_whole",
 ]

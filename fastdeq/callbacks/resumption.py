@@ -93,11 +93,12 @@ class Resumption(Callback):
         """Write resume.ckpt, on all processes together."""
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero and (folder / RESUME).exists():
-            for old, new in ((RESUME, BEFORE),):
-                seal_of(folder / new).unlink(missing_ok=True)
-                (folder / old).replace(folder / new)
-                if seal_of(folder / old).exists():
-                    seal_of(folder / old).replace(seal_of(folder / new))
+            # The seal goes last: a file without one is not trusted.
+            newest, before = folder / RESUME, folder / BEFORE
+            seal_of(before).unlink(missing_ok=True)
+            newest.replace(before)
+            if seal_of(newest).exists():
+                seal_of(newest).replace(seal_of(before))
         trainer.save_checkpoint(folder / RESUME)
         self._saved = time.monotonic()
 

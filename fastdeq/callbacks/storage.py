@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-_CHUNK = 1 << 20  # bytes
-
 
 class SealedCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint aside, flushes it to the disk, renames it, and puts its SHA-256 beside
@@ -41,7 +39,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
                 f"no checkpoint can be written to {target} ({str(error).splitlines()[0]}): make "
                 "room, or choose another place (paths.outputs); the one before it is intact"
             ) from error
-        _write(seal_of(target), f"{seal}  {target.name}\n")
+        write_whole(seal_of(target), f"{seal}  {target.name}\n")
         _flush_folder(target.parent)
 
     def load_checkpoint(
@@ -74,16 +72,14 @@ def is_sealed(path: Path) -> bool:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("w") as file:
+def write_whole(path: Path, text: str) -> None:
+    """Write aside, flush and rename: a reader sees the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -7,6 +7,7 @@ for evaluation the centre.
 import io
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,14 +60,14 @@ def decode(content: bytes) -> "Image.Image":
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crop:
+class Crop(ABC):
     """Says what of an image becomes a sample of ``size`` × ``size`` pixels."""
 
     size: int
 
+    @abstractmethod
     def apply(self, image: "Image.Image", random: np.random.Generator) -> "Image.Image":
         """Return the square image; what is random is drawn from ``random``."""
-        raise NotImplementedError
 
 
 @final

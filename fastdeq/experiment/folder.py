@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import platform
 import resource
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any, TextIO
 import torch
 
 import fastdeq
-from fastdeq.callbacks import Interrupted
+from fastdeq.callbacks import Interrupted, write_whole
 
 LOG = logging.getLogger("fastdeq")
 SUMMARY, CONFIG, OVERRIDES = "summary.json", "config.yaml", "overrides.json"
@@ -63,15 +62,8 @@ def _make_folder(outputs: Path, name: str, chosen: Path | None) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write aside and rename: a reader never sees half a file."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Likewise."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text)
-    aside.replace(path)
+    """A reader never sees half of it."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def provenance(device: torch.device, command: str) -> dict[str, Any]:

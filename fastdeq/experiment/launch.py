@@ -44,7 +44,7 @@ def launch(job: Job) -> None:
     ranks = spawn(_rank, args=(job, _free_port()), nprocs=job.ranks, join=False)
     _wait_for(ranks)
     if not (job.folder / SUMMARY).exists():  # all have ended well, but not the run
-        raise Interrupted("stopped before its end, as stop_after says")
+        raise Interrupted("stopped before its end, and can go on")
 
 
 def follow(leader: Meeting) -> None:

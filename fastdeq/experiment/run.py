@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fastdeq.callbacks import LAST
+from fastdeq.callbacks import LAST, write_whole
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.checks import RunSettings, check_values, count_ranks
 from fastdeq.experiment.folder import (
@@ -28,7 +28,6 @@ from fastdeq.experiment.folder import (
     SUMMARY,
     make_folder,
     write_json,
-    write_text,
 )
 from fastdeq.experiment.job import Job, make_trainer
 from fastdeq.experiment.launch import interactive, launch
@@ -158,7 +157,7 @@ def _folder(
 def _describe(folder: Path, config: dict[str, Any], identity: str) -> None:
     created(folder, identity)
     write_json(folder / OVERRIDES, list(HydraConfig.get().overrides.task))
-    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+    write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
 
 
 def read_score(folder: Path) -> float:
