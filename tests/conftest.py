@@ -12,12 +12,25 @@ import pytest
 import torch
 
 from tests.commands import CommandLine
+from tests.folders import write_images
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Each test starts from the same random state, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cache_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's cache is a folder of the test."""
+    monkeypatch.setenv("FASTDEQ_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A small folder of images, train/<class>/ and val/<class>/."""
+    return write_images(tmp_path / "root")
 
 
 @pytest.fixture

@@ -25,15 +25,7 @@ from tests.folders import (
     write_images,
 )
 
-
-@pytest.fixture(autouse=True)
-def _cache_aside(monkeypatch, tmp_path):
-    monkeypatch.setenv("FASTDEQ_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return write_images(tmp_path / "root")
+pytestmark = pytest.mark.usefixtures("cache_aside")
 
 
 def drop(*names: str) -> Callable[[Path], None]:

@@ -166,7 +166,6 @@ class ImageFolderDataModule(AbstractDataModule):
             classes=classes,
         )
         self._path: Path | None = None
-        self._splits: dict[str, Records] = {}
         self._open: list[DecodedBatches] = []
 
     def prepare(self) -> None:
@@ -189,20 +188,6 @@ class ImageFolderDataModule(AbstractDataModule):
             batches.close()
         self._open = []
 
-    def _load_once(self) -> None:
-        if self._splits:
-            return
-        train, test = self.load()
-        if self.validates_on_test:
-            self._splits = {"train": train, "test": test}
-            return
-        held_out = self._held_out(len(train))
-        self._splits = {
-            "train": train.chosen(~held_out),
-            "validation": train.chosen(held_out),
-            "test": test,
-        }
-
     def _training(self, *, overfit: bool) -> DecodedBatches:
         return self._batches(
             "train",
@@ -217,7 +202,7 @@ class ImageFolderDataModule(AbstractDataModule):
 
     def _first(self, n: int) -> Batch:
         records = self._splits["train"]
-        first = records.chosen(torch.arange(len(records)) < n)
+        first = records[torch.arange(len(records)) < n]
         batches = DecodedBatches(
             first,
             crop=self._central,

@@ -69,21 +69,10 @@ class InMemoryDataModule(AbstractDataModule):
             validation=validation,
         )
         self.augmentation = _chain(augmentation, self.input_shape)
-        self._splits: dict[str, Samples] = {}
 
     @abstractmethod
     def load(self) -> tuple[Samples, Samples]:
         """Return the samples for training and for testing, on the CPU."""
-
-    def _load_once(self) -> None:
-        if self._splits:
-            return
-        train, test = self.load()
-        if self.validates_on_test:
-            self._splits = {"train": train, "test": test}
-            return
-        held_out = self._held_out(len(train))
-        self._splits = {"train": train[~held_out], "validation": train[held_out], "test": test}
 
     def _training(self, *, overfit: bool) -> Batches:
         return self._batches(
@@ -104,8 +93,9 @@ class InMemoryDataModule(AbstractDataModule):
         if not self._splits:
             raise RuntimeError("call setup() before asking for batches (a Trainer does so itself)")
         # Moves once: later calls find it there.
-        self._splits[split] = self._splits[split].to(self._device)
-        return self._splits[split]
+        samples: Samples = self._splits[split].to(self._device)
+        self._splits[split] = samples
+        return samples
 
     def _evaluation(self, split: str) -> Batches:
         return self._batches(

@@ -49,6 +49,7 @@ class AbstractDataModule(LightningDataModule, ABC):
         self._prepared = False
         self._device = torch.device("cpu")
         self._rank, self._ranks = 0, 1
+        self._splits: dict[str, Any] = {}
         self._train: Passes | None = None
         self._saved: dict[str, int] | None = None
 
@@ -57,8 +58,8 @@ class AbstractDataModule(LightningDataModule, ABC):
         return  # most sets need nothing
 
     @abstractmethod
-    def _load_once(self) -> None:
-        """Load the set where that is not done."""
+    def load(self) -> tuple[Any, Any]:
+        """Return the samples for training and for testing, to be indexed by a mask, bool (N,)."""
 
     @abstractmethod
     def _training(self, *, overfit: bool) -> Passes:
@@ -133,6 +134,17 @@ class AbstractDataModule(LightningDataModule, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next training batches go on where ``state_dict`` was saved."""
         self._saved = state_dict.get("train")
+
+    def _load_once(self) -> None:
+        """Load the set where that is not done, and hold out what is for validation."""
+        if self._splits:
+            return
+        train, test = self.load()
+        if self.validates_on_test:
+            self._splits = {"train": train, "test": test}
+            return
+        held_out = self._held_out(len(train))
+        self._splits = {"train": train[~held_out], "validation": train[held_out], "test": test}
 
     def _held_out(self, samples: int) -> Tensor:
         """Return which of the training samples are for validation, bool (N,).

@@ -151,7 +151,7 @@ class Records:
         """The labels, int64 (N,)."""
         return torch.from_numpy(self._columns["label"].astype(np.int64))
 
-    def chosen(self, mask: Tensor) -> Self:
+    def __getitem__(self, mask: Tensor) -> Self:
         """Return the records where ``mask``, bool (N,), is true."""
         columns = {name: column[mask.numpy()] for name, column in self._columns.items()}
         return type(self)(path=self._path, split=self._split, source=self._source, columns=columns)
