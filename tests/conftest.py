@@ -1,11 +1,13 @@
 """What holds for every test."""
 
+import logging
 import os
 
 # The tests' tensors are small: threads that wait for each other are most of their time, above all
 # where several tests run beside each other. Before torch is imported; child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,24 @@ from tests.folders import write_images
 def _seeded() -> None:
     """Each test starts from the same random state, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """What fastdeq logs."""
+    found: list[str] = []
+
+    class Into(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    logger, handler = logging.getLogger("fastdeq"), Into()
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+    logger.setLevel(before)
 
 
 @pytest.fixture

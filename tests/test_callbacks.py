@@ -1,6 +1,5 @@
 """What watches a run: phases, clocks, lines, checkpoints and the bar."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,24 +173,6 @@ class Kept(Logger):
         """The figures of this epoch, train and val, whenever they were logged."""
         mine = [row for row in self.rows if row["epoch"] == epoch]
         return {name: value for row in mine for name, value in row.items()}
-
-
-@pytest.fixture
-def lines() -> Iterator[list[str]]:
-    """What fastdeq logs."""
-    found: list[str] = []
-
-    class Into(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
-
-    logger, handler = logging.getLogger("fastdeq"), Into()
-    before = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    yield found
-    logger.removeHandler(handler)
-    logger.setLevel(before)
 
 
 @pytest.mark.parametrize("kind", [ClassificationTask, RegressionTask])

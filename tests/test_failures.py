@@ -1,6 +1,5 @@
 """Training steps that fail: what is told, what is left out, what is kept, and how it comes back."""
 
-import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -61,21 +60,6 @@ def task_of(
         weights=LossWeights(),
         schedule=Cosine() if cosine else None,
     )
-
-
-@pytest.fixture
-def lines() -> Iterator[list[str]]:
-    """What fastdeq logs."""
-    found: list[str] = []
-
-    class Into(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
-
-    handler = Into()
-    logging.getLogger("fastdeq").addHandler(handler)
-    yield found
-    logging.getLogger("fastdeq").removeHandler(handler)
 
 
 class States(Callback):

@@ -3,7 +3,8 @@
 from fastdeq.callbacks.checkpoints import BEST, LAST, checkpoints
 from fastdeq.callbacks.console import EpochLines, ProgressBar, table_of
 from fastdeq.callbacks.diagnosis import Diagnosis, course_of, ends, measure
-from fastdeq.callbacks.failures import FAILURE, Failures, TrainingFailed
+from fastdeq.callbacks.failed_step import FAILURE
+from fastdeq.callbacks.failures import Failures, TrainingFailed
 from fastdeq.callbacks.metrics_file import MetricsFile
 from fastdeq.callbacks.pretraining import Pretraining
 from fastdeq.callbacks.ranks import set_random_state

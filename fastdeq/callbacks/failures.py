@@ -3,22 +3,19 @@
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from fastdeq.callbacks.diagnosis import Diagnosis, Reading, measure
-from fastdeq.callbacks.ranks import as_plain, gathered, taken_random_state
-from fastdeq.callbacks.storage import SealedCheckpointIO
-from fastdeq.solution import Solution
+from fastdeq.callbacks.diagnosis import Diagnosis
+from fastdeq.callbacks.failed_step import PendingStep, Step, judged_later, save_failure
+from fastdeq.callbacks.ranks import taken_random_state
 from fastdeq.tasks import AbstractTask
 
 log = logging.getLogger("fastdeq")
 
-FAILURE = "failure.ckpt"
 OnFailure: TypeAlias = Literal["warn", "skip_step", "raise"]
 
 _KEY = "fastdeq_failures"
@@ -27,18 +24,6 @@ _CALM = 100  # good steps that end a phase of failing ones: at most two lines in
 
 class TrainingFailed(RuntimeError):
     """The run ends because of a training step, or many in a row, that failed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Step:
-    """A training step as it began; `kept`: tensors of the task that it may change."""
-
-    number: int
-    epoch: int
-    depth: int | None
-    batch: Any
-    random: tuple[Any, ...] | None
-    kept: dict[str, Tensor]
 
 
 class _Tensors:
@@ -69,15 +54,6 @@ class _Tensors:
     def put_back(self, kept: dict[str, Tensor]) -> None:
         for name, buffer in self.buffers().items():
             buffer.copy_(kept[name])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pending:
-    """A step whose figures may still be on their way."""
-
-    step: _Step
-    states: dict[str, Any]
-    reading: Reading
 
 
 @dataclass
@@ -144,8 +120,8 @@ class Failures(Callback):
         self.patience = patience
         self._record = _Record()
         self._tensors: _Tensors | None = None
-        self._now: _Step | None = None
-        self._pending: _Pending | None = None
+        self._now: Step | None = None
+        self._pending: PendingStep | None = None
         self._skip = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,7 +139,7 @@ class Failures(Callback):
         """
         self._stop_if_hopeless(trainer)
         assert self._tensors is not None
-        self._now = _Step(
+        self._now = Step(
             number=trainer.global_step,
             epoch=trainer.current_epoch,
             depth=_task(pl_module).model.equilibrium.depth,
@@ -182,7 +158,9 @@ class Failures(Callback):
         late = self.on_failure == "warn"
         if late:
             self._settle(trainer, pl_module)
-        self._pending = _pending(self._now, trainer, _task(pl_module), self._tensors.gradients())
+        self._pending = judged_later(
+            self._now, trainer, _task(pl_module), self._tensors.gradients()
+        )
         self._now = None
         if not late:
             self._settle(trainer, pl_module)
@@ -274,14 +252,14 @@ class Failures(Callback):
         return bool(self._record.told) or not waits or count + 1 >= self.patience
 
     def _keep(
-        self, pending: _Pending, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
+        self, pending: PendingStep, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
     ) -> None:
         """The first step that is told, and then the first that is not finite."""
         record = self._record
         if record.kept is not None and (record.final or diagnosis.finite):
             return
         record.kept, record.final = pending.step.number, not diagnosis.finite
-        _save(pending, diagnosis, trainer, task)
+        save_failure(pending, diagnosis, trainer, task)
 
     def _tell(self, number: int, diagnosis: Diagnosis, trainer: Trainer) -> None:
         """A line where a phase begins, and one where it turns non-finite.
@@ -334,77 +312,3 @@ class Failures(Callback):
 def _task(pl_module: LightningModule) -> AbstractTask:
     assert isinstance(pl_module, AbstractTask)
     return pl_module
-
-
-def _pending(
-    step: _Step, trainer: Trainer, task: AbstractTask, gradients: list[Tensor]
-) -> _Pending:
-    """The step after its backward pass, with its figures on their way; on all processes."""
-    under_way, inputs = task.step_under_way, step.batch[0]
-    solution, loss = None, torch.zeros((), device=inputs.device)
-    if under_way is not None:
-        solution, loss = under_way[0], under_way[1]["loss"] * step.batch[2]
-    # A scaler's gradients (16-mixed) are scaled, now and then to infinity: it deals with that.
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    figures = measure(solution, inputs, loss, [] if scaled else gradients)
-    everyone = [figures]
-    if trainer.world_size > 1:
-        everyone = [torch.empty_like(figures) for _ in range(trainer.world_size)]
-        torch.distributed.all_gather(everyone, figures)
-    return _Pending(
-        step=step,
-        states={} if solution is None or step.random is None else _states(solution),
-        reading=Reading(torch.stack(everyone)),
-    )
-
-
-def _states(solution: Solution) -> dict[str, Any]:
-    """Start, equilibrium and how each sample ended, without graphs."""
-    scales = {"z0": solution.z0, "z_star": solution.value}
-    backward = solution.backward.stats
-    return {
-        **{
-            name: [z.detach() for z in ((state,) if isinstance(state, Tensor) else state)]
-            for name, state in scales.items()
-        },
-        "status": solution.status,
-        "residual": solution.residual.detach(),
-        "relative_residual": solution.relative_residual.detach(),
-        "status_backward": None if backward is None else backward.status,
-    }
-
-
-def _save(pending: _Pending, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask) -> None:
-    """Write failure.ckpt, on all processes together: to each its part of the batch."""
-    step = pending.step
-    device = task.device.index if task.device.type == "cuda" else None
-    mine = {
-        "batch": list(step.batch),
-        "random": None if step.random is None else as_plain(step.random),
-        "device": device,
-        **pending.states,
-    }
-    ranks = gathered(_on_host(mine), trainer)
-    if not trainer.is_global_zero:
-        return
-    weights = task.state_dict()
-    weights |= {name: tensor for name, tensor in step.kept.items() if name in weights}
-    content = {
-        "state_dict": weights,
-        "failure": {
-            "step": step.number,
-            "epoch": step.epoch,
-            "depth": step.depth,
-            "diagnosis": vars(diagnosis),
-            "ranks": ranks,
-        },
-    }
-    SealedCheckpointIO().save_checkpoint(content, Path(trainer.default_root_dir) / FAILURE)
-
-
-def _on_host(node: Any) -> Any:
-    if isinstance(node, Tensor):
-        return node.cpu()
-    if isinstance(node, dict):
-        return {name: _on_host(value) for name, value in node.items()}
-    return [_on_host(value) for value in node] if isinstance(node, list) else node
