@@ -24,6 +24,24 @@ class FailingRank(Callback):
             raise RuntimeError("the second fails")
 
 
+class Exchanged(Callback):
+    """Writes down what the processes exchange from the end of the second step to that of the
+    fourth, one line each, in exchanged.<rank>.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 1:
+            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+            self.profile.start()
+        if batch_idx == 3:
+            self.profile.stop()
+            lines = [e.name for e in self.profile.events() if e.name.startswith("gloo:")]
+            folder = Path(trainer.default_root_dir)
+            (folder / f"exchanged.{trainer.global_rank}").write_text("\n".join(lines))
+
+
 class Waiting(Callback):
     """The ninth step of a job that starts for the first time lasts until the run is told to stop:
     what comes before and after a signal is the same however fast the machine is.

@@ -60,6 +60,26 @@ def test_one_two_and_three_processes_have_the_same_figures(command: CommandLine)
             assert together[name] == pytest.approx(value, rel=0 if exact else 2e-3, abs=1e-7), name
 
 
+@pytest.mark.parametrize(("on_failure", "megabytes"), [("warn", 25), ("skip_step", 0.01)])
+def test_a_step_exchanges_averaged_gradients_and_nothing_else(
+    command: CommandLine, on_failure: str, megabytes: float
+) -> None:
+    folder = run(
+        *(command, "trainer=ddp_cpu", "model=skip_mdeq", "arch.normalization=batch"),
+        *("arch.channels=[4,4]", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"),
+        *(f"+trainer.strategy.bucket_cap_mb={megabytes}", "trainer.limit_train_batches=5"),
+        f"callbacks.failures.on_failure={on_failure}",
+        "+callbacks.exchanged._target_=tests.faults.Exchanged",
+    )
+    for rank in (0, 1):
+        exchanged = (folder / f"exchanged.{rank}").read_text().splitlines()
+        assert set(exchanged) == {"gloo:all_reduce"}
+        if megabytes == 25:  # all gradients in one bucket, in each of two steps
+            assert len(exchanged) == 2
+        else:
+            assert len(exchanged) > 2
+
+
 def test_three_jobs_of_two_processes_make_three_run_folders(command: CommandLine) -> None:
     answer = command.process(
         "-m", *RUN, "seed=1,2,3", "trainer=ddp_cpu", "trainer.devices=2", "logger=tensorboard"

@@ -1,5 +1,6 @@
 """L7: what watches a training run."""
 
+from fastdeq.callbacks.carrying import CarryingDDP, carrying
 from fastdeq.callbacks.checkpoints import BEST, LAST, checkpoints
 from fastdeq.callbacks.console import EpochLines, ProgressBar, table_of
 from fastdeq.callbacks.diagnosis import Diagnosis, course_of, ends, measure
@@ -18,6 +19,7 @@ __all__ = [
     "FAILURE",
     "LAST",
     "RESUME",
+    "CarryingDDP",
     "Diagnosis",
     "EpochLines",
     "Failures",
@@ -29,6 +31,7 @@ __all__ = [
     "SealedCheckpointIO",
     "StepTimer",
     "TrainingFailed",
+    "carrying",
     "checkpoints",
     "course_of",
     "ends",

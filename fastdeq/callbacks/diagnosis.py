@@ -14,6 +14,7 @@ Course: TypeAlias = Literal["falling", "level", "growing"]
 """Where the residuals of the samples that did not converge were going when the solve ended."""
 
 _KINDS = len(Status)
+_LOSS, _NORM, _FINITE = -3, -2, -1  # places among the figures, after the counts
 _UNCONVERGED = (Status.STEP_LIMIT, Status.STALLED, Status.DIVERGED)
 _FALLING = 0.9  # the last quarter of the steps has brought the smallest residual below this share
 _GROWING = 2.0  # the last residual is so many times the smallest one
@@ -25,7 +26,7 @@ def measure(
     """What `Diagnosis.of` reads, (13,) on the inputs' device; does not wait for the device.
 
     solution: after its backward pass; None where there is none to count. gradients: of all
-    parameters.
+    parameters; none where their norm is to be known later (`with_norm`).
     """
     device = inputs.device
     backward = None if solution is None else solution.backward.stats
@@ -38,6 +39,13 @@ def measure(
             torch.stack([scalar.to(torch.float32) for scalar in scalars]),
         ]
     )
+
+
+def with_norm(figures: Tensor, gradients: Iterable[Tensor]) -> Tensor:
+    """The same figures (..., 13) with the norm of these gradients."""
+    figures = figures.clone()
+    figures[..., _NORM] = nn.utils.get_total_norm(list(gradients)).to(figures)
+    return figures
 
 
 def _counts(stats: SolveStats | None, device: torch.device) -> Tensor:
@@ -93,7 +101,7 @@ class Diagnosis:
     def of(cls, rows: Sequence[Sequence[float]], course: Course | None = None) -> "Diagnosis":
         """From what `measure` gives on each process; its losses come with their weights."""
         counts = [sum(round(row[i]) for row in rows) for i in range(2 * _KINDS)]
-        losses, norms, finite = ([row[i] for row in rows] for i in (-3, -2, -1))
+        losses, norms, finite = ([row[i] for row in rows] for i in (_LOSS, _NORM, _FINITE))
         return cls(
             forward=tuple(counts[:_KINDS]),
             backward=tuple(counts[_KINDS:]),

@@ -30,33 +30,33 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MadeStep:
+    """A step after its backward pass, with its figures on this process (`measure`)."""
+
+    step: Step
+    states: dict[str, Any]
+    figures: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class PendingStep:
-    """A step whose figures may still be on their way."""
+    """A step whose figures, those of all processes, may still be on their way."""
 
     step: Step
     states: dict[str, Any]
     reading: Reading
 
 
-def judged_later(
-    step: Step, trainer: Trainer, task: AbstractTask, gradients: list[Tensor]
-) -> PendingStep:
-    """The step after its backward pass, with its figures on their way; on all processes."""
+def made(step: Step, task: AbstractTask, gradients: list[Tensor]) -> MadeStep:
+    """The step, at the end of its backward pass."""
     under_way, inputs = task.step_under_way, step.batch[0]
     solution, loss = None, torch.zeros((), device=inputs.device)
     if under_way is not None:
         solution, loss = under_way[0], under_way[1]["loss"] * step.batch[2]
-    # A scaler's gradients (16-mixed) are scaled, now and then to infinity: it deals with that.
-    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    figures = measure(solution, inputs, loss, [] if scaled else gradients)
-    everyone = [figures]
-    if trainer.world_size > 1:
-        everyone = [torch.empty_like(figures) for _ in range(trainer.world_size)]
-        torch.distributed.all_gather(everyone, figures)
-    return PendingStep(
+    return MadeStep(
         step=step,
         states={} if solution is None or step.random is None else _states(solution),
-        reading=Reading(torch.stack(everyone)),
+        figures=measure(solution, inputs, loss, gradients),
     )
 
 

@@ -9,8 +9,9 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from fastdeq.callbacks.diagnosis import Diagnosis
-from fastdeq.callbacks.failed_step import PendingStep, Step, judged_later, save_failure
+from fastdeq.callbacks.carrying import carrying
+from fastdeq.callbacks.diagnosis import Diagnosis, Reading, with_norm
+from fastdeq.callbacks.failed_step import MadeStep, PendingStep, Step, made, save_failure
 from fastdeq.callbacks.ranks import taken_random_state
 from fastdeq.tasks import AbstractTask
 
@@ -87,10 +88,11 @@ class Failures(Callback):
     The first step that is told is kept in failure.ckpt, to be run again by `mode=replay`; the first
     one that is not finite takes its place.
 
-    The verdict is that of all processes together, and the same on all: it takes one exchange of 13
-    numbers a step. With `warn` it is read a step late, so that no device is waited for; otherwise
-    once a step, after the backward pass. With accumulated gradients each batch is judged, and one
-    that fails takes the whole optimizer step with it.
+    The verdict is that of all processes together, and the same on all: 13 numbers of each go along
+    with the averaged gradients (`CarryingDDP`). With `warn` they are read a step late, so that no
+    device is waited for; otherwise once a step, after the backward pass. With accumulated gradients
+    each batch is judged, on several processes when the gradients are averaged, and one that fails
+    takes the whole optimizer step with it.
 
     Raises: ValueError for values out of range; in training, TrainingFailed.
     """
@@ -121,14 +123,18 @@ class Failures(Callback):
         self._record = _Record()
         self._tensors: _Tensors | None = None
         self._now: Step | None = None
-        self._pending: PendingStep | None = None
+        self._made: list[MadeStep] = []  # whose figures other processes do not have
+        self._pending: list[PendingStep] = []
         self._skip = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what the task is made of; nothing is left of a training before this one."""
-        self._tensors = _Tensors(_task(pl_module))
-        self._now = self._pending = None
+        task = _task(pl_module)
+        self._tensors = _Tensors(task)
+        self._now, self._made, self._pending = None, [], []
         self._skip = False
+        if (strategy := carrying(trainer)) is not None:
+            strategy.carry(_KEY, lambda: self._offer(task))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -153,15 +159,10 @@ class Failures(Callback):
 
         Raises: TrainingFailed.
         """
-        assert self._now is not None
-        assert self._tensors is not None
         late = self.on_failure == "warn"
         if late:
             self._settle(trainer, pl_module)
-        self._pending = judged_later(
-            self._now, trainer, _task(pl_module), self._tensors.gradients()
-        )
-        self._now = None
+        self._pending += self._with_figures_of_all(trainer, _task(pl_module))
         if not late:
             self._settle(trainer, pl_module)
         self._stop_if_hopeless(trainer)
@@ -213,27 +214,66 @@ class Failures(Callback):
             return tensors.buffers()
         return {} if self._record.final else {**tensors.named, **tensors.buffers()}
 
+    def _offer(self, task: AbstractTask) -> Tensor:
+        """What other processes need for their verdict. They see the same averaged gradients."""
+        self._end_step(task, [])
+        return torch.cat([each.figures for each in self._made])
+
+    def _end_step(self, task: AbstractTask, gradients: list[Tensor]) -> None:
+        assert self._now is not None
+        self._made.append(made(self._now, task, gradients))
+        self._now = None
+
+    def _with_figures_of_all(self, trainer: Trainer, task: AbstractTask) -> list[PendingStep]:
+        """The steps that can now be judged: this one, or, on several processes that accumulate
+        gradients, none before they are averaged, and then all.
+        """
+        assert self._tensors is not None
+        # A scaler's gradients (16-mixed) are scaled, now and then to infinity: it deals with that.
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        gradients = [] if scaled else self._tensors.gradients()
+        if (strategy := carrying(trainer)) is None:
+            self._end_step(task, gradients)
+            rows = [self._made[0].figures[None]]
+        elif (arrived := strategy.arrived(_KEY)) is not None:
+            rows = list(arrived.unflatten(1, (len(self._made), -1)).unbind(1))
+            rows[-1] = with_norm(rows[-1], gradients)
+        else:
+            self._end_step(task, gradients)
+            return []
+        steps, self._made = self._made, []
+        return [
+            PendingStep(step=each.step, states=each.states, reading=Reading(figures))
+            for each, figures in zip(steps, rows, strict=True)
+        ]
+
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the step that waits for it, on all processes together.
+        """Judge the steps that wait for it, on all processes together.
 
         Raises: TrainingFailed, with `raise`.
         """
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
+        pending, self._pending = self._pending, []
+        failed = [each for each in pending if self._fails(each, trainer, _task(pl_module))]
+        if failed and self.on_failure == "skip_step":
+            self._skip = True
+            assert self._tensors is not None
+            for each in reversed(failed):  # the first of them began before the others
+                self._tensors.put_back(each.step.kept)
+
+    def _fails(self, pending: PendingStep, trainer: Trainer, task: AbstractTask) -> bool:
+        """Judge a step, and tell and keep it if it is time to.
+
+        Raises: TrainingFailed, with `raise`.
+        """
         diagnosis = Diagnosis.of(pending.reading.rows())
         failed, number = diagnosis.failed(self.unconverged), pending.step.number
         self._count(failed, diagnosis)
         if not failed:
             self._calm(number, trainer)
-            return
-        if self._is_due(number, diagnosis):
-            self._keep(pending, diagnosis, trainer, _task(pl_module))
+        elif self._is_due(number, diagnosis):
+            self._keep(pending, diagnosis, trainer, task)
             self._tell(number, diagnosis, trainer)
-        if self.on_failure == "skip_step":
-            self._skip = True
-            assert self._tensors is not None
-            self._tensors.put_back(pending.step.kept)
+        return failed
 
     def _count(self, failed: bool, diagnosis: Diagnosis) -> None:
         """The row of steps that taught nothing."""

@@ -1,5 +1,6 @@
 """L7: a run that ends before its time, and goes on as if it had not."""
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
+from fastdeq.callbacks.carrying import carrying
+from fastdeq.callbacks.diagnosis import Reading
 from fastdeq.callbacks.metrics_file import MetricsFile
 from fastdeq.callbacks.ranks import gathered, random_state, set_random_state
 from fastdeq.callbacks.storage import seal_of
@@ -15,7 +18,7 @@ from fastdeq.tasks import AbstractTask
 
 RESUME, BEFORE = "resume.ckpt", "resume.before.ckpt"
 _KEY = "fastdeq"
-_AGREE = 10  # steps between two looks at the clock where several processes must see the same
+_STOP_AFTER = 1  # as a reason to stop; that of a signal is its number above
 
 
 class Interrupted(Exception):
@@ -35,7 +38,9 @@ class Resumption(Callback):
     stop_after: seconds after which the run saves its state and raises `Interrupted`, at the end of
     a step; None: never.
 
-    asked: may be set to a function that names what has asked the run to stop, or returns None.
+    asked: may be set to a function that names the signal that asks the run to stop, or returns
+    None. Several processes do what any of them wants, all after the same step: the one after that
+    in which its wish has gone along with the averaged gradients (`CarryingDDP`).
 
     Raises: ValueError for values out of range.
     """
@@ -58,10 +63,14 @@ class Resumption(Callback):
         self.asked: Callable[[], str | None] = lambda: None
         self._born = self._began = self._saved = time.monotonic()
         self._restored: dict[str, Any] | None = None
+        self._wishes: Reading | None = None  # of all processes, on their way
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks."""
         self._began = self._saved = time.monotonic()
+        self._wishes = None
+        if (strategy := carrying(trainer)) is not None:
+            strategy.carry(_KEY, lambda: torch.tensor(self._wish(), dtype=torch.float32))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -78,16 +87,17 @@ class Resumption(Callback):
 
         Raises: Interrupted.
         """
+        stop, save = self._agreed(trainer)
         # After an epoch's last step come its figures and its evaluation: the next step is near.
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
-        reason, save = self._due(trainer)
-        if save or reason:
+        by_steps = self.steps is not None and trainer.global_step % self.steps == 0
+        if stop or save or by_steps:
             self.save(trainer)
-        if reason:
+        if stop:
             count = trainer.global_step
             steps = "1 step" if count == 1 else f"{count:,} steps"
-            raise Interrupted(f"stopped after {steps}, as {reason} says")
+            raise Interrupted(f"stopped after {steps}, as {_named(stop)} says")
 
     def save(self, trainer: Trainer) -> None:
         """Write resume.ckpt, on all processes together."""
@@ -132,19 +142,29 @@ class Resumption(Callback):
         self.seconds_before = checkpoint[_KEY]["seconds"]
         self.figures = dict(checkpoint[_KEY]["figures"])
 
-    def _due(self, trainer: Trainer) -> tuple[str | None, bool]:
-        """Why to stop, and whether to save: the same on all processes."""
-        by_steps = self.steps is not None and trainer.global_step % self.steps == 0
-        if trainer.world_size > 1 and trainer.global_step % _AGREE:
-            return None, by_steps
+    def _wish(self) -> tuple[int, bool]:
+        """Why to stop (0: not at all), and whether it is time to save."""
         now = time.monotonic()
-        reason = self.asked()
-        if self.stop_after is not None and now - self._born >= self.stop_after:
-            reason = reason or "stop_after"
         save = self.minutes is not None and now - self._saved >= 60 * self.minutes
-        if trainer.world_size > 1:
-            reason, save = trainer.strategy.broadcast((reason, save), src=0)
-        return reason, save or by_steps
+        if asked := self.asked():
+            return _STOP_AFTER + signal.Signals[asked], save
+        late = self.stop_after is not None and now - self._born >= self.stop_after
+        return _STOP_AFTER if late else 0, save
+
+    def _agreed(self, trainer: Trainer) -> tuple[int, bool]:
+        """The wish of this process, or of any of several: the same on all."""
+        if (strategy := carrying(trainer)) is None:
+            return self._wish()
+        if (arrived := strategy.arrived(_KEY)) is None:
+            return 0, False
+        # Those of the step before: to read this one's would wait for the device.
+        before, self._wishes = self._wishes, Reading(arrived)
+        stops, saves = zip(*before.rows(), strict=True) if before else ((0,), (0,))
+        return round(max(stops)), any(saves)
+
+
+def _named(stop: int) -> str:
+    return "stop_after" if stop == _STOP_AFTER else signal.Signals(stop - _STOP_AFTER).name
 
 
 def rows_of(checkpoint: dict[str, Any]) -> int:

@@ -75,10 +75,7 @@ def work(job: Job) -> None:
     task = instantiate(cfg["task"], _convert_="all")
     if job.checkpoint is not None:
         load_weights(task, job.checkpoint)
-    # Weights are equal on all ranks; what is drawn while training (dropout, ε) must not be.
     rank = _rank()
-    if rank:
-        torch.manual_seed(cfg["seed"] + rank)
     timer = StepTimer()
     loggers = _make_loggers(cfg, job, rank)
     try:

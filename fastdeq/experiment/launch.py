@@ -41,7 +41,7 @@ def launch(job: Job) -> None:
         with logging_to(log):
             work(job)
         return
-    ranks = spawn(_rank, args=(job, _free_port()), nprocs=job.ranks, join=False)
+    ranks = spawn(_rank, args=(job, free_port()), nprocs=job.ranks, join=False)
     _wait_for(ranks)
     if not (job.folder / SUMMARY).exists():  # all have ended well, but not the run
         raise Interrupted("stopped before its end, and can go on")
@@ -131,7 +131,8 @@ def interactive() -> bool:
     return sys.stdout.isatty()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Of this machine, for its processes to meet at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -77,6 +77,8 @@ class AbstractTask(LightningModule):
         self.schedule = Constant() if schedule is None else schedule
         self.seed = seed
         self.means = nn.ModuleDict({f"{stage}_means": FigureMeans(_FIGURES) for stage in STAGES})
+        self.share = 1.0
+        """What this process's last batch counts for among those of all processes."""
         self._step: tuple[Solution, dict[str, Any]] | None = None  # its backward pass is to come
         self._shown: dict[str, Any] = {}  # figures of the step that has ended
 
@@ -115,7 +117,7 @@ class AbstractTask(LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The loss of a batch, in proportion to this process's share of the samples."""
-        self._shown = {}
+        self._shown, self.share = {}, batch[2]
         loss, solution, figures = self.minimized(batch, self.global_step)
         if batch[2]:
             self._step = (solution, figures)
