@@ -1,7 +1,7 @@
 """Runs and sweeps on a real Slurm of two nodes: ranks, interruptions, failures, and the command
 ``python -m fastdeq.jobs``.
 
-A run waits in its tenth step for a signal (tests.faults.Waiting), so that what is interrupted is
+A run waits in its ninth step for a signal (tests.faults.Waiting), so that what is interrupted is
 known; then it must end as the run that was not.
 """
 
@@ -207,7 +207,7 @@ def test_a_preempted_run_goes_on_and_ends_as_the_one_that_was_not(
 ) -> None:
     submitted, number = cluster.submit(*TWO, "seed=1", "name=preempted", WAITING)
     run = run_of(submitted)
-    wait_for(lambda: len(list(run.glob("waiting.*"))) == 2, "both ranks in their tenth step")
+    wait_for(lambda: len(list(run.glob("waiting.*"))) == 2, "both ranks in their ninth step")
     (node,) = [job["BatchHost"] for job in cluster.slurm.jobs() if job["JobId"] == number]
     urgent = cluster(
         *("sbatch", "--parsable", "-p", "high", "-w", "127.0.0.2", "--exclusive", "-o"),
@@ -247,7 +247,7 @@ def test_a_failed_job_is_failed_for_slurm_and_named(cluster: Cluster) -> None:
 def test_jobs_are_listed_shown_and_cancelled(cluster: Cluster) -> None:
     folder, number = cluster.submit("seed=4,5", "hydra.launcher.array_parallelism=1", WAITING)
     first = run_of(folder)
-    wait_for((first / "waiting.0").exists, "the first job in its tenth step")
+    wait_for((first / "waiting.0").exists, "the first job in its ninth step")
     table = cluster.jobs("status").splitlines()  # of the newest sweep
     assert [cell.strip() for cell in table[2].split("|")[1:6]] == [
         *("0", f"{number}_0", "RUNNING", "running", "4")

@@ -57,6 +57,22 @@ def test_a_failing_job_stops_no_other_and_is_named_at_the_end(command: CommandLi
     assert "Implicit adjoint" in failed["error"]
 
 
+def test_after_a_failing_job_none_starts_if_that_is_asked_for(command: CommandLine) -> None:
+    grid = ("solver=lbroyden,newton_krylov,anderson", "adjoint=unrolled")
+    answer = command("-m", *SHORT, *grid, "stop_at_failure=true")
+    assert answer.status == 1
+    assert len(folders(answer)) == 1
+    failed, left = answer.err.splitlines()[-2:]
+    assert failed.startswith("job 1 failed (")
+    assert left.startswith("job 2 was interrupted (")
+    assert left.endswith("not started, for job 1 has failed (stop_at_failure)")
+    # It changes no run: the first one is done.
+    again = command("-m", *SHORT, *grid)
+    assert again.status == 1
+    assert again.out.count("done already") == 1
+    assert len(folders(again)) == 2
+
+
 @pytest.mark.parametrize("sweep", ["mnist_fc", "polynomial_fitting"])
 def test_the_shipped_grids_are_three_models_with_and_without_jacobian_over_three_seeds(
     command: CommandLine, sweep: str

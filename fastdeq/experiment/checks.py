@@ -34,6 +34,7 @@ class RunSettings:
     from_run: str | None = setting()
     resume: Literal["auto", "never"] = setting()
     stop_after: float | None = setting(above=0)
+    stop_at_failure: bool = setting()
     debug: bool = setting()
 
     def check_together(self) -> None:

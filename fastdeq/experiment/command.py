@@ -28,7 +28,7 @@ from fastdeq.experiment.launch import follow
 from fastdeq.experiment.replay import replay
 from fastdeq.experiment.run import read_score, run
 from fastdeq.experiment.signals import received
-from fastdeq.experiment.sweep import RESUMABLE, Refused, quiet_hydra, record_job
+from fastdeq.experiment.sweep import RESUMABLE, Refused, failed_job, quiet_hydra, record_job
 
 quiet_hydra()  # submitit's processes load this module and compose, without anything else of it
 
@@ -58,7 +58,8 @@ def command_line(main: Callable[[], object]) -> None:
 def job(cfg: DictConfig) -> float:
     """One job of the command, alone or in a sweep; its test score, NaN for a job that failed.
 
-    A job of a sweep that fails does not stop the others; the table and the exit status tell.
+    A job of a sweep that fails does not stop the others, unless stop_at_failure says so; the table
+    and the exit status tell.
     """
     if is_follower():  # of submitit, which composes on every rank
         return follow_first()
@@ -76,6 +77,12 @@ def job(cfg: DictConfig) -> float:
     folder = None
     hydra = HydraConfig.get()
     print(f"\njob {hydra.job.num}  {' '.join(hydra.overrides.task)}", flush=True)
+    if cfg.get("stop_at_failure") is True and (failed := failed_job()) is not None:
+        why = f"not started, for job {failed} has failed (stop_at_failure)"
+        print(why, flush=True)
+        record_job(None, why, interrupted=True)
+        end_with(RESUMABLE)
+        return math.nan
     try:
         folder = run(cfg)
         score = read_score(folder)

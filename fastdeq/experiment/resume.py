@@ -17,6 +17,7 @@ from fastdeq.experiment.status import read_status
 _LOCK = ".lock"
 _FREE = (
     *("paths", "resume", "stop_after", "from_run", "reference", "logger", "debug"),
+    "stop_at_failure",
     *("callbacks.resumption", "task.optimizer", "task.model", "task.weights", "task.schedule"),
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
     *("trainer.detect_anomaly", "data.root", "data.store", "data.download", "data.verify"),

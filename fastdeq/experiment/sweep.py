@@ -45,6 +45,13 @@ def record_job(folder: Path | None, error: str | None, *, interrupted: bool = Fa
     write_json(jobs / f"{hydra.job.num}.json", record)
 
 
+def failed_job() -> int | None:
+    """The first job of this sweep that has failed up to now, by its number."""
+    jobs = read_jobs(Path(HydraConfig.get().sweep.dir))
+    failed = [job.number for job in jobs if job.error is not None and not job.interrupted]
+    return min(failed, default=None)
+
+
 class Sweep(Callback):
     """Hydra's callback around a sweep (conf/train.yaml: hydra.callbacks)."""
 
