@@ -99,10 +99,15 @@ def test_three_jobs_of_two_processes_make_three_run_folders(command: CommandLine
 
 def test_a_process_that_fails_ends_the_run_with_its_error(command: CommandLine) -> None:
     broken = "+callbacks.broken._target_=tests.faults.FailingRank"
-    answer = command.process(*RUN, "trainer=ddp_cpu", "trainer.devices=2", broken)
+    answer = command.process(*RUN, "trainer=ddp_cpu", "trainer.devices=2", broken, "paths.run=mine")
     assert answer.status == 1
     assert answer.err.splitlines()[-1] == "error: a process failed: RuntimeError: the second fails"
     assert not [path for path in answer.files if path.name == "summary.json"]
+    # The others' failures follow from the first one's, whose traceback is the last in the log.
+    log = (command.folder / "mine" / "train.log").read_text()
+    last = log.rpartition("the run failed")[2]
+    assert "on_train_batch_start" in last
+    assert last.rstrip().endswith("\nRuntimeError: the second fails")
 
 
 def test_a_process_that_is_killed_ends_the_run_and_the_others(command: CommandLine) -> None:

@@ -242,6 +242,8 @@ def test_a_failed_job_is_failed_for_slurm_and_named(cluster: Cluster) -> None:
     assert content(run_of(folder), "status.json")["status"] == "failed"
     printed = cluster.jobs("collect", f"sweep={folder}", status=1)
     assert printed.strip() == "job 0 FAILED: a process failed: RuntimeError: the second fails"
+    log = (run_of(folder) / "train.log").read_text()
+    assert "in on_train_batch_start" in log.rpartition("There:")[2]
 
 
 def test_jobs_are_listed_shown_and_cancelled(cluster: Cluster) -> None:

@@ -3,6 +3,7 @@ some. How the ranks find each other, and in which order they end.
 """
 
 import atexit
+import json
 import os
 import pickle
 import signal
@@ -91,18 +92,20 @@ class Meeting:
             time.sleep(_LOOK)  # where a signal is noticed, as it would not be inside of torch
         return pickle.loads(bytes.fromhex(self._store.get(_JOB).decode()))
 
-    def fail(self, text: str) -> None:
+    def fail(self, text: str, trace: str) -> None:
         """Of the others: let the first one say why its collectives break, if it still can."""
-        self._store.set(_ERROR, text)
+        self._store.set(_ERROR, json.dumps([text, trace]))
         self._wait(lambda: self._store.check([_NOTED]), _LEAVE)
 
-    def failure(self) -> str | None:
-        """Of the first: the error of another rank, for which it may wait in vain."""
+    def failure(self) -> tuple[str, str] | None:
+        """Of the first: the error of another rank, for which it may wait in vain, and where that
+        was raised.
+        """
         if not self._wait(lambda: self._store.check([_ERROR]), 10 * _LOOK):
             return None
         self._store.set(_NOTED, "")
-        text: str = self._store.get(_ERROR).decode()
-        return text
+        text, trace = json.loads(self._store.get(_ERROR))
+        return text, trace
 
     def leave(self) -> None:
         """The first rank goes last: `srun --kill-on-bad-exit` ends the others when one fails, and

@@ -119,7 +119,7 @@ def follow_first() -> float:
         report(error, debug="debug=true" in sys.argv)
         if HydraConfig.initialized():  # in a sweep; the first one may be lost in a collective
             record_job(None, explain(error))
-        leader.fail(explain(error))
+        leader.fail(explain(error), "".join(traceback.format_exception(error)))
     return math.nan
 
 

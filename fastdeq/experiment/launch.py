@@ -7,14 +7,16 @@ configuration instead.
 
 import gc
 import os
+import pickle
 import signal
 import socket
 import sys
 from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessContext, spawn
+from torch.multiprocessing.spawn import ProcessContext, ProcessRaisedException, spawn
 
 from fastdeq.callbacks import Interrupted
 from fastdeq.experiment.cluster import Meeting, RankFailed, meeting
@@ -42,7 +44,8 @@ def launch(job: Job) -> None:
             work(job)
         return
     ranks = spawn(_rank, args=(job, free_port()), nprocs=job.ranks, join=False)
-    _wait_for(ranks)
+    with logging_to(log):
+        _wait_for(ranks)
     if not (job.folder / SUMMARY).exists():  # all have ended well, but not the run
         raise Interrupted("stopped before its end, and can go on")
 
@@ -67,9 +70,12 @@ def _lead(job: Job, others: Meeting) -> None:
     except Interrupted:
         raise
     except Exception as error:
-        if text := others.failure():
-            raise RankFailed(f"a process failed: {text}") from error
-        raise
+        if (failure := others.failure()) is None:
+            raise
+        text, trace = failure
+        first = RankFailed(f"a process failed: {text}")
+        first.add_note(f"There:\n{trace}")
+        raise first from error
 
 
 def _wait_for(ranks: ProcessContext) -> None:
@@ -80,11 +86,28 @@ def _wait_for(ranks: ProcessContext) -> None:
     may wait for it in vain.
     """
     told = False
-    while not ranks.join(timeout=_LOOK, grace_period=_GRACE):
-        if received() and not told:
-            told = True
-            for process in ranks.processes:
-                process.terminate()
+    try:
+        while not ranks.join(timeout=_LOOK, grace_period=_GRACE):
+            if received() and not told:
+                told = True
+                for process in ranks.processes:
+                    process.terminate()
+    except ProcessRaisedException as error:
+        trace, rank = _first_failure(ranks)
+        raise ProcessRaisedException(f"there:\n{trace}", rank, error.error_pid) from None
+
+
+def _first_failure(ranks: ProcessContext) -> tuple[str, int]:
+    """The traceback of the rank that failed first, and its number: one that has lost its connection
+    may have ended before the one that broke it off.
+    """
+    files = [(Path(name), rank) for rank, name in enumerate(ranks.error_files)]
+    left = [(path, rank) for path, rank in files if path.exists()]
+    first, rank = min(left, key=lambda found: found[0].stat().st_mtime_ns)
+    trace: str = pickle.loads(first.read_bytes())
+    for path, _ in left:
+        path.unlink()
+    return trace, rank
 
 
 def _rank(rank: int, job: Job, port: int) -> None:
