@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,12 +171,15 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:
     slow = ("model=deq", "trainer.accelerator=cpu", "solver=picard", "solver.tol=1e-30")
     pid, terminal = at_a_terminal(tmp_path, *slow, "solver.max_steps=20000", "data.batch_size=1437")
     drained(terminal, lambda: "residual" in read(tmp_path / "run" / "train.log"))
-    os.write(terminal, b"\x03")
-    time.sleep(0.5)  # nothing can be seen of the first one
-    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
-    os.write(terminal, b"\x03")
-    read_until_closed(terminal)
-    _, ended = os.waitpid(pid, 0)
+
+    def pressed() -> tuple[int, int] | None:
+        # Nothing can be seen of the first one: until the second one is taken, it is pressed again.
+        with suppress(OSError):  # at its end
+            os.write(terminal, b"\x03")
+        found = os.waitpid(pid, os.WNOHANG)
+        return found if found[0] else None
+
+    _, ended = until(pressed)
     assert os.waitstatus_to_exitcode(ended) == -signal.SIGINT
     # Nobody was there to say so, but the lock is open.
     assert status(tmp_path / "run")["status"] == "running"
