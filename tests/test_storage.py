@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from fastdeq import experiment
-from fastdeq.callbacks import LAST, RESUME, Interrupted, SealedCheckpointIO, is_sealed, seal_of
+from fastdeq.callbacks import (
+    BEFORE,
+    LAST,
+    RESUME,
+    Interrupted,
+    SealedCheckpointIO,
+    is_sealed,
+    seal_of,
+)
 from tests.commands import SHORT, CommandLine
 from tests.test_configuration import composed
 from tests.test_resumption import assert_same
@@ -135,19 +143,45 @@ def test_a_read_only_place_is_refused_before_training(command: CommandLine, disk
     assert "Read-only file system" in line
 
 
-@pytest.mark.parametrize("fraction", [i / 8 for i in range(9)])
-def test_a_state_damaged_anywhere_is_passed_over(tmp_path: Path, fraction: float) -> None:
-    settings = ("model=deq", "trainer.accelerator=cpu", "data.batch_size=720")
-    words = (*settings, "trainer.max_epochs=2", f"paths.run={tmp_path / 'run'}")
+STATES = ("model=deq", "trainer.accelerator=cpu", "data.batch_size=720", "trainer.max_epochs=2")
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """A run that has stopped twice: it has a state, and the one before."""
+    folder = tmp_path / "run"
     for _ in range(2):
         with pytest.raises(Interrupted):
-            experiment.run(composed(*words, "stop_after=1e-9"))
-    path = tmp_path / "run" / RESUME
+            experiment.run(composed(*STATES, f"paths.run={folder}", "stop_after=1e-9"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return experiment.run(composed(*STATES, f"paths.run={folder}"))
+
+
+@pytest.mark.parametrize("fraction", [i / 8 for i in range(9)])
+def test_a_state_damaged_anywhere_is_passed_over(
+    stopped: Path, whole: Path, fraction: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = stopped / RESUME
     content = bytearray(path.read_bytes())
     content[min(int(fraction * len(content)), len(content) - 1)] ^= 0x10
     path.write_bytes(content)
-    folder = experiment.run(composed(*words))
-    whole = experiment.run(
-        composed(*settings, "trainer.max_epochs=2", f"paths.run={tmp_path / 'whole'}")
-    )
-    assert_same(whole, folder)
+    experiment.run(composed(*STATES, f"paths.run={stopped}"))
+    warning = f"warning: {path} is not whole: going on from {BEFORE}"
+    assert warning in capsys.readouterr().out.splitlines()
+    assert warning in (stopped / "train.log").read_text()
+    assert_same(whole, stopped)
+
+
+def test_without_a_whole_state_a_run_begins_anew(
+    stopped: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (RESUME, BEFORE):
+        (stopped / name).write_bytes(b"")
+    experiment.run(composed(*STATES, f"paths.run={stopped}"))
+    assert capsys.readouterr().out.count("is not whole: going on from the beginning") == 2
+    assert_same(whole, stopped)

@@ -78,13 +78,13 @@ def check_same(folder: Path, config: dict[str, Any]) -> None:
 
 def saved_state(folder: Path) -> Path | None:
     """The newest state that is whole, or None: then the run starts from its beginning."""
-    for name in (RESUME, BEFORE):
-        path = folder / name
-        if is_sealed(path):
-            return path
+    states = [folder / name for name in (RESUME, BEFORE)]
+    found = next((path for path in states if is_sealed(path)), None)
+    for path in states[: None if found is None else states.index(found)]:
         if path.exists():
-            LOG.warning("%s is damaged: going on from the state before it", path)
-    return None
+            instead = "the beginning" if found is None else found.name
+            LOG.warning("warning: %s is not whole: going on from %s", path, instead)
+    return found
 
 
 def _owner(folder: Path) -> str:

@@ -26,6 +26,7 @@ from fastdeq.experiment.folder import (
     CONFIG,
     OVERRIDES,
     SUMMARY,
+    logging_to,
     make_folder,
     write_json,
 )
@@ -65,12 +66,14 @@ def run(cfg: DictConfig) -> Path:
         if goes_on and is_done(folder):
             print(f"done already: see {folder}")
             return folder
+        with logging_to(folder / f"{settings.mode}.log"):
+            resume = saved_state(folder)
         job = Job(
             config=config,
             folder=folder,
             command=_command(),
             checkpoint=checked.checkpoint,
-            resume=saved_state(folder),
+            resume=resume,
             choices=choices,
             reference=find_reference(config, choices),
             ranks=checked.ranks,
