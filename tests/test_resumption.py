@@ -222,9 +222,7 @@ def unseal(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, empty, unseal, Path.unlink])
-def test_a_damaged_state_is_passed_over_for_the_one_before(
-    tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, damage: Any) -> None:
     whole = run(tmp_path / "whole", "model=deq")
     folder = tmp_path / "run"
     for _ in range(2):
@@ -235,7 +233,9 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
     assert_same(whole, folder)
 
 
-def test_with_no_state_that_is_whole_the_run_begins_again(tmp_path: Path) -> None:
+def test_with_no_state_that_is_whole_the_run_begins_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = run(tmp_path / "whole", "model=deq")
     folder = tmp_path / "run"
     for _ in range(2):
@@ -244,6 +244,7 @@ def test_with_no_state_that_is_whole_the_run_begins_again(tmp_path: Path) -> Non
     for name in (RESUME, BEFORE):
         flip(folder / name)
     run(folder, "model=deq")
+    assert capsys.readouterr().out.count("is not whole: going on from the beginning") == 2
     assert_same(whole, folder)
 
 

@@ -175,13 +175,3 @@ def test_a_state_damaged_anywhere_is_passed_over(
     assert warning in capsys.readouterr().out.splitlines()
     assert warning in (stopped / "train.log").read_text()
     assert_same(whole, stopped)
-
-
-def test_without_a_whole_state_a_run_begins_anew(
-    stopped: Path, whole: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in (RESUME, BEFORE):
-        (stopped / name).write_bytes(b"")
-    experiment.run(composed(*STATES, f"paths.run={stopped}"))
-    assert capsys.readouterr().out.count("is not whole: going on from the beginning") == 2
-    assert_same(whole, stopped)
