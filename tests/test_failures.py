@@ -397,6 +397,17 @@ def test_unconverged_steps_end_a_run_only_where_they_are_skipped(tmp_path):
         trained(task_of(EARLY), batches, tmp_path, callbacks=[watch])
 
 
+def test_unconverged_steps_that_were_made_end_a_run_where_that_is_asked_for(tmp_path):
+    watch = partial(Failures, unconverged_in_a_row=3)
+    better = (
+        r"last 3 steps in a row failed.*a larger solver\.max_steps or solver\.tol.* step 2 again"
+    )
+    with pytest.raises(TrainingFailed, match=better):
+        trained(task_of(EARLY), [GOOD] * 5, tmp_path, callbacks=[watch()])
+    trained(task_of(EARLY), [GOOD] * 2, tmp_path, callbacks=[watch()])
+    trained(task_of(), [GOOD] * 5, tmp_path, callbacks=[watch()])
+
+
 @pytest.mark.parametrize(
     ("wrong", "cure"),
     [
@@ -404,6 +415,7 @@ def test_unconverged_steps_end_a_run_only_where_they_are_skipped(tmp_path):
         ({"unconverged": 1.5}, "unconverged is 1.5, but must be a share from 0 to 1"),
         ({"unconverged": -0.1}, "unconverged is -0.1"),
         ({"in_a_row": 0}, "in_a_row is 0, but must be at least 1"),
+        ({"unconverged_in_a_row": 0}, "unconverged_in_a_row is 0, but must be at least 1"),
         ({"patience": 0}, "patience is 0, but must be at least 1"),
     ],
 )

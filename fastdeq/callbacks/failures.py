@@ -65,6 +65,8 @@ class _Record:
     final: bool = False  # nothing will take its place
     row: int = 0  # failed steps up to now, without one between that taught anything
     cause: str = ""  # of the first of them
+    long_row: int = 0  # failed steps up to now, without one between that did not fail
+    long_cause: str = ""  # likewise
     phase: list[int] = field(default_factory=list)  # its first step, its last failed, how many
     told: int = 0  # of this phase: that solves did not converge (1), that a step is not finite (2)
 
@@ -82,6 +84,8 @@ class Failures(Callback):
     in_a_row: the run ends after so many failed steps that taught nothing (skipped, or not finite)
         without one between that did; None: never. Unconverged steps that were made do not count:
         much is learned from solves cut off at their step limit.
+    unconverged_in_a_row: the run ends after so many failed steps in a row of whatever kind, those
+        too; None: never.
     patience: `warn` tells, and keeps a step, when so many in a phase have not converged: the first
         solves of an untrained cell often do not, and soon do. What is not finite is told at once.
 
@@ -103,6 +107,7 @@ class Failures(Callback):
         on_failure: OnFailure = "warn",
         unconverged: float | None = 0.5,
         in_a_row: int | None = 100,
+        unconverged_in_a_row: int | None = None,
         patience: int = 10,
     ) -> None:
         if on_failure not in ("warn", "skip_step", "raise"):
@@ -114,12 +119,14 @@ class Failures(Callback):
             raise ValueError(
                 f"Failures.unconverged is {unconverged}, but must be a share from 0 to 1, or null"
             )
-        if in_a_row is not None and in_a_row < 1:
-            raise ValueError(f"Failures.in_a_row is {in_a_row}, but must be at least 1, or null")
+        limits = {"in_a_row": in_a_row, "unconverged_in_a_row": unconverged_in_a_row}
+        for name, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise ValueError(f"Failures.{name} is {limit}, but must be at least 1, or null")
         if patience < 1:
             raise ValueError(f"Failures.patience is {patience}, but must be at least 1")
         self.on_failure, self.unconverged, self.in_a_row = on_failure, unconverged, in_a_row
-        self.patience = patience
+        self.unconverged_in_a_row, self.patience = unconverged_in_a_row, patience
         self._record = _Record()
         self._tensors: _Tensors | None = None
         self._now: Step | None = None
@@ -276,20 +283,21 @@ class Failures(Callback):
         return failed
 
     def _count(self, failed: bool, diagnosis: Diagnosis) -> None:
-        """The row of steps that taught nothing."""
+        """The row of steps that taught nothing, and that of all that failed."""
         record = self._record
-        if not failed or (self.on_failure == "warn" and diagnosis.finite):
-            record.row, record.cause = 0, ""
-            return
-        record.row += 1
-        record.cause = record.cause or f"{diagnosis.symptom}; what helps: {diagnosis.advice}"
+        cause = f"{diagnosis.symptom}; what helps: {diagnosis.advice}" if failed else ""
+        taught = not failed or (self.on_failure == "warn" and diagnosis.finite)
+        record.row, record.cause = (0, "") if taught else (record.row + 1, record.cause or cause)
+        record.long_row = record.long_row + 1 if failed else 0
+        record.long_cause = (record.long_cause or cause) if failed else ""
 
     def _is_due(self, number: int, diagnosis: Diagnosis) -> bool:
         """Add a failed step to its phase; whether it is told, now or already."""
         first, _, count = self._record.phase or (number, number, 0)
         self._record.phase = [first, number, count + 1]
         waits = self.on_failure == "warn" and diagnosis.finite
-        return bool(self._record.told) or not waits or count + 1 >= self.patience
+        patience = min(self.patience, self.unconverged_in_a_row or self.patience)
+        return bool(self._record.told) or not waits or count + 1 >= patience
 
     def _keep(
         self, pending: PendingStep, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
@@ -336,12 +344,14 @@ class Failures(Callback):
 
     def _stop_if_hopeless(self, trainer: Trainer) -> None:
         record = self._record
-        if self.in_a_row is not None and record.row >= self.in_a_row:
-            steps = "step" if record.row == 1 else f"{record.row:,} steps in a row"
-            raise TrainingFailed(
-                f"the last {steps} failed; at the first of them {record.cause}; "
-                f"{self._replay(trainer)}"
-            )
+        for row, cause, limit in (
+            (record.row, record.cause, self.in_a_row),
+            (record.long_row, record.long_cause, self.unconverged_in_a_row),
+        ):
+            if limit is not None and row >= limit:
+                steps = "step" if row == 1 else f"{row:,} steps in a row"
+                why = f"the last {steps} failed; at the first of them {cause}"
+                raise TrainingFailed(f"{why}; {self._replay(trainer)}")
 
     def _replay(self, trainer: Trainer) -> str:
         """The command that makes the kept step again."""
