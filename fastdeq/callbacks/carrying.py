@@ -31,7 +31,8 @@ class CarryingDDP(DDPStrategy):
       itself would broadcast those of the first process before every evaluation of the network.)
       Other buffers are each process's own.
 
-    Batches whose gradients are only accumulated send nothing.
+    Batches whose gradients are only accumulated send nothing. Where parameters are left unused
+    (find_unused_parameters) DDP itself adds a message, of which they were.
 
     options: DistributedDataParallel's, and those of Lightning's strategy.
     """
