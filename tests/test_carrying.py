@@ -189,6 +189,11 @@ def test_a_process_alone_carries_nothing(tmp_path: Path) -> None:
     assert carrying(make_trainer(tmp_path)) is None
 
 
+def test_another_hook_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave ddp_comm_hook"):
+        CarryingDDP(ddp_comm_hook=lambda state, bucket: bucket)
+
+
 def test_another_strategy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     trainer = make_trainer(

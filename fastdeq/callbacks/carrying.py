@@ -35,9 +35,16 @@ class CarryingDDP(DDPStrategy):
     (find_unused_parameters) DDP itself adds a message, of which they were.
 
     options: DistributedDataParallel's, and those of Lightning's strategy.
+
+    Raises: ValueError for another communication hook.
     """
 
     def __init__(self, **options: Any) -> None:
+        if any(options.get(f"ddp_comm_{name}") is not None for name in ("hook", "wrapper")):
+            raise ValueError(
+                "CarryingDDP averages gradients by a hook of its own: leave ddp_comm_hook and "
+                "ddp_comm_wrapper out"
+            )
         super().__init__(**{_SYNC_BUFFERS: False, **options})
         self._offers: dict[str, Offer] = {}
         self._arrived: dict[str, Tensor] = {}
