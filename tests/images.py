@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from fastdeq.data import StoredDataModule
 from fastdeq.data.mnist import MNIST, IdxImages
 
 STEMS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
@@ -89,6 +91,18 @@ def published(
 def small_mnist(*, mirrors: Sequence[str] = ("http://127.0.0.1:9/",)) -> IdxImages:
     """MNIST whose official files are those of ``samples()``."""
     return published(MNIST, samples(), mirrors=mirrors)
+
+
+def loaded(data: StoredDataModule) -> StoredDataModule:
+    """The same, ready to be asked for batches."""
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def labels(data: StoredDataModule) -> list[int]:
+    """Of the test set."""
+    return torch.cat([batch.targets for batch in data.test_dataloader()]).tolist()
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
 
-from fastdeq.callbacks.diagnosis import Diagnosis, Reading, measure
+from fastdeq.callbacks.diagnosis import Diagnosis, measure
 from fastdeq.callbacks.ranks import as_plain, gathered
 from fastdeq.callbacks.storage import SealedCheckpointIO
 from fastdeq.solution import Solution
@@ -36,15 +36,6 @@ class MadeStep:
     step: Step
     states: dict[str, Any]
     figures: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class PendingStep:
-    """A step whose figures, those of all processes, may still be on their way."""
-
-    step: Step
-    states: dict[str, Any]
-    reading: Reading
 
 
 def made(step: Step, task: AbstractTask, gradients: list[Tensor]) -> MadeStep:
@@ -77,16 +68,16 @@ def _states(solution: Solution) -> dict[str, Any]:
 
 
 def save_failure(
-    pending: PendingStep, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
+    failed: MadeStep, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
 ) -> None:
     """Write failure.ckpt, on all processes together: to each its part of the batch."""
-    step = pending.step
+    step = failed.step
     device = task.device.index if task.device.type == "cuda" else None
     mine = {
         "batch": list(step.batch),
         "random": None if step.random is None else as_plain(step.random),
         "device": device,
-        **pending.states,
+        **failed.states,
     }
     ranks = gathered(_on_host(mine), trainer)
     if not trainer.is_global_zero:

@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdeq.callbacks.carrying import carrying
 from fastdeq.callbacks.diagnosis import Diagnosis, Reading, with_norm
-from fastdeq.callbacks.failed_step import MadeStep, PendingStep, Step, made, save_failure
+from fastdeq.callbacks.failed_step import MadeStep, Step, made, save_failure
 from fastdeq.callbacks.ranks import taken_random_state
 from fastdeq.tasks import AbstractTask
 
@@ -63,10 +63,9 @@ class _Record:
 
     kept: int | None = None  # the number of the step in failure.ckpt
     final: bool = False  # nothing will take its place
-    row: int = 0  # failed steps up to now, without one between that taught anything
-    cause: str = ""  # of the first of them
-    long_row: int = 0  # failed steps up to now, without one between that did not fail
-    long_cause: str = ""  # likewise
+    rows: dict[str, list[Any]] = field(default_factory=dict)
+    """For each setting that may end the run: how many steps up to now are in a row that it counts,
+    and what was wrong with the first of them."""
     phase: list[int] = field(default_factory=list)  # its first step, its last failed, how many
     told: int = 0  # of this phase: that solves did not converge (1), that a step is not finite (2)
 
@@ -119,19 +118,20 @@ class Failures(Callback):
             raise ValueError(
                 f"Failures.unconverged is {unconverged}, but must be a share from 0 to 1, or null"
             )
-        limits = {"in_a_row": in_a_row, "unconverged_in_a_row": unconverged_in_a_row}
-        for name, limit in limits.items():
+        self.limits = {"in_a_row": in_a_row, "unconverged_in_a_row": unconverged_in_a_row}
+        for name, limit in self.limits.items():
             if limit is not None and limit < 1:
                 raise ValueError(f"Failures.{name} is {limit}, but must be at least 1, or null")
         if patience < 1:
             raise ValueError(f"Failures.patience is {patience}, but must be at least 1")
-        self.on_failure, self.unconverged, self.in_a_row = on_failure, unconverged, in_a_row
-        self.unconverged_in_a_row, self.patience = unconverged_in_a_row, patience
+        self.on_failure, self.unconverged = on_failure, unconverged
+        # What ends the run is kept, and so it must have been told by then.
+        self.patience = min(patience, unconverged_in_a_row or patience)
         self._record = _Record()
         self._tensors: _Tensors | None = None
         self._now: Step | None = None
         self._made: list[MadeStep] = []  # whose figures other processes do not have
-        self._pending: list[PendingStep] = []
+        self._pending: list[tuple[MadeStep, Reading]] = []  # of all processes, on their way
         self._skip = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,7 +207,7 @@ class Failures(Callback):
     ) -> None:
         """Add what later steps depend on, the one before this moment included."""
         self._settle(trainer, pl_module)
-        checkpoint[_KEY] = dict(vars(self._record), phase=list(self._record.phase))
+        checkpoint[_KEY] = asdict(self._record)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -231,7 +231,9 @@ class Failures(Callback):
         self._made.append(made(self._now, task, gradients))
         self._now = None
 
-    def _with_figures_of_all(self, trainer: Trainer, task: AbstractTask) -> list[PendingStep]:
+    def _with_figures_of_all(
+        self, trainer: Trainer, task: AbstractTask
+    ) -> list[tuple[MadeStep, Reading]]:
         """The steps that can now be judged: this one, or, on several processes that accumulate
         gradients, none before they are averaged, and then all.
         """
@@ -249,10 +251,7 @@ class Failures(Callback):
             self._end_step(task, gradients)
             return []
         steps, self._made = self._made, []
-        return [
-            PendingStep(step=each.step, states=each.states, reading=Reading(figures))
-            for each, figures in zip(steps, rows, strict=True)
-        ]
+        return [(each, Reading(figures)) for each, figures in zip(steps, rows, strict=True)]
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the steps that wait for it, on all processes together.
@@ -260,54 +259,57 @@ class Failures(Callback):
         Raises: TrainingFailed, with `raise`.
         """
         pending, self._pending = self._pending, []
-        failed = [each for each in pending if self._fails(each, trainer, _task(pl_module))]
+        task = _task(pl_module)
+        failed = [each for each, reading in pending if self._fails(each, reading, trainer, task)]
         if failed and self.on_failure == "skip_step":
             self._skip = True
             assert self._tensors is not None
             for each in reversed(failed):  # the first of them began before the others
                 self._tensors.put_back(each.step.kept)
 
-    def _fails(self, pending: PendingStep, trainer: Trainer, task: AbstractTask) -> bool:
+    def _fails(
+        self, made_step: MadeStep, reading: Reading, trainer: Trainer, task: AbstractTask
+    ) -> bool:
         """Judge a step, and tell and keep it if it is time to.
 
         Raises: TrainingFailed, with `raise`.
         """
-        diagnosis = Diagnosis.of(pending.reading.rows())
-        failed, number = diagnosis.failed(self.unconverged), pending.step.number
+        diagnosis = Diagnosis.of(reading.rows())
+        failed, number = diagnosis.failed(self.unconverged), made_step.step.number
         self._count(failed, diagnosis)
         if not failed:
             self._calm(number, trainer)
         elif self._is_due(number, diagnosis):
-            self._keep(pending, diagnosis, trainer, task)
+            self._keep(made_step, diagnosis, trainer, task)
             self._tell(number, diagnosis, trainer)
         return failed
 
     def _count(self, failed: bool, diagnosis: Diagnosis) -> None:
         """The row of steps that taught nothing, and that of all that failed."""
-        record = self._record
-        cause = f"{diagnosis.symptom}; what helps: {diagnosis.advice}" if failed else ""
         taught = not failed or (self.on_failure == "warn" and diagnosis.finite)
-        record.row, record.cause = (0, "") if taught else (record.row + 1, record.cause or cause)
-        record.long_row = record.long_row + 1 if failed else 0
-        record.long_cause = (record.long_cause or cause) if failed else ""
+        rows = self._record.rows
+        for name, goes_on in (("in_a_row", not taught), ("unconverged_in_a_row", failed)):
+            count, cause = rows.pop(name, (0, ""))
+            if goes_on:
+                cause = cause or f"{diagnosis.symptom}; what helps: {diagnosis.advice}"
+                rows[name] = [count + 1, cause]
 
     def _is_due(self, number: int, diagnosis: Diagnosis) -> bool:
         """Add a failed step to its phase; whether it is told, now or already."""
         first, _, count = self._record.phase or (number, number, 0)
         self._record.phase = [first, number, count + 1]
         waits = self.on_failure == "warn" and diagnosis.finite
-        patience = min(self.patience, self.unconverged_in_a_row or self.patience)
-        return bool(self._record.told) or not waits or count + 1 >= patience
+        return bool(self._record.told) or not waits or count + 1 >= self.patience
 
     def _keep(
-        self, pending: PendingStep, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
+        self, failed: MadeStep, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
     ) -> None:
         """The first step that is told, and then the first that is not finite."""
         record = self._record
         if record.kept is not None and (record.final or diagnosis.finite):
             return
-        record.kept, record.final = pending.step.number, not diagnosis.finite
-        save_failure(pending, diagnosis, trainer, task)
+        record.kept, record.final = failed.step.number, not diagnosis.finite
+        save_failure(failed, diagnosis, trainer, task)
 
     def _tell(self, number: int, diagnosis: Diagnosis, trainer: Trainer) -> None:
         """A line where a phase begins, and one where it turns non-finite.
@@ -343,11 +345,8 @@ class Failures(Callback):
             )
 
     def _stop_if_hopeless(self, trainer: Trainer) -> None:
-        record = self._record
-        for row, cause, limit in (
-            (record.row, record.cause, self.in_a_row),
-            (record.long_row, record.long_cause, self.unconverged_in_a_row),
-        ):
+        for name, (row, cause) in self._record.rows.items():
+            limit = self.limits[name]
             if limit is not None and row >= limit:
                 steps = "step" if row == 1 else f"{row:,} steps in a row"
                 why = f"the last {steps} failed; at the first of them {cause}"

@@ -147,7 +147,6 @@ def _quiet() -> None:
     for message in (
         "Experiment logs directory",  # the folder is new, and config.yaml is in it first
         "Checkpoint directory",  # likewise
-        "The `srun` command is available",  # the ranks are started here (launch.py)
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning 2.6 on torch 2.13
         ".*does not have many workers",  # batches are cut from memory
         "It is recommended to use `self.log",  # the tasks' means are synchronized already

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from fastdeq.experiment.cluster import current_step
 from fastdeq.experiment.folder import write_json
 from fastdeq.experiment.submission import check_queue, check_tasks, to_submit
-from fastdeq.report import SweepTable, read_jobs
+from fastdeq.report import SweepTable, job_records, read_jobs
 
 T = TypeVar("T")
 RESUMABLE = 75
@@ -47,9 +47,10 @@ def record_job(folder: Path | None, error: str | None, *, interrupted: bool = Fa
 
 def failed_job() -> int | None:
     """The first job of this sweep that has failed up to now, by its number."""
-    jobs = read_jobs(Path(HydraConfig.get().sweep.dir))
-    failed = [job.number for job in jobs if job.error is not None and not job.interrupted]
-    return min(failed, default=None)
+    for number, record in job_records(Path(HydraConfig.get().sweep.dir)):
+        if record["error"] is not None and not record["interrupted"]:
+            return number
+    return None
 
 
 class Sweep(Callback):

@@ -2,7 +2,7 @@
 
 from fastdeq.report.columns import Group, groups, heading, row
 from fastdeq.report.rows import Row, make_rows
-from fastdeq.report.runs import Run, find_runs, read_run
+from fastdeq.report.runs import Run, find_runs, job_records, read_run
 from fastdeq.report.sweeps import SweepTable, read_jobs
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "find_runs",
     "groups",
     "heading",
+    "job_records",
     "make_rows",
     "read_jobs",
     "read_run",
