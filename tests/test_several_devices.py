@@ -110,6 +110,18 @@ def test_a_process_that_fails_ends_the_run_with_its_error(command: CommandLine) 
     assert last.rstrip().endswith("\nRuntimeError: the second fails")
 
 
+def test_steps_that_fail_are_those_of_all_processes(command: CommandLine) -> None:
+    few = ("solver.max_steps=2", "callbacks.failures.unconverged_in_a_row=2")
+    answer = command.process(*RUN, "trainer=ddp_cpu", *few, "paths.run=mine")
+    assert answer.status == 1
+    last = answer.err.splitlines()[-1]
+    assert last.startswith(
+        "error: the last 2 steps in a row failed; at the first of them 32 of 32 "
+    )
+    assert last.endswith("step 1 again: python train.py mode=replay from_run=mine")
+    assert (command.folder / "mine" / "failure.ckpt").exists()
+
+
 def test_a_process_that_is_killed_ends_the_run_and_the_others(command: CommandLine) -> None:
     endless = ("trainer.max_epochs=100000", "trainer.limit_val_batches=0")
     with subprocess.Popen(

@@ -90,8 +90,13 @@ def _resolution(error: InterpolationResolutionError) -> str:
 
 
 def _process(error: ProcessRaisedException) -> str:
-    """Its text is the traceback of the process that failed first."""
-    return f"a process failed: {str(error).strip().splitlines()[-1]}"
+    """Its text is the traceback of the process that failed first. Of steps that fail all processes
+    judge together.
+    """
+    last = str(error).strip().splitlines()[-1]
+    name, _, text = last.partition(": ")
+    of_all = name == f"{TrainingFailed.__module__}.{TrainingFailed.__qualname__}"
+    return text if of_all else f"a process failed: {last}"
 
 
 def _parsing(error: OverrideParseException) -> str:
