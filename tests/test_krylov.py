@@ -1,5 +1,6 @@
 """Batched GMRES against dense solves, sample by sample and as one space for the batch."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -167,6 +168,28 @@ def test_restarts_converge_in_the_memory_they_are_given(restart):
     assert widths == {(3, 20)}
     condition = torch.linalg.cond(a)
     assert (relative_error(result.value, torch.linalg.solve(a, b)) <= 1e-10 * condition).all()
+
+
+@pytest.mark.parametrize(("condition", "tol"), [(100, 1e-3), (1000, 0.1)])
+def test_restarts_solve_a_slow_problem_at_the_rate_of_the_theory(condition, tol):
+    # diag(1, κ) with b = (√κ, 1): the angle between r and A r is the largest there is, and stays so,
+    # so that GMRES(1) reduces ‖r‖ by exactly (κ − 1)/(κ + 1) per cycle.
+    a = torch.diag(torch.tensor([1.0, condition]).double()).expand(2, 2, 2)
+    b = torch.tensor([[condition**0.5, 1.0]]).double().repeat(2, 1)
+    expected = math.ceil(math.log(tol) / math.log((condition - 1) / (condition + 1)))
+    result = gmres(times(a), b, tol=tol, max_steps=2 * expected, restart=1)
+    assert result.converged.all()
+    assert result.steps.tolist() == [expected, expected]
+
+
+def test_a_cycle_without_progress_is_a_stall_and_ends_the_sample():
+    # A cyclic shift: no Krylov space of fewer than D directions reduces the residual at all.
+    product, calls = counted(lambda v: v.roll(1, dims=1))
+    b = torch.zeros(1, 8).double().index_fill(1, torch.tensor([0]), 1.0)
+    result = gmres(product, b, tol=1e-3, max_steps=1000, restart=7)
+    assert result.status.tolist() == [Status.STALLED]
+    assert calls == [8]  # one cycle, and the product that measures its residual
+    assert gmres(product, b, tol=1e-3, max_steps=1000, restart=8).converged.all()
 
 
 def test_the_step_limit_is_a_status_and_is_kept():
