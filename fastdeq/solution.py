@@ -34,8 +34,9 @@ _SENTENCES = {
     "Jacobian; the best iterate is returned.",
     Status.STALLED: "Progress ended above the tolerance: loosen tol, use a wider dtype, or another "
     "solver; the best iterate is returned.",
-    Status.DIVERGED: "The iteration became non-finite or left the protected range: use another "
-    "solver or a damped step, or regularize the Jacobian; the last good iterate is returned.",
+    Status.DIVERGED: "The iteration became non-finite, left the protected range, or ran away while "
+    "its residual did not fall (f may have no equilibrium): use another solver or a damped step, "
+    "or regularize the Jacobian; the last good iterate is returned.",
     Status.NOT_SOLVED: "No equilibrium was asked for: the cell was unrolled to a fixed depth, or "
     "integrated to a fixed time.",
 }

@@ -3,8 +3,9 @@
 Departures from a plain `while residual > tol`:
 1. Every sample ends on its own and its state is frozen from then on, so a batch gives what its
    samples would give alone.
-2. A sample that turns non-finite, or grows past the protective factor, is put back to its last good
-   iterate and marked; the others do not notice.
+2. A sample that turns non-finite, grows past the protective factor, or runs away while its residual
+   does not fall (see `termination.py`) is put back to its last good iterate and marked; the others
+   do not notice.
 3. Whether all samples are done is read from the device only every `check_every` steps; until then
    the loop runs on, which changes nothing for frozen samples.
 """
@@ -20,7 +21,7 @@ from fastdeq.notation import FlatMap
 from fastdeq.precision import full_precision
 from fastdeq.solution import SolveResult, Status, Trace, TraceKind
 from fastdeq.solvers.base import AbstractSolver, Problem
-from fastdeq.solvers.termination import Iterate, Measures, Progress
+from fastdeq.solvers.termination import Iterate, Measures, Progress, ratio
 
 _RUNNING = -1  # a status that no finished sample has
 
@@ -76,8 +77,9 @@ class _Run:
         self.current = Iterate(problem.hold, torch.zeros_like(problem.hold))
         self.best_z = problem.hold
         unknown = problem.hold.detach()[:, 0].new_full((len(problem.hold),), torch.inf)
-        self.best = unknown.expand(3, -1)  # residual, relative residual and objective of best_z
+        self.best = unknown.expand(3, -1)  # residual, ‖f(z)‖ and pooled ‖du‖ of best_z
         self.residual = unknown  # at `current`; infinite where f was never good
+        self.ran_away = torch.zeros_like(problem.active)
         self.progress: Progress | None = None
         self.take(problem.evaluate(problem.hold))
 
@@ -85,41 +87,54 @@ class _Run:
         """Judge every active sample by its new iterate, freeze the finished, keep the best."""
         problem = self.problem
         with torch.no_grad():
-            # Before anything is pooled: one bad sample must not spoil a figure that all share.
+            # Before anything is pooled: one bad sample must not spoil a norm that all share.
             good = problem.active & finite(proposed.residual)
             problem.alive = problem.alive & (good | ~problem.active)
-            measures = self.rule.measure(proposed, problem.pooling, problem.alive)
-            if self.progress is None:
-                length = problem.pooling.length(proposed.z)
-                self.progress = Progress(self.rule, measures, length)
-            good = good & ~self.progress.broke_away(measures)
+            measures = self._measured(proposed)
+            assert self.progress is not None
+            good = good & ~self.progress.diverged(measures)
+            self.ran_away = self.progress.ran_away(measures)
+            passed = good & (measures.objective <= self.rule.threshold)
             ended = (  # of several reasons, the last one is reported
                 (self.progress.stalled(measures), Status.STALLED),
                 (stuck, Status.STALLED),
-                (measures.objective <= self.rule.threshold, Status.CONVERGED),
+                (passed, Status.CONVERGED),
                 (~good, Status.DIVERGED),
             )
             for here, status in ended:
                 if here is not None:
                     self.status = self.status.masked_fill(problem.active & here, int(status))
+            self.progress.update(measures)
         rows = good[:, None]
         self.current = Iterate(
             torch.where(rows, proposed.z, self.current.z),
             torch.where(rows, proposed.g, self.current.g),
         )
         self.residual = torch.where(good, measures.residual, self.residual)
-        self._keep_best(good, measures)
+        self._keep_best(good, passed, measures)
         problem.hold = self.current.z
         problem.alive = self.status != Status.DIVERGED
         problem.active = self.status == _RUNNING
 
-    def _keep_best(self, good: Tensor, new: Measures) -> None:
-        objective, better = self.best[2], good
-        if self.rule.returns_best:  # an objective may be infinite throughout: then the last is best
-            better = good & ((new.objective < objective) | (objective == torch.inf))
+    def _measured(self, proposed: Iterate) -> Measures:
+        pooling, alive = self.problem.pooling, self.problem.alive
+        if self.progress is not None:
+            return self.rule.measure(proposed, pooling, alive, self.progress.bound)
+        first = self.rule.measure(proposed, pooling, alive)
+        eps = torch.finfo(proposed.z.dtype).eps
+        self.progress = Progress(self.rule, first, pooling.length(proposed.z), eps)
+        return first
+
+    def _keep_best(self, good: Tensor, passed: Tensor, new: Measures) -> None:
+        better = good & ~self.ran_away
+        if self.rule.returns_best:
+            # Of equal ones the later: a ratio, as the relative tests take it, would not see
+            # progress towards a solution at 0.
+            better = better & (new.du <= self.best[2])
+        better = better | passed
         self.best_z = torch.where(better[:, None], self.current.z, self.best_z)
-        figures = torch.stack((new.residual, new.relative, new.objective))
-        self.best = torch.where(better, figures, self.best)
+        measured = torch.stack((new.residual, new.f_norm, new.du))
+        self.best = torch.where(better, measured, self.best)
 
     def snapshot(self, kind: TraceKind) -> tuple[Tensor, Tensor | None]:
         """One row of the trace."""
@@ -127,13 +142,16 @@ class _Run:
 
     def result(self, trace: Trace | None) -> SolveResult:
         """The record of the finished solve."""
+        residual, f_norm, _ = self.best
+        limit = torch.where(self.ran_away, int(Status.DIVERGED), int(Status.STEP_LIMIT))
         return SolveResult(
             value=self.best_z,
-            residual=self.best[0],
-            relative_residual=self.best[1],
+            residual=residual,
+            # Infinite, too, where f was never good.
+            relative_residual=ratio(residual, f_norm).masked_fill(residual == torch.inf, torch.inf),
             steps=self.steps,
             nfe=self.problem.nfe,
-            status=self.status.masked_fill(self.problem.active, int(Status.STEP_LIMIT)),
+            status=torch.where(self.problem.active, limit, self.status),
             trace=trace,
         )
 
