@@ -1,13 +1,15 @@
 """Batches cut from tensors that lie whole on one device: no worker processes, no copies."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from fastdeq.data.augmentation import Augmentation
+from fastdeq.data.checks import require_number
 from fastdeq.data.passes import Batch, Passes
 
 _AUGMENTATION = (2,)  # spawn key: keeps what is drawn for it apart from the order's numbers
@@ -29,6 +31,31 @@ class Normalization:
             raise ValueError(f"scale and std must be positive: {self}")
         if not self.mean or len(self.mean) != len(self.std):
             raise ValueError(f"mean and std must have one value for each channel: {self}")
+
+    def configured(self, setting: object) -> Self:
+        """Return this normalization with the constants that ``setting`` chooses.
+
+        "published": these constants. "none": mean 0 and std 1, so that x / scale is unchanged.
+        A mapping of ``mean`` and ``std``: each one number, or one for each channel.
+
+        Raises ValueError, naming the key, for anything else and for a std that is not positive.
+        """
+        if setting == "published":
+            return self
+        if setting == "none":
+            setting = {"mean": 0.0, "std": 1.0}
+        if not isinstance(setting, Mapping) or set(setting) != {"mean", "std"}:
+            raise ValueError(
+                "normalization must be published, none, or {mean: NUMBERS, std: NUMBERS}, "
+                f"not {setting!r}"
+            )
+        mean, std = (
+            _numbers(f"normalization.{key}", setting[key], channels=len(self.mean))
+            for key in ("mean", "std")
+        )
+        if min(std) <= 0:
+            raise ValueError(f"normalization.std must be above 0, not {setting['std']!r}")
+        return replace(self, mean=mean, std=std)
 
     def on(self, shape: Sequence[int], device: torch.device) -> Callable[[Tensor], Tensor]:
         """Return the normalization of samples of ``shape`` (C, ...), to float32 on ``device``.
@@ -111,6 +138,18 @@ class Batches(Passes):
         if self._normalize is not None:
             inputs = self._normalize(inputs)
         return Batch(inputs, targets, weight)
+
+
+def _numbers(name: str, value: object, *, channels: int) -> tuple[float, ...]:
+    """Return the numbers of a setting, one for each channel; raise ValueError naming it if not."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return (require_number(name, value),) * channels
+    if len(value) != channels:
+        raise ValueError(
+            f"{name} must be a number or a list of {channels}, one for each channel, "
+            f"not {list(value)!r}"
+        )
+    return tuple(require_number(name, one) for one in value)
 
 
 def _normalize(inputs: Tensor, scale: float, mean: Tensor, std: Tensor) -> Tensor:

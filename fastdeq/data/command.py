@@ -155,6 +155,8 @@ def _value(key: str, text: str, default: object) -> object:
         if text.lower() not in ("true", "false"):
             raise UsageError(f"{key} must be true or false, not {text!r}")
         return text.lower() == "true"
+    if isinstance(default, str):
+        return text
     if isinstance(default, int | float):
         try:
             return type(default)(text)

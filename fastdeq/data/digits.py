@@ -1,7 +1,8 @@
 """The 8 × 8 handwritten digits that come with fastdeq: runs without a download."""
 
+from collections.abc import Mapping
 from importlib import resources
-from typing import final
+from typing import Any, final
 
 from fastdeq.data.batches import Normalization
 from fastdeq.data.memory import InMemoryDataModule, Samples, image_samples
@@ -24,11 +25,15 @@ def read_digits() -> ImageSet:
 
 @final
 class DigitsDataModule(InMemoryDataModule):
-    """Batches of digits, float32 (B, 1, 8, 8) normalized, with labels int64 (B,) of 0..9."""
+    """Batches of digits, float32 (B, 1, 8, 8) normalized, with labels int64 (B,) of 0..9.
+
+    ``normalization``: see ``Normalization.configured``. Raises ValueError for another one, and what
+    ``InMemoryDataModule`` raises.
+    """
 
     input_shape = (1, 8, 8)
     outputs = 10
-    normalization = NORMALIZATION
+    normalization: Normalization = NORMALIZATION
 
     def __init__(
         self,
@@ -37,6 +42,7 @@ class DigitsDataModule(InMemoryDataModule):
         eval_batch_size: int = 360,
         seed: int = 0,
         validation: int = 0,
+        normalization: str | Mapping[str, Any] = "published",
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -44,6 +50,7 @@ class DigitsDataModule(InMemoryDataModule):
             seed=seed,
             validation=validation,
         )
+        self.normalization = self.normalization.configured(normalization)
 
     def load(self) -> tuple[Samples, Samples]:
         """Return the shipped training and test split, verified."""

@@ -1,7 +1,7 @@
 """Folders of JPEG and PNG images, train/<class>/ and val/<class>/, as ImageNet is unpacked to."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -115,7 +115,8 @@ class ImageFolderDataModule(AbstractDataModule):
     (see ``DecodedBatches``). RGB, turned upright: see ``decode``.
 
     Training images are random crops (``RandomCrop``: ``crop_area``, ``crop_ratio``, ``flip``), all
-    others central ones (``CentralCrop``: ``crop_share``). Where ``classes`` is None, ``outputs`` is
+    others central ones (``CentralCrop``: ``crop_share``). ``normalization``: see
+    ``Normalization.configured``. Where ``classes`` is None, ``outputs`` is
     known once the set was loaded.
 
     Raises ImportError, with the cure, without Pillow; ValueError for arguments of another type or
@@ -123,7 +124,7 @@ class ImageFolderDataModule(AbstractDataModule):
     """
 
     # Of ImageNet's training images, as published with its models
-    normalization = Normalization(
+    normalization: Normalization = Normalization(
         scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     )
 
@@ -144,6 +145,7 @@ class ImageFolderDataModule(AbstractDataModule):
         eval_batch_size: int = 256,
         seed: int = 0,
         validation: int = 0,
+        normalization: str | Mapping[str, Any] = "published",
     ) -> None:
         require_pillow()
         super().__init__(
@@ -152,6 +154,7 @@ class ImageFolderDataModule(AbstractDataModule):
             seed=seed,
             validation=validation,
         )
+        self.normalization = self.normalization.configured(normalization)
         area, ratio = _range("crop_area", crop_area), _range("crop_ratio", crop_ratio)
         self._random = RandomCrop(size=size, area=area, ratio=ratio, flip=flip)
         self._central = CentralCrop(size=size, share=crop_share)

@@ -1,9 +1,11 @@
 """Data modules of published image sets, read from a store that is built once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastdeq.data.augmentation import Augmentation
+from fastdeq.data.batches import Normalization
 from fastdeq.data.build import StoredSet, store_folder
 from fastdeq.data.checks import require_flag, require_folder
 from fastdeq.data.memory import InMemoryDataModule, Samples, image_samples
@@ -15,7 +17,7 @@ class StoredDataModule(InMemoryDataModule):
 
     A subclass is final and says its ``source`` beside what ``InMemoryDataModule`` asks for.
     ``root``, ``store``, ``download`` and ``verify`` are those of ``StoredSet``; ``store`` None is
-    the folder that ``store_folder`` says.
+    the folder that ``store_folder`` says. ``normalization``: see ``Normalization.configured``.
 
     Raises ValueError for arguments of another type, for ``verify=False`` without a ``root`` or with
     ``download``, and what ``InMemoryDataModule`` raises; ``prepare_data`` and ``setup`` raise what
@@ -23,6 +25,7 @@ class StoredDataModule(InMemoryDataModule):
     """
 
     source: ImageSource
+    normalization: Normalization
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class StoredDataModule(InMemoryDataModule):
         seed: int = 0,
         validation: int = 0,
         augmentation: Sequence[Augmentation] | None = None,
+        normalization: str | Mapping[str, Any] = "published",
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -44,6 +48,7 @@ class StoredDataModule(InMemoryDataModule):
             validation=validation,
             augmentation=augmentation,
         )
+        self.normalization = self.normalization.configured(normalization)
         self._stored = StoredSet(
             source=self.source,
             root=require_folder("root", root),
