@@ -83,8 +83,6 @@ def published(
         source,
         publication=replace(source.publication, files=files, mirrors=tuple(mirrors)),
         sha256=checksums if source.sha256 else (),
-        per_class=(TRAIN // 10, TEST // 10),
-        foreign=tuple(hashlib.sha256(idx(a)).hexdigest() for a in samples()) * bool(source.foreign),
     )
 
 

@@ -145,6 +145,14 @@ def test_a_missing_dataset_is_named(copy):
         read_store(copy)
 
 
+def test_another_set_in_place_of_the_shipped_one_is_refused(monkeypatch, tmp_path, digits):
+    others = replace(digits, test_images=digits.test_images.transpose(2, 3))
+    write_store(tmp_path / "digits.h5", others)
+    monkeypatch.setattr(resources, "files", lambda _: tmp_path)
+    with pytest.raises(ValueError, match=r"digits\.h5: not the digits that come with fastdeq"):
+        read_digits()
+
+
 # Writing
 
 

@@ -1,6 +1,7 @@
 """MNIST and Fashion-MNIST: files in the official format, and what is wrong with them."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeq.data import FashionMnistDataModule, MnistDataModule, StoredDataModule, read_store
+from fastdeq.data import (
+    FashionMnistDataModule,
+    MnistDataModule,
+    StoredDataModule,
+    read_store,
+    write_store,
+)
 from fastdeq.data.mnist import FASHION_MNIST, MNIST
 from tests.images import (
     TEST,
@@ -182,11 +189,34 @@ def test_the_whole_of_fashion_mnist_is_not_taken_for_mnist(tmp_path):
     assert "data.verify=false" in text
 
 
+LOOKALIKES = {
+    "MNIST": samples(),
+    "KMNIST": samples(2),
+    "EMNIST": [a.swapaxes(1, -1) if a.ndim == 3 else a for a in samples()],  # transposed
+    "EMNIST's Fashion": [a.swapaxes(1, -1) if a.ndim == 3 else a for a in samples(FASHION)],
+}
+"""Sets of the same file names, sizes and class counts as Fashion-MNIST."""
+
+
+@pytest.mark.parametrize("lookalike", LOOKALIKES)
 @pytest.mark.parametrize("compressed", [True, False])
-def test_the_whole_of_mnist_is_not_taken_for_fashion_mnist(tmp_path, compressed):
-    path = write_files(tmp_path / "root", samples(), compressed=compressed)[0]
-    data = FashionMnistDataModule(root=tmp_path / "root")
-    assert refusal(data, path) == "a file of another set, not of Fashion-MNIST: give the right one"
+def test_a_set_that_looks_like_fashion_mnist_is_not_taken_for_it(tmp_path, lookalike, compressed):
+    """torchvision 406: one MNIST-like set taken for another; 8783: EMNIST is transposed."""
+    root = tmp_path / "root"
+    path = write_files(root, LOOKALIKES[lookalike], compressed=compressed)[0]
+    text = refusal(FashionMnistDataModule(root=root), path)
+    told = "not the official file of" if compressed else "cannot be verified, for of"
+    assert text.startswith(f"{told} Fashion-MNIST")
+    assert text.endswith("or take your own files as they are with data.verify=false")
+    loaded(FashionMnistDataModule(root=root, verify=False))  # has a store of its own:
+    assert not (tmp_path / "cache" / "fashion_mnist.h5").exists()
+    with pytest.raises(FileNotFoundError, match="Fashion-MNIST is not here yet"):
+        FashionMnistDataModule().prepare_data()
+
+
+def test_a_transposed_set_is_not_taken_for_mnist(tmp_path):
+    path = write_files(tmp_path / "root", LOOKALIKES["EMNIST"], compressed=False)[0]
+    assert "not the official file of MNIST, the SHA-256" in refusal(mnist(tmp_path / "root"), path)
 
 
 def test_compressed_fashion_mnist_is_verified_by_its_published_md5(tmp_path):
@@ -196,15 +226,37 @@ def test_compressed_fashion_mnist_is_verified_by_its_published_md5(tmp_path):
     assert "not the official file of Fashion-MNIST, the MD5 of the file is" in text
 
 
-@pytest.mark.parametrize("split", [0, 1])
-def test_plain_fashion_mnist_is_verified_by_its_counts_of_each_class(tmp_path, split):
-    paths = write_files(tmp_path / "root", samples(FASHION), compressed=False)
-    fashion = FashionMnistDataModule(root=tmp_path / "root")
-    content = bytearray(of_fashion(2 * split + 1))
-    content[-1] = (content[-1] + 1) % 10
-    paths[2 * split + 1].write_bytes(content)
-    text = refusal(fashion, paths[2 * split + 1])
-    assert f"which has {(TRAIN, TEST)[split] // 10} samples of each class" in text
+@pytest.mark.parametrize("number", range(4))
+def test_an_unpacked_file_of_fashion_mnist_is_refused_with_the_cure(tmp_path, number):
+    path = write_files(tmp_path / "root", samples(FASHION))[number]
+    path.unlink()
+    path = path.with_suffix("")
+    path.write_bytes(of_fashion(number))
+    assert refusal(FashionMnistDataModule(root=tmp_path / "root"), path) == (
+        "cannot be verified, for of Fashion-MNIST only the checksums of the .gz files are "
+        f"published: give the official {NAMES[number]} instead, or take your own files as they are "
+        "with data.verify=false"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "compressed", "seed"),
+    [(FashionMnistDataModule, False, FASHION), (MnistDataModule, True, 2)],
+)
+def test_a_store_of_files_that_were_not_identified_is_refused_under_the_official_name(
+    tmp_path, module, compressed, seed
+):
+    """Such a store of unpacked look-alikes was once made as the official Fashion-MNIST."""
+    write_files(tmp_path / "root", samples(seed), compressed=compressed)
+    own = loaded(module(root=tmp_path / "root", verify=False))
+    images = read_store(own.facts["file"])
+    official = module.source.publication.attributes()
+    path = tmp_path / "cache" / f"{official['name']}.h5"
+    write_store(path, replace(images, attributes={**images.attributes, **official}))
+    title = module.source.publication.title
+    told = f"nothing shows that its files were the official ones of {title}: delete it and it is"
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {told} built again")):
+        module().load()
 
 
 Change = Callable[[list[np.ndarray]], object]
@@ -337,7 +389,6 @@ def test_every_published_file_has_its_checksums_and_two_mirrors():
         assert len(publication.mirrors) >= 2
         assert all(address.endswith("/") for address in publication.mirrors)
     assert all(len(bytes.fromhex(checksum)) == 32 for checksum in MNIST.sha256)
-    assert FASHION_MNIST.foreign == MNIST.sha256
 
 
 @pytest.mark.slow

@@ -82,7 +82,8 @@ class StoredSet:
     def read(self, path: Path) -> ImageSet:
         """Return the set in the store at ``path`` (``ensure``), verified by its own checksum.
 
-        Raises ValueError for a store that is damaged or of another set.
+        Raises ValueError for a store that is damaged, of another set, or, with ``verify``, made
+        from files that are not known to be official.
         """
         images = read_store(path, cure=CURE)
         wanted = self._attributes()
@@ -90,6 +91,11 @@ class StoredSet:
             if images.attributes[key] != wanted[key]:
                 found = images.attributes[key]
                 raise ValueError(f"{path}: its {key} is {found!r}, not {wanted[key]!r}: {CURE}")
+        if self.verify and not self.source.is_official(images.attributes):
+            raise ValueError(
+                f"{path}: nothing shows that its files were the official ones of "
+                f"{self._publication.title}: {CURE}"
+            )
         return images
 
     @property

@@ -8,6 +8,7 @@ from fastdeq.data.batches import Normalization
 from fastdeq.data.memory import InMemoryDataModule, Samples, image_samples
 from fastdeq.data.store import ImageSet, read_store
 
+_SHA256 = "942b80c7b0bc35d1236d3a4f5fffda2d8159349e604a4855131f9c0e89553a9d"
 # Pixels count the 16 cells of a 4 × 4 block. Mean and standard deviation are those of the training
 # split's pixels after the division by 16: 0.304982 and 0.375789 (population, N in the divisor).
 NORMALIZATION = Normalization(scale=16.0, mean=(0.304982,), std=(0.375789,))
@@ -20,7 +21,10 @@ def read_digits() -> ImageSet:
     """
     file = resources.files("fastdeq.data").joinpath("digits.h5")
     with resources.as_file(file) as path:
-        return read_store(path, cure="reinstall fastdeq")
+        images = read_store(path, cure="reinstall fastdeq")
+    if images.attributes["sha256"] != _SHA256:
+        raise ValueError(f"{file}: not the digits that come with fastdeq: reinstall fastdeq")
+    return images
 
 
 @final

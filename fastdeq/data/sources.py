@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,3 +97,7 @@ class ImageSource(ABC):
         With ``verify`` they must be the official ones. Raises ValueError naming the file and what
         is wrong with it.
         """
+
+    def is_official(self, attributes: Mapping[str, str]) -> bool:
+        """Return whether a store with these attributes was made from the official files."""
+        return True  # unless a source knows better: no store is made before they are verified
