@@ -29,22 +29,43 @@ SMALL = ("data=image_folder", "arch=cifar_tiny", "model=skip_mdeq", "data.size=3
 RUN = (*SMALL, "sizes.outputs=3", "data.batch_size=6", "solver.max_steps=3", "data.workers=0")
 """A short training run on such a folder."""
 
+# First row and step, first column and step of each pass
+ADAM7 = (
+    *((0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4)),
+    *((2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)),
+)
 COLOUR_TYPES = {"grey": 0, "rgb": 2, "palette": 3, "grey+alpha": 4, "rgba": 6}
 
 
-def png(pixels: Pixels, kind: str = "rgb", *, before: Mapping[bytes, bytes] | None = None) -> bytes:
+def png(
+    pixels: Pixels,
+    kind: str = "rgb",
+    *,
+    before: Mapping[bytes, bytes] | None = None,
+    bits: int | None = None,
+    interlaced: bool = False,
+) -> bytes:
     """Signature, header, further chunks, the rows unfiltered and compressed, end.
 
-    pixels: (H, W) or (H, W, C), uint8, or uint16 for 16 bits a channel.
+    pixels: (H, W) or (H, W, C), uint8, or uint16 for 16 bits per sample. bits: 1, 2 or 4 per sample
+    for pixels uint8 (H, W) below 2**bits. interlaced: the seven passes of Adam7.
     """
     height, width = pixels.shape[:2]
-    header = struct.pack(
-        ">IIBBBBB", width, height, 8 * pixels.itemsize, COLOUR_TYPES[kind], 0, 0, 0
-    )
+    bits = bits or 8 * pixels.itemsize
+    header = struct.pack(">IIBBBBB", width, height, bits, COLOUR_TYPES[kind], 0, 0, int(interlaced))
     big_endian = pixels.astype(pixels.dtype.newbyteorder(">"))
-    rows = b"".join(b"\0" + row.tobytes() for row in big_endian)
+    passes = ADAM7 if interlaced else ((0, 1, 0, 1),)
+    parts = [big_endian[top::down, left::right] for top, down, left, right in passes]
+    rows = b"".join(b"\0" + _row(row, bits) for part in parts if part.size for row in part)
     chunks = {b"IHDR": header, **(before or {}), b"IDAT": zlib.compress(rows), b"IEND": b""}
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks.items())
+
+
+def _row(row: Pixels, bits: int) -> bytes:
+    """One row's bytes; of less than 8 bits, samples are packed from the highest bit on."""
+    if bits >= 8:
+        return row.tobytes()
+    return np.packbits(np.unpackbits(row[:, None], axis=1)[:, 8 - bits :]).tobytes()
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:

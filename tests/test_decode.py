@@ -58,6 +58,96 @@ def test_a_colour_of_a_palette_can_be_transparent():
     assert found.tolist() == [[[255, 255, 255], [200, 100, 50]]]
 
 
+def on_white(key: tuple[int, ...], samples: Pixels, bits: int) -> Pixels:
+    """uint8 (H, W, 3) of samples (H, W, C), where exactly those equal to ``key`` are white."""
+    scaled = samples >> 8 if bits == 16 else samples * (255 // (2**bits - 1))
+    transparent = (samples == key).all(axis=-1, keepdims=True)
+    return np.broadcast_to(np.where(transparent, 255, scaled), (*samples.shape[:2], 3))
+
+
+def keyed(key: tuple[int, ...], samples: Pixels, bits: int, **settings: bool) -> Pixels:
+    """What is decoded of a PNG image of these samples with a transparent colour."""
+    kind = "grey" if len(key) == 1 else "rgb"
+    stored = samples.astype(np.uint16 if bits == 16 else np.uint8).squeeze(
+        -1 if kind == "grey" else ()
+    )
+    chunk = {b"tRNS": struct.pack(f">{len(key)}H", *key)}
+    return decoded(png(stored, kind, before=chunk, bits=bits, **settings))
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_grey_is_compared_in_the_files_units(bits, interlaced):
+    """Pillow 9281 and the PNG specification, third edition, 11.3.1.1 (tRNS)."""
+    samples = np.arange(2**bits * 3).reshape(3, -1, 1) % 2**bits
+    for key in range(2**bits) if bits < 8 else (0, 1, 85, 254, 255):
+        found = keyed((key,), samples, bits, interlaced=interlaced)
+        assert np.array_equal(found, on_white((key,), samples, bits)), key
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_colour_of_sixteen_bits_is_compared_in_all_of_them(channels, interlaced):
+    """Pillow 9281: with the upper 8 alone, opaque black became white."""
+    values = [0, 1, 255, 256, 257, 0x0100, 0x1234, 0x1235, 0x1334, 0x3412, 0xFF00, 0xFFFF]
+    samples = np.array([values, values[::-1]])[..., None].repeat(channels, axis=-1)
+    for value in values:
+        key = (value,) * channels
+        found = keyed(key, samples, 16, interlaced=interlaced)
+        assert np.array_equal(found, on_white(key, samples, 16)), value
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_transparent_colour_is_one_whose_every_channel_is_equal(bits):
+    key = (10, 20, 30) if bits == 8 else (0x0A01, 0x1402, 0x1E03)
+    near = [
+        np.add(key, change) for change in np.vstack([np.eye(3, dtype=int), -np.eye(3, dtype=int)])
+    ]
+    samples = np.array([[key, *near, key[::-1], (0, 0, 0)]])
+    found = keyed(key, samples, bits)
+    assert np.array_equal(found, on_white(key, samples, bits))
+    assert found[0, 0].tolist() == [255] * 3
+    assert found[0, 1].tolist() == ([11, 20, 30] if bits == 8 else [10, 20, 30])
+
+
+def test_of_a_transparent_colour_only_the_bits_of_the_image_count():
+    samples = np.array([[[0], [1], [2], [3]]])
+    assert np.array_equal(keyed((0xFFFD,), samples, 2), on_white((1,), samples, 2))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_every_colour_of_a_palette_has_its_own_transparency(bits):
+    count = min(2**bits, 4)
+    colours = np.array([[1, 2, 3], [200, 100, 50], [0, 0, 0], [255, 0, 10]], np.uint8)[:count]
+    alphas = np.array([0, 128, 255, 255])[:count]  # the file leaves the last ones out: opaque
+    chunks = {b"PLTE": colours.tobytes(), b"tRNS": bytes(alphas[:2].tolist())}
+    indices = np.arange(2 * count, dtype=np.uint8).reshape(2, -1) % count
+    found = decoded(png(indices, "palette", before=chunks, bits=bits))
+    laid = np.round(255 + (colours.astype(int) - 255) * alphas[:, None] / 255)
+    assert np.array_equal(found, laid[indices])
+
+
+def test_of_sixteen_bits_of_transparency_the_upper_eight_count():
+    alpha = np.array([[0, 0x8000, 0xFFFF]], np.uint16)
+    colour = np.array([0x0A63, 0x1463, 0x1E63], np.uint16)
+    for channels, kind in ((1, "grey+alpha"), (3, "rgba")):
+        pixels = np.stack([*(np.full_like(alpha, value) for value in colour[:channels]), alpha], -1)
+        found = decoded(png(pixels, kind))
+        half = np.round(255 + ((colour[:channels] >> 8).astype(int) - 255) * 0x80 / 255)
+        expected = np.array([[[255] * channels, half, colour[:channels] >> 8]])
+        assert np.array_equal(found, np.broadcast_to(expected, (1, 3, 3)))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_an_image_with_a_transparent_colour_is_turned_too(bits):
+    samples = np.array([[[0], [7], [9]]]) * (2 ** (bits - 8))
+    stored = samples[..., 0].astype(np.uint16 if bits == 16 else np.uint8)
+    exif = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 274, 3, 1, 6, 0, 0)  # 6: a quarter clockwise
+    chunks = {b"tRNS": struct.pack(">H", samples[0, 1, 0]), b"eXIf": exif}
+    found = decoded(png(stored, "grey", before=chunks))
+    assert found.tolist() == [[[0] * 3], [[255] * 3], [[9] * 3]]
+
+
 def test_cmyk_is_converted():
     ink = np.zeros((16, 16, 4), np.uint8)
     ink[..., 1] = 255  # magenta alone: no green is left

@@ -15,6 +15,7 @@ from typing import TypeAlias, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdeq.data.checks import require_integer, require_number
@@ -30,6 +31,7 @@ Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, right, bottom, in pixels; right and bottom are just outside."""
 
 _FORMATS = ("JPEG", "PNG")
+_BIT_DEPTH = 24  # place of this byte in a PNG file, whose header comes first
 _ATTEMPTS = 10  # at a crop that fits into the image
 
 
@@ -50,13 +52,14 @@ def decode(content: bytes) -> "Image.Image":
     """Return a JPEG or PNG image as RGB, 8 bits a channel.
 
     Grey and palette images get equal or their palette's channels; CMYK is converted without a
-    profile; what is transparent is laid on white; of 16 bits the upper 8 are kept. The image is
-    turned as its EXIF orientation says, which is how viewers show it. Raises ValueError for what is
-    not such an image, or is damaged.
+    profile; what is transparent is laid on white; of 16 bits the upper 8 are kept. A transparent
+    colour of a PNG image is compared in all bits of its samples (PNG, third edition, 11.3.1.1). The
+    image is turned as its EXIF orientation says, which is how viewers show it. Raises ValueError
+    for what is not such an image, or is damaged.
     """
     with _pillow(), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
         image.load()
-        return _to_rgb(_upright(image))
+        return _to_rgb(_upright(_keyed(image, content)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,14 +157,51 @@ def to_tensor(image: "Image.Image") -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _to_rgb(image: "Image.Image") -> "Image.Image":
+def _keyed(image: "Image.Image", content: bytes) -> "Image.Image":
+    """Return a PNG image that has a transparent colour as RGBA, any other image as it is.
+
+    Pillow compares that colour, in the file's units, with samples that it scaled to 8 bits.
+    """
+    if image.format != "PNG" or image.mode == "P" or "transparency" not in image.info:
+        return image  # a palette has an alpha for each of its colours
+    key = image.info.pop("transparency")
+    bits = content[_BIT_DEPTH]
+    samples = _samples(image, content, bits)  # (H, W, 1 or 3)
+    transparent = (samples == np.array(key) & (2**bits - 1)).all(axis=-1)
+    keyed = _opaque(image)
+    keyed.putalpha(Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8)))
+    keyed.info = image.info  # says how the image is turned
+    return keyed
+
+
+def _samples(image: "Image.Image", content: bytes, bits: int) -> NDArray[np.int64]:
+    """Return the samples as the file has them, of this many bits, (H, W, 1 or 3)."""
+    samples: NDArray[np.int64] = np.asarray(image).astype(np.int64)
+    if samples.ndim == 2:
+        # Pillow spreads 2 and 4 bits over 0..255; of 1 bit it makes bool, and keeps 16.
+        return samples[..., None] // (255 // (2**bits - 1) if image.mode == "L" else 1)
+    if bits < 16:
+        return samples
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as lower:
+        # Pillow keeps the first byte of each sample; read as little-endian, it keeps the second.
+        lower.tile = [(*tile[:3], "RGB;16L") for tile in lower.tile]  # type: ignore[misc]
+        low: NDArray[np.uint8] = np.asarray(lower)
+    return 256 * samples + low
+
+
+def _opaque(image: "Image.Image") -> "Image.Image":
+    """Return an image without transparency as RGB."""
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip instead of scaling
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_rgb(image: "Image.Image") -> "Image.Image":
     if image.has_transparency_data:
         colours = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, colours).convert("RGB")
-    return image.convert("RGB")
+    return _opaque(image)
 
 
 def _upright(image: "Image.Image") -> "Image.Image":

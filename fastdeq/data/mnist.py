@@ -26,7 +26,7 @@ _CLASSES = 10
 class IdxImages(ImageSource):
     """Four IDX files, of images and labels for training, then of images and labels for test.
 
-    Each file is verified by its checksum, since sets of this format agree in all else (names, sizes,
+    Each file is verified by its checksum, since other sets agree in all else (names, sizes,
     class counts): by the ``sha256`` of its content where known, else by the published MD5 of the
     compressed file. Without ``sha256`` an unpacked file cannot be verified and is refused.
     """
