@@ -3,6 +3,7 @@
 import errno
 import json
 import multiprocessing
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -28,6 +29,7 @@ from tests.commands import a_run
 from tests.folders import (
     RUN,
     SAMPLES,
+    SIDE,
     SIZE,
     TRAIN,
     VAL,
@@ -187,6 +189,100 @@ def test_a_folder_that_changed_has_another_store(root, tmp_path, change):
     assert len(stores(tmp_path)) == 2
 
 
+def rewritten(path: Path) -> bytes:
+    """Another image of the same size in bytes, written over the first cat's."""
+    content = png(noise(1, *np.asarray(decode(path.read_bytes())).shape[:2]))
+    assert len(content) == path.stat().st_size
+    path.write_bytes(content)
+    return content
+
+
+@pytest.mark.parametrize("times", ["new", "mtime kept", "all mtimes equal"])
+def test_a_file_that_changed_and_kept_its_size_is_stored_anew(root, tmp_path, times):
+    if times == "all mtimes equal":  # as archives with fixed times are unpacked
+        for path in root.rglob("*.*"):
+            os.utime(path, ns=(0, 0))
+    before, _ = folder(root).load()
+    path = root / "train/cat/0.png"
+    old, status = path.read_bytes(), path.stat()
+    new = rewritten(path)
+    if times != "new":
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after, _ = folder(root).load()
+    assert len(stores(tmp_path)) == 2
+    assert (before.read(0), after.read(0)) == (old, new)
+    for records in (before, after):
+        records.close()
+
+
+def test_two_files_that_were_exchanged_are_stored_anew(root, tmp_path):
+    first, second = root / "train/cat/0.png", root / "train/cat/2.png"
+    second.write_bytes(png(noise(1, SIDE, SIDE)))
+    assert first.stat().st_size == second.stat().st_size
+    folder(root).prepare_data()
+    first.rename(root / "aside")
+    second.rename(first)
+    (root / "aside").rename(second)
+    train, _ = folder(root).load()
+    assert train.read(0) == png(noise(1, SIDE, SIDE))
+    train.close()
+
+
+def touch(root: Path) -> None:
+    for path in root.rglob("*.*"):
+        os.utime(path)
+
+
+def copy_back(root: Path) -> None:
+    """As rsync -a does: mtimes are kept, ctimes are new."""
+    shutil.copytree(root, root.with_name("copy"))
+    shutil.rmtree(root)
+    shutil.copytree(root.with_name("copy"), root)
+
+
+@pytest.mark.parametrize("change", [touch, copy_back])
+def test_where_only_times_differ_the_store_is_compared_and_used_again(root, tmp_path, change):
+    expected = everything(folder(root))
+    (first,) = stores(tmp_path)
+    change(root)
+    built_anew = patch("fastdeq.data.image_folder.write_records", side_effect=AssertionError)
+    with built_anew:
+        assert everything(folder(root)) == expected
+        with patch.object(FolderSplit, "read", side_effect=AssertionError("compared again")):
+            folder(root).prepare_data()
+    assert len(stores(tmp_path)) == 2
+    assert all(path.samefile(first) for path in stores(tmp_path))  # takes no more of the disk
+
+
+def test_a_store_of_an_earlier_version_is_compared_before_it_is_used(root, tmp_path):
+    folder(root).prepare_data()
+    (path,) = stores(tmp_path)
+    old = path.rename(path.with_stem(path.stem.rpartition("-")[0]))
+    folder(root).prepare_data()
+    assert path.samefile(old)
+    path.unlink()
+    content = rewritten(root / "train/cat/0.png")
+    train, _ = folder(root).load()
+    assert train.read(0) == content
+    train.close()
+
+
+def test_a_store_that_is_damaged_or_not_verified_is_not_used_again(root, tmp_path):
+    folder(root).prepare_data()
+    (first,) = stores(tmp_path)
+    touch(root)
+    folder(root, verify=True).load()  # and not refused for its images that were not decoded
+    (second,) = set(stores(tmp_path)) - {first}
+    assert not second.samefile(first)
+    for path in (first, second):
+        damage_an_image(path)
+    touch(root)
+    assert everything(folder(root))
+    (third,) = set(stores(tmp_path)) - {first, second}
+    assert not third.samefile(first)
+    assert not third.samefile(second)
+
+
 def test_equal_folders_in_two_places_do_not_share_a_store(root, tmp_path):
     shutil.copytree(root, tmp_path / "other")
     for place in (root, tmp_path / "other"):
@@ -217,6 +313,7 @@ def test_one_image_at_a_time_is_in_memory_while_the_store_is_built(tmp_path):
         folder=tmp_path,
         names=[f"a/{i}" for i in range(count)],
         sizes=np.full(count, size),
+        times=np.zeros((count, 2), np.int64),
         labels=np.zeros(count, np.int64),
         read=lambda number: bytes([number]) * size,
     )

@@ -18,12 +18,15 @@ _SHOWN = 5  # names in a message
 class FolderSplit:
     """The images of one split, by class and name: ``names`` as "class/file".
 
-    ``sizes`` int64 (N,), in bytes; ``labels`` int64 (N,), the classes' places in their order.
+    ``sizes`` int64 (N,), in bytes; ``times`` int64 (N, 2), of the last change of the content and of
+    the file's status (mtime and ctime), in nanoseconds; ``labels`` int64 (N,), the classes' places
+    in their order.
     """
 
     folder: Path
     names: Sequence[str]
     sizes: NDArray[np.int64]
+    times: NDArray[np.int64]
     labels: NDArray[np.int64]
 
     def read(self, index: int) -> bytes:
@@ -58,6 +61,17 @@ class ImageFolder:
         for name, split in self.splits.items():
             for file, size in zip(split.names, split.sizes.tolist(), strict=True):
                 digest.update(os.fsencode(f"{name}/{file}\0{size}\n"))
+        return digest.hexdigest()
+
+    def time_fingerprint(self) -> str:
+        """Return the SHA-256 of the files' times; equal ones mean that no file was written since.
+
+        A content can change and keep its size, and even its mtime (archives with fixed times, a
+        copy that preserves them); the system sets ctime whenever anything of a file changes.
+        """
+        digest = hashlib.sha256()
+        for split in self.splits.values():
+            digest.update(split.times.astype("<i8").tobytes())
         return digest.hexdigest()
 
 
@@ -131,26 +145,27 @@ def _some(names: Sequence[str]) -> str:
 
 def _list_split(folder: Path, classes: Sequence[str]) -> FolderSplit:
     names: list[str] = []
-    sizes: list[int] = []
+    statuses: list[os.stat_result] = []
     counts = []
     for name in classes:
         before = len(names)
         for entry in _entries(folder / name):
             names.append(f"{name}/{entry.name}")
-            sizes.append(_size(entry))
+            statuses.append(_status(entry))
         counts.append(len(names) - before)
         if not counts[-1]:
             raise ValueError(f"{folder / name}: has no images: add some, or remove this class")
     return FolderSplit(
         folder=folder,
         names=names,
-        sizes=np.array(sizes, dtype=np.int64),
+        sizes=np.array([status.st_size for status in statuses], dtype=np.int64),
+        times=np.array([(s.st_mtime_ns, s.st_ctime_ns) for s in statuses], dtype=np.int64),
         labels=np.repeat(np.arange(len(classes), dtype=np.int64), counts),
     )
 
 
-def _size(entry: "os.DirEntry[str]") -> int:
-    """Return the size of an image; raises ValueError for anything else in a class's folder."""
+def _status(entry: "os.DirEntry[str]") -> os.stat_result:
+    """Return the status of an image's file; ValueError for anything else in a class's folder."""
     if not _is_image(entry.name) or entry.is_dir():
         kind = "a folder" if entry.is_dir() else "no image by its name"
         raise ValueError(
@@ -158,7 +173,7 @@ def _size(entry: "os.DirEntry[str]") -> int:
             f"{', '.join(_EXTENSIONS)}: remove it"
         )
     try:
-        return entry.stat().st_size
+        return entry.stat()
     except OSError as error:  # a link to nowhere
         raise ValueError(f"{entry.path}: cannot be read ({error.strerror})") from error
 

@@ -1,8 +1,10 @@
 """Folders of JPEG and PNG images, train/<class>/ and val/<class>/, as ImageNet is unpacked to."""
 
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -18,7 +20,7 @@ from fastdeq.data.decoded import DecodedBatches
 from fastdeq.data.folder import ImageFolder, list_folder
 from fastdeq.data.module import AbstractDataModule
 from fastdeq.data.passes import Batch
-from fastdeq.data.records import RecordFile, Records, read_records, write_records
+from fastdeq.data.records import RecordFile, Records, holds, read_records, write_records
 
 _NAME = "image_folder"
 _VERSION = "1"  # of the store's layout
@@ -29,10 +31,12 @@ _SHOWN = 10  # classes in the facts
 @final
 @dataclass(frozen=True, kw_only=True)
 class StoredFolder:
-    """The store of an image folder, ``<store>/image_folder-<fingerprint>.h5``.
+    """The store of an image folder, ``<store>/image_folder-<fingerprint>-<times>.h5``.
 
-    The fingerprint is that of where the folder is and of its files' names and sizes: a folder that
-    changed has another store. A file that changed and kept its size goes unnoticed.
+    The fingerprint is that of where the folder is and of its files' names and sizes, the times that
+    of their mtime and ctime: a folder that changed has another store. Where nothing but times
+    differs from a store that is there, its contents are compared with the files, and if they are
+    equal that store gets the new name too (a hard link).
 
     ``root``: the folder, or a store that was made of one, to be used as it is. ``verify``: whether
     a build decodes every image; without it, it reads their headers. ``classes``: how many there
@@ -59,11 +63,17 @@ class StoredFolder:
             return self.root
         folder = list_folder(self.root, _NAME)
         self._check_classes(str(folder.root), len(folder.classes))
-        path = self.store / f"{_NAME}-{folder.fingerprint()[:12]}.h5"
+        stem = f"{_NAME}-{folder.fingerprint()[:12]}"
+        path = self.store / f"{stem}-{folder.time_fingerprint()[:12]}.h5"
         if not path.exists():
             with building(path) as missing:
                 if missing:
-                    self._write(path, folder)
+                    # Those of earlier versions end with the fingerprint.
+                    others = sorted(self.store.glob(f"{stem}*.h5"))
+                    if same := next((one for one in others if self._holds(one, folder)), None):
+                        os.link(same, path)
+                    else:
+                        self._write(path, folder)
         return path
 
     def read(self, path: Path) -> RecordFile:
@@ -85,6 +95,16 @@ class StoredFolder:
             )
         return found
 
+    def _holds(self, path: Path, folder: ImageFolder) -> bool:
+        """Whether the store at ``path`` can be used and has exactly the folder's files."""
+        try:
+            found = self.read(path)
+        except (OSError, ValueError):
+            return False
+        return holds(
+            found, folder, watch=partial(_watch, task="comparing the store with its files")
+        )
+
     def _write(self, path: Path, folder: ImageFolder) -> None:
         attributes = {
             "name": _NAME,
@@ -95,7 +115,9 @@ class StoredFolder:
             "checked": _CHECKED[self.verify],
         }
         check = _decodes if self.verify else identify
-        write_records(path, folder, attributes, check=check, watch=_watch)
+        write_records(
+            path, folder, attributes, check=check, watch=partial(_watch, task="building the store")
+        )
 
     def _check_classes(self, place: str, found: int) -> None:
         if self.classes is not None and found != self.classes:
@@ -245,11 +267,11 @@ def _decodes(content: bytes) -> None:
     decode(content)
 
 
-def _watch(numbers: range) -> Iterable[int]:
+def _watch(numbers: range, *, task: str) -> Iterable[int]:
     """Pass the numbers on, with a bar where a person watches."""
     return track(
         numbers,
-        description="building the store",
+        description=task,
         console=Console(stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),

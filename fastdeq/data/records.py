@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastdeq.data.build import CURE
-from fastdeq.data.folder import SPLITS, ImageFolder
+from fastdeq.data.folder import SPLITS, FolderSplit, ImageFolder
 from fastdeq.data.store import (
     DAMAGE,
     attribute_problem,
@@ -128,6 +128,36 @@ def read_records(path: Path, *, cure: str = CURE) -> RecordFile:
     )
 
 
+def holds(
+    file: RecordFile, folder: ImageFolder, *, watch: Callable[[range], Iterable[int]]
+) -> bool:
+    """Return whether an opened file has exactly the folder's files: names and contents.
+
+    ``watch`` is that of ``write_records``. Raises ValueError where the folder cannot be read.
+    """
+    try:
+        return all(
+            _same(records, folder.splits[name], watch)
+            for name, records in (("train", file.train), ("val", file.val))
+        )
+    finally:
+        file.train.close()
+        file.val.close()
+
+
+def _same(records: "Records", split: FolderSplit, watch: Callable[[range], Iterable[int]]) -> bool:
+    if records.names() != list(split.names):
+        return False
+    for number in watch(range(len(split.names))):
+        content = split.read(number)
+        try:
+            if records.read(number) != content:
+                return False
+        except ValueError:  # the store is damaged
+            return False
+    return True
+
+
 class Records:
     """The images of one split in a file, still encoded: ``targets`` are their labels, int64 (N,).
 
@@ -173,8 +203,12 @@ class Records:
 
     def file(self, index: int) -> str:
         """Return the path of the file that an image was read from."""
+        return f"{self._source}/{self.names()[index]}"
+
+    def names(self) -> list[str]:
+        """Return the images' names, "class/file"."""
         names = _parted(np.asarray(self._open()[f"{self._split}/names"]))
-        return f"{self._source}/{names[self._columns['number'][index]]}"
+        return [names[number] for number in self._columns["number"]]
 
     def close(self) -> None:
         """Close the file; it is opened again when it is read."""
