@@ -185,7 +185,7 @@ def test_a_singular_backward_solve_is_not_converged(solver):
     assert solution.backward.stats is not None
     assert {Status(s) for s in solution.backward.stats.status.tolist()} <= set(WITHOUT_END)
     assert x.grad is not None
-    # In the singular direction it is w, or w times the solve's polynomial at 0: nothing of order 1/0.
+    # In the singular direction it is w, or w times the solve's polynomial at 0: not of order 1/0.
     assert (x.grad[:, 0].abs() < 10).all()
 
 

@@ -172,8 +172,8 @@ def test_restarts_converge_in_the_memory_they_are_given(restart):
 
 @pytest.mark.parametrize(("condition", "tol"), [(100, 1e-3), (1000, 0.1)])
 def test_restarts_solve_a_slow_problem_at_the_rate_of_the_theory(condition, tol):
-    # diag(1, κ) with b = (√κ, 1): the angle between r and A r is the largest there is, and stays so,
-    # so that GMRES(1) reduces ‖r‖ by exactly (κ − 1)/(κ + 1) per cycle.
+    # diag(1, κ) with b = (√κ, 1): the angle between r and A r is the largest there is, and stays
+    # so: GMRES(1) reduces ‖r‖ by exactly (κ − 1)/(κ + 1) per cycle.
     a = torch.diag(torch.tensor([1.0, condition]).double()).expand(2, 2, 2)
     b = torch.tensor([[condition**0.5, 1.0]]).double().repeat(2, 1)
     expected = math.ceil(math.log(tol) / math.log((condition - 1) / (condition + 1)))
