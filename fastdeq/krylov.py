@@ -10,6 +10,7 @@ from fastdeq.clock import Stopwatch
 from fastdeq.history import History, project
 from fastdeq.norms import finite, sample_largest, sample_norm
 from fastdeq.notation import FlatMap
+from fastdeq.packing import check_floating
 from fastdeq.precision import full_precision
 from fastdeq.settings import setting, settings
 from fastdeq.solution import SolveResult, Status
@@ -73,12 +74,11 @@ def gmres(
     Returns a record whose `value` has the shape of b, with residual, steps and status a sample.
     Not differentiable itself: the adjoints differentiate equilibria, not this iteration.
 
-    Raises: TypeError or ValueError for settings out of range, and for a b that is no non-empty
-    batch.
+    Raises: TypeError or ValueError for settings out of range, for a b that is no non-empty batch,
+    and for a b or an A v that is complex or of whole numbers.
     """
     solver = GMRES(tol=tol, max_steps=max_steps, restart=restart, per_sample=per_sample)
-    if not b.is_floating_point():
-        raise TypeError(f"b has dtype {b.dtype}: convert it with b.float()")
+    check_floating(b, "b")
     if b.ndim < 2 or b.numel() == 0:
         raise ValueError(f"b has shape {tuple(b.shape)}: gmres takes a non-empty (B, ...) tensor")
 
@@ -86,6 +86,7 @@ def gmres(
         product = matvec(v.view(b.shape))
         if product.shape != b.shape:
             raise ValueError(f"A v has shape {tuple(product.shape)}, b has {tuple(b.shape)}")
+        check_floating(product, "A v")
         return product.reshape(len(b), -1)
 
     result = solver.solve(flat_matvec, b.reshape(len(b), -1))

@@ -22,20 +22,20 @@ class Packing:
     single: bool
 
     @staticmethod
-    def of(z0: State) -> "Packing":
-        """Read the layout off a start.
+    def of(z0: State, name: str = "z0") -> "Packing":
+        """Read the layout off a start, or off another state, which errors then call `name`.
 
         Raises: TypeError for what is no floating-point tensor; ValueError for an empty batch, an
         unbatched tensor, or scales that disagree about the batch.
         """
-        scales = _as_tuple(z0, "z0")
+        scales = _as_tuple(z0, name)
         for scale in scales:
-            _check_scale(scale)
+            _check_scale(scale, name)
         if len({len(scale) for scale in scales}) > 1:
             sizes = [len(scale) for scale in scales]
-            raise ValueError(f"the scales of z0 have batch sizes {sizes}: give all the same")
+            raise ValueError(f"the scales of {name} have batch sizes {sizes}: give all the same")
         if len({scale.device for scale in scales}) > 1:
-            raise ValueError("the scales of z0 are on different devices: move them to one")
+            raise ValueError(f"the scales of {name} are on different devices: move them to one")
         shapes = tuple(scale.shape[1:] for scale in scales)
         dtypes = tuple(scale.dtype for scale in scales)
         return Packing(shapes, dtypes, single=isinstance(z0, Tensor))
@@ -58,7 +58,8 @@ class Packing:
     def pack_output(self, output: State, z: Tensor) -> Tensor:
         """The same for what f returned at the flat state `z`.
 
-        Raises: TypeError or ValueError where f(z) is not of the kind and shape of z.
+        Raises: TypeError or ValueError where f(z) is not of the kind and shape of z: its imaginary
+            part would be lost, or its gradients.
         """
         scales = _as_tuple(output, "f(z)")
         wanted = [(len(z), *shape) for shape in self.shapes]
@@ -71,6 +72,8 @@ class Packing:
                 f"f(z) has shape {_listed(found)} but z has shape {_listed(wanted)}: an "
                 "equilibrium z = f(z) needs both the same; let f's last layer restore the shape"
             )
+        for scale in scales:
+            check_floating(scale, "f(z)")
         return self.pack(output)
 
     def unpack(self, flat: Tensor) -> State:
@@ -101,13 +104,23 @@ def _as_tuple(state: State, name: str) -> tuple[Tensor, ...]:
     return scales
 
 
-def _check_scale(scale: Tensor) -> None:
-    shape = tuple(scale.shape)
-    if not scale.is_floating_point():
-        raise TypeError(f"z0 has dtype {scale.dtype}: convert it with z0.float()")
+def check_floating(tensor: Tensor, name: str) -> None:
+    """Raises: TypeError for complex numbers, whole numbers and bool."""
+    if tensor.is_complex():
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, but a state is real: give real and imaginary parts "
+            "an axis of their own with torch.view_as_real"
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}: convert it with {name}.float()")
+
+
+def _check_scale(scale: Tensor, name: str) -> None:
+    check_floating(scale, name)
     if scale.ndim < 1 or scale.numel() == 0:
         raise ValueError(
-            f"z0 has shape {shape}: the first axis is the batch, and none may be empty"
+            f"{name} has shape {tuple(scale.shape)}: the first axis is the batch, and none may be "
+            "empty"
         )
 
 

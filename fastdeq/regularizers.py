@@ -44,7 +44,7 @@ def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
     _check_can_differentiate("jacobian_loss")
     if samples < 1:
         raise ValueError(f"samples is {samples}, but must be at least 1")
-    packing, keeps_graph = Packing.of(z), torch.is_grad_enabled()
+    packing, keeps_graph = Packing.of(z, "z"), torch.is_grad_enabled()
     with torch.enable_grad():
         at = _differentiable(packing.pack(z))
         output = packing.pack_output(f(packing.unpack(at)), at)
@@ -67,7 +67,7 @@ def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:
     _check_can_differentiate("spectral_radius")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}, but must be at least 1")
-    packing = Packing.of(z)
+    packing = Packing.of(z, "z")
     with torch.enable_grad():
         at = packing.pack(z).detach().requires_grad_()
         output = packing.pack_output(f(packing.unpack(at)), at)

@@ -183,7 +183,7 @@ def test_a_start_that_is_no_batch_of_vectors_is_refused(z0):
 
 
 def test_integers_are_refused_as_a_start():
-    with pytest.raises(TypeError, match="floating-point"):
+    with pytest.raises(TypeError, match="convert it with"):
         solve(Picard(), lambda z: z, torch.ones(2, 2, dtype=torch.int64))
 
 

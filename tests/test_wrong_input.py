@@ -17,6 +17,7 @@ from fastdeq.layers import (
     VariationalDropout,
     Zeros,
 )
+from fastdeq.regularizers import jacobian_loss, spectral_radius
 from fastdeq.solvers import Anderson, NewtonKrylov, Picard, solve
 
 ADJOINTS = [Implicit(), JacobianFree(), Phantom(), Unrolled()]
@@ -98,6 +99,66 @@ def test_a_start_of_whole_numbers_is_refused_with_the_cure(dtype):
     both_doors(identity, mixed, TypeError, str(dtype), "z0.float()")
 
 
+def test_a_complex_start_is_refused_with_view_as_real():
+    z0 = torch.zeros(4, 3, dtype=torch.complex64)
+    both_doors(identity, z0, TypeError, "z0 has dtype torch.complex64", "torch.view_as_real")
+    both_doors(identity, (torch.zeros(4, 3), z0), TypeError, "complex64", "torch.view_as_real")
+
+
+NUMBERS = {
+    torch.complex64: "torch.view_as_real",
+    torch.complex128: "torch.view_as_real",
+    torch.int64: "f(z).float()",
+    torch.uint8: "f(z).float()",
+    torch.bool: "f(z).float()",
+}
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_an_f_that_returns_another_kind_of_number_is_refused_with_the_cure(dtype):
+    parts = (f"f(z) has dtype {dtype}", NUMBERS[dtype])
+    both_doors(lambda z: z.to(dtype), torch.zeros(4, 3), TypeError, *parts)
+    scales = (torch.zeros(4, 3), torch.zeros(4, 2))
+    both_doors(lambda z: (z[0], z[1].to(dtype)), scales, TypeError, *parts)
+    with refused(TypeError, *parts):
+        solve(Picard(), lambda z: z.to(dtype), torch.zeros(4, 3))
+    for measured in (jacobian_loss, spectral_radius):
+        with refused(TypeError, *parts):
+            measured(lambda z: z.to(dtype), torch.zeros(4, 3))
+
+
+def test_an_f_that_turns_complex_on_the_way_is_refused_when_it_does():
+    def f(z: Any) -> Any:  # from the second evaluation on
+        return z + 1 if (z == 0).all() else torch.sqrt(z.to(torch.complex64))
+
+    both_doors(f, torch.zeros(4, 3), TypeError, "f(z) has dtype torch.complex64")
+
+
+def test_a_complex_equilibrium_is_found_by_its_real_and_imaginary_parts():
+    # z = 0.5 i z + 1 has the solution 1 / (1 − 0.5 i) = 0.8 + 0.4 i.
+    def f(z: Any) -> Any:
+        return torch.view_as_real(0.5j * torch.view_as_complex(z) + 1)
+
+    found = fixed_point(f, torch.zeros(2, 3, 2, dtype=torch.float64), solver=Picard(tol=1e-12))
+    assert found.converged.all()
+    expected = torch.tensor([0.8, 0.4], dtype=torch.float64).expand(2, 3, 2)
+    torch.testing.assert_close(found.value, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_floating_point_numbers_of_another_width_are_taken(dtype):
+    found = fixed_point(lambda z: (0.5 * z + 1).to(dtype), torch.zeros(2, 3))
+    assert found.converged.all()
+    torch.testing.assert_close(found.value, torch.full((2, 3), 2.0), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_regularizers_refuse_a_state_of_another_kind_of_number_by_its_name(dtype):
+    for measured in (jacobian_loss, spectral_radius):
+        with refused(TypeError, f"z has dtype {dtype}"):
+            measured(identity, torch.zeros(4, 3, dtype=dtype))
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), ()])
 def test_an_empty_or_unbatched_start_is_refused(shape):
     both_doors(
@@ -160,6 +221,8 @@ def test_a_solver_takes_flat_states_and_points_to_the_door_for_others():
         solve(Picard(), identity, torch.zeros(2, 3, 4))
     with refused(TypeError, "torch.int64", "z0.float()"):
         solve(Picard(), identity, torch.zeros(2, 3, dtype=torch.int64))
+    with refused(TypeError, "z0 has dtype torch.complex64", "torch.view_as_real"):
+        solve(Picard(), identity, torch.zeros(2, 3, dtype=torch.complex64))
 
 
 def test_gmres_refuses_what_is_no_batch_of_right_hand_sides():
@@ -169,6 +232,12 @@ def test_gmres_refuses_what_is_no_batch_of_right_hand_sides():
         gmres(identity, torch.ones(3))
     with refused(ValueError, "A v has shape (2, 2), b has (2, 3)"):
         gmres(lambda v: v[:, :2], torch.ones(2, 3))
+    with refused(TypeError, "b has dtype torch.complex64", "torch.view_as_real"):
+        gmres(identity, torch.ones(2, 3, dtype=torch.complex64))
+    with refused(TypeError, "A v has dtype torch.complex64", "torch.view_as_real"):
+        gmres(lambda v: v + 1j, torch.ones(2, 3))
+    with refused(TypeError, "A v has dtype torch.int64"):
+        gmres(lambda v: v.long(), torch.ones(2, 3))
 
 
 # Layers
@@ -234,6 +303,24 @@ def test_an_input_of_whole_numbers_is_refused_with_what_the_layer_needs():
     tokens = torch.ones(2, 4, dtype=torch.int64)
     with refused(TypeError, "torch.int64", "float()"):
         DeepEquilibriumNetwork(DenseCell(4))(tokens)
+
+
+class _Cast(nn.Module):
+    """To another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_a_prediction_of_another_kind_of_number_is_refused(dtype):
+    layer = SkipDeepEquilibriumNetwork(DenseCell(4), _Cast(dtype))
+    with refused(TypeError, f"z0 has dtype {dtype}"):
+        layer(torch.randn(2, 4))
 
 
 # Cells that turn non-finite

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdeq.norms import Pooling, finite, pooling, sample_norm
 from fastdeq.notation import FlatMap
+from fastdeq.packing import check_floating
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.termination import Iterate, Termination, TerminationMode
 
@@ -52,6 +53,7 @@ class Problem:
                 f"f(z) has shape {tuple(output.shape)} but z has shape {tuple(shown.shape)}: "
                 "let f restore the shape of z"
             )
+        check_floating(output, "f(z)")
         self.count(rows)
         g = output.to(shown.dtype) - shown
         return Iterate(shown, g.masked_fill((rows & ~usable)[:, None], torch.nan))

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdeq.clock import Stopwatch
 from fastdeq.norms import finite
 from fastdeq.notation import FlatMap
+from fastdeq.packing import check_floating
 from fastdeq.precision import full_precision
 from fastdeq.solution import SolveResult, Status, Trace, TraceKind
 from fastdeq.solvers.base import AbstractSolver, Problem
@@ -36,7 +37,7 @@ def solve(
     For states of other shapes, and for gradients, see `fixed_point`.
 
     Raises: TypeError or ValueError for a z0 that is no non-empty floating-point (B, D) tensor, and
-    for an f that changes the shape.
+    for an f that changes the shape or returns no floating-point numbers.
     """
     _check_start(z0)
     watch = Stopwatch(z0.device)
@@ -157,9 +158,9 @@ class _Run:
 
 
 def _check_start(z0: Tensor) -> None:
-    if not isinstance(z0, Tensor) or not z0.is_floating_point():
-        kind = z0.dtype if isinstance(z0, Tensor) else type(z0).__name__
-        raise TypeError(f"z0 is {kind}, not a floating-point tensor: convert it, z0.float()")
+    if not isinstance(z0, Tensor):
+        raise TypeError(f"z0 is a {type(z0).__name__}, but must be a tensor")
+    check_floating(z0, "z0")
     if z0.ndim != 2 or z0.numel() == 0:
         raise ValueError(
             f"z0 has shape {tuple(z0.shape)}: a solver takes a non-empty (B, D) tensor; "
