@@ -1,8 +1,14 @@
-"""L0: products with the Jacobian of f and with its transpose, exact and matrix-free."""
+"""L0: products with the Jacobian of f and its transpose, exact and matrix-free, and what they need
+to know of autograd's graphs and kernels."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdeq.notation import FlatMap
 
@@ -24,7 +30,53 @@ def transposed_product(
 
 
 def forward_product(f: FlatMap, z: Tensor, v: Tensor) -> Tensor:
-    """J v at z, (B, D), by forward-mode differentiation of f."""
-    with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(z, v))).tangent
-        return torch.zeros_like(z) if tangent is None else tangent.to(z.dtype)
+    """J v at z, (B, D), by forward-mode differentiation of f; call within `unfused_attention`.
+
+    Raises: NotImplementedError for operations in f that have no forward mode.
+    """
+    try:
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(z, v))).tangent
+    except NotImplementedError as error:
+        reason = str(error).partition("\n")[0]
+        raise NotImplementedError(
+            f"an operation in f lacks the forward-mode derivatives of products with J ({reason}): "
+            "use another solver than NewtonKrylov, or another operation"
+        ) from error
+    return torch.zeros_like(z) if tangent is None else tangent.to(z.dtype)
+
+
+def edges_behind(tensor: Tensor) -> Iterator[tuple[Any, int]]:
+    """The edges of the autograd graph from which a tensor was made: (node, number of its output).
+
+    Lazy: who looks for one thing sees a few nodes only.
+    """
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        for edge in () if node is None else node.next_functions:
+            if edge[0] is not None and edge not in seen:
+                seen.add(edge)
+                waiting.append(edge[0])
+                yield edge
+
+
+def carries_tangent(v: Tensor) -> bool:
+    """Whether v takes part in forward-mode differentiation (torch.func.jvp, forward_ad)."""
+    return forward_ad.unpack_dual(v).tangent is not None
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Within, attention is computed operation by operation, as its formula says.
+
+    PyTorch's fused kernels, which also stand behind `nn.MultiheadAttention` and the transformer
+    layers, have neither a double backward nor a forward mode (pytorch issue 116350).
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

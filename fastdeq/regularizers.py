@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdeq.norms import sample_norm
 from fastdeq.notation import State, StateMap
 from fastdeq.packing import Packing
-from fastdeq.products import transposed_product
+from fastdeq.products import transposed_product, unfused_attention
 from fastdeq.solution import Solution
 
 
@@ -36,7 +36,8 @@ def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
 
     f: the cell with its input bound, dense or convolutional. z: where J is taken; with gradients
     attached, those flow on into it. samples: how many ε are drawn for each sample of the batch.
-    One evaluation of f and `samples` vector-Jacobian products; differentiable (a double backward).
+    One evaluation of f and `samples` vector-Jacobian products; differentiable (a double backward,
+    for which attention is computed without its fused kernels).
 
     Raises: ValueError for samples below 1; RuntimeError in inference mode, which cannot
     differentiate.
@@ -47,7 +48,8 @@ def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
     packing, keeps_graph = Packing.of(z, "z"), torch.is_grad_enabled()
     with torch.enable_grad():
         at = _differentiable(packing.pack(z))
-        output = packing.pack_output(f(packing.unpack(at)), at)
+        with unfused_attention():
+            output = packing.pack_output(f(packing.unpack(at)), at)
         products = [
             transposed_product(output, at, torch.randn_like(output), create_graph=keeps_graph)
             for _ in range(samples)
@@ -60,6 +62,7 @@ def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:
 
     The estimate is the mean growth over the second half of the iterations, which also settles where
     the largest eigenvalues are a complex pair. Below 1 the equilibrium attracts Picard iteration.
+    The result has no derivatives.
 
     Raises: ValueError for iterations below 1; RuntimeError in inference mode, which cannot
     differentiate.
@@ -78,7 +81,7 @@ def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:
         v = transposed_product(output, at, v)
         log_growth.append(sample_norm(v).log())
     late = torch.stack(log_growth[iterations // 2 :])
-    return late.mean(dim=0).exp()
+    return late.mean(dim=0).exp().detach()
 
 
 def _check_can_differentiate(name: str) -> None:
@@ -87,7 +90,7 @@ def _check_can_differentiate(name: str) -> None:
 
 
 def _differentiable(z: Tensor) -> Tensor:
-    return z if z.requires_grad else z.detach().requires_grad_()
+    return z if z.requires_grad else z.clone().requires_grad_()  # detached, it had no tangent
 
 
 def _scales(state: State) -> tuple[Tensor, ...]:

@@ -1,10 +1,11 @@
 """L1: Newton's method with matrix-free GMRES."""
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fastdeq.krylov import GMRES
-from fastdeq.products import forward_product
+from fastdeq.products import forward_product, unfused_attention
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.line_search import norm_descent
@@ -22,11 +23,13 @@ class NewtonKrylov(AbstractSolver):
     A product with J counts as one evaluation of f in the NFE; it costs about two.
 
     The products are exact, by forward-mode automatic differentiation, so f must consist of
-    operations that have it (all of PyTorch's common ones do; a hand-written autograd.Function needs
-    a `jvp`).
+    operations that have it. Most of PyTorch's do, and attention is computed without its fused
+    kernels, which do not; a hand-written autograd.Function needs a `jvp`, and nn.LSTM on the CPU
+    `torch.backends.mkldnn.flags(enabled=False)`.
 
     Raises (in a solve): RuntimeError in inference mode, where PyTorch drops forward-mode
-    derivatives.
+    derivatives, and inside another forward-mode differentiation, which PyTorch does not nest;
+    NotImplementedError for an operation without forward mode.
     """
 
     differentiable = False
@@ -41,6 +44,7 @@ class NewtonKrylov(AbstractSolver):
                 "NewtonKrylov needs derivatives of f, which inference mode drops: use "
                 "torch.no_grad(), or Trainer(inference_mode=False)"
             )
+        _check_not_nested()
         return 0
 
     def step(self, problem: Problem, current: Iterate, memory: int) -> tuple[Step, int]:
@@ -58,8 +62,20 @@ class NewtonKrylov(AbstractSolver):
 
         # A frozen sample has nothing to solve: with a zero right-hand side it costs no iteration.
         right = current.g.masked_fill(~problem.active[:, None], 0.0)
-        solved = linear.solve(matvec, right)
+        with unfused_attention():
+            solved = linear.solve(matvec, right)
         problem.count(solved.nfe * problem.active)
         slack = 1.0 / (1 + memory) ** 2
         new = norm_descent(problem, current, solved.value, slack, self.line_search_steps)
         return Step(new), memory + 1
+
+
+def _check_not_nested() -> None:
+    try:
+        with forward_ad.dual_level():
+            pass
+    except RuntimeError as error:
+        raise RuntimeError(
+            "NewtonKrylov differentiates f in forward mode, which PyTorch does not nest: inside "
+            "torch.func.jvp or torch.autograd.forward_ad use another solver"
+        ) from error
