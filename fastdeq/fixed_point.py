@@ -38,9 +38,10 @@ def fixed_point(
     Returns a `Solution`. A sample that did not converge is no error: its best iterate is returned
     and `solution.status` says what happened.
 
-    Raises: TypeError for settings that are no solver or adjoint and for states that are no
-    floating-point tensors; ValueError for an empty batch, for f(z) of another shape than z, and for
-    an adjoint that cannot serve the solver. Warns (RuntimeWarning) where f itself is not finite.
+    Raises: TypeError for settings that are no solver or adjoint, and for a z0 or an f(z) that is
+    not floating point; ValueError for an empty batch, for f(z) of another shape than z, and for an
+    adjoint that cannot serve the solver; RuntimeError in forward-mode differentiation, but with the
+    unrolled adjoint. Warns (RuntimeWarning) where f itself is not finite.
     """
     check_settings(solver, adjoint)
     if trace not in (None, *get_args(TraceKind)):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdeq.notation import FlatMap
+from fastdeq.products import carries_tangent
 from fastdeq.settings import settings
 from fastdeq.solution import BackwardReport, SolveResult, TraceKind
 from fastdeq.solvers import AbstractSolver, solve
@@ -55,10 +56,30 @@ class AbstractAdjoint(ABC):
 def solve_without_graph(
     f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
 ) -> SolveResult:
-    """The solve whose memory does not grow with its steps."""
+    """The solve whose memory does not grow with its steps.
+
+    Raises: RuntimeError in forward-mode differentiation, which `no_grad` does not switch off: its
+        tangents would pass through the solver's steps, or get lost, but not be the adjoint's.
+    """
     with torch.no_grad():
-        result = solve(solver, f, z0.detach(), trace=trace)
+        result = solve(solver, _without_tangents(f), z0.detach(), trace=trace)
     # Older torch would reuse, with gradients on, what autocast cast while they were off, and the
     # weights would get no gradient (pytorch issue 112583).
     torch.clear_autocast_cache()
     return result
+
+
+def _without_tangents(f: FlatMap) -> FlatMap:
+    """f, refused at its first evaluation if it closes over tensors with tangents."""
+
+    def checked(z: Tensor) -> Tensor:
+        output = f(z)
+        if carries_tangent(output) and not carries_tangent(z):  # a Newton step's z has its own
+            raise RuntimeError(
+                "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) do not pass "
+                "through this adjoint: use the Unrolled adjoint with a tight tolerance, or reverse "
+                "mode"
+            )
+        return output
+
+    return checked

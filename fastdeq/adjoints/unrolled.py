@@ -18,6 +18,10 @@ class Unrolled(AbstractAdjoint):
 
     Equals the implicit one in the limit of a tight solve. Memory grows with the steps.
 
+    Derivatives of any order, and in forward mode, where the operations of f have them. The fused
+    kernels of scaled dot-product attention have first derivatives in reverse mode only: for others,
+    call under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+
     Raises: ValueError for a solver whose steps autograd cannot run through (NewtonKrylov). Warns
     (RuntimeWarning) where a sample diverged: its steps' derivatives may not be finite.
     """
