@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdeq.layers.inputs import tensors_in
 from fastdeq.notation import State, StateMap
 
 
@@ -22,8 +23,14 @@ class AbstractInitializer(nn.Module):
 class Zeros(AbstractInitializer):
     """z₀ = 0, the vanilla start.
 
-    shape: of one sample's state, without the batch axis; None takes the input's. A list of shapes
-        makes a state of several scales.
+    shape: of one sample's state, without the batch axis; None takes the input's, a tensor or a
+        list or tuple of them. A list of shapes makes a state of several scales.
+
+    With a shape, the input may be of any structure (see `tensors_in`): its first tensor with a
+    batch axis gives B and the device.
+
+    Raises (when called): TypeError for an input without such a tensor, and, without a shape, for
+    one that is neither a tensor nor tensors.
     """
 
     predicts = False
@@ -33,11 +40,9 @@ class Zeros(AbstractInitializer):
         self.shape = [shape] if isinstance(shape, int) else shape
 
     def forward(self, f: StateMap, x: Any) -> State:
-        reference: Tensor = x if isinstance(x, Tensor) else x[0]
         if self.shape is None:
-            if isinstance(x, Tensor):
-                return torch.zeros_like(x)
-            return tuple(torch.zeros_like(scale) for scale in x)
+            return _zeros_like(x)
+        reference = _batched_tensor(x)
         # Whole numbers (tokens, which the cell embeds) are an input but no state.
         dtype = reference.dtype if reference.is_floating_point() else torch.get_default_dtype()
         if not self.shape or isinstance(self.shape[0], int):
@@ -45,6 +50,27 @@ class Zeros(AbstractInitializer):
         return tuple(
             reference.new_zeros(len(reference), *shape, dtype=dtype) for shape in self.shape
         )
+
+
+def _zeros_like(x: Any) -> State:
+    if isinstance(x, Tensor):
+        return torch.zeros_like(x)
+    if not isinstance(x, list | tuple) or not all(isinstance(scale, Tensor) for scale in x):
+        raise TypeError(
+            f"Zeros() takes the shape of the input, which is a {type(x).__name__} and not a tensor "
+            "or a tuple of tensors: give the shape of one sample's state, Zeros(shape)"
+        )
+    return tuple(torch.zeros_like(scale) for scale in x)
+
+
+def _batched_tensor(x: Any) -> Tensor:
+    for tensor in tensors_in(x):
+        if tensor.ndim:
+            return tensor
+    raise TypeError(
+        f"the input is a {type(x).__name__} without a tensor whose first axis is the batch, so the "
+        "batch size of z₀ is unknown: put such a tensor into the input, or give an initializer"
+    )
 
 
 def zeros_of(cell: nn.Module) -> Zeros:

@@ -211,10 +211,11 @@ class AbstractTask(LightningModule):
             try:
                 prediction, _ = self.model.eval()(x)
             except (RuntimeError, ValueError, TypeError) as error:
-                shape = tuple(x.shape[1:])
+                is_tensor = isinstance(x, Tensor)
+                found = f"shape {tuple(x.shape[1:])}" if is_tensor else f"type {type(x).__name__}"
                 raise ValueError(
-                    f"the model does not take inputs of shape {shape} ({error}): choose the arch "
-                    "that goes with the data, or set its sizes"
+                    f"the model does not take inputs of {found} ({error}): choose the arch that "
+                    "goes with the data, or set its sizes"
                 ) from error
             finally:
                 self.model.train(training)
