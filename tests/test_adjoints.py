@@ -238,14 +238,6 @@ def test_the_memory_of_unrolling_does():
 # One backward pass, and another
 
 
-def test_differentiating_the_implicit_adjoint_twice_names_the_cure():
-    problem = problem_named("tanh")
-    value = flat(problem, solved(problem, FORWARD["broyden"], Implicit()))
-    (first,) = torch.autograd.grad(value.square().sum(), problem.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="Unrolled"):
-        torch.autograd.grad(first.square().sum(), problem.x)
-
-
 def test_unrolled_is_differentiable_twice():
     problem = problem_named("tanh").rows(torch.tensor([0]))
 

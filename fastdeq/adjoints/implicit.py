@@ -7,12 +7,18 @@ import torch
 from torch import Tensor
 
 from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium, solve_without_graph
+from fastdeq.adjoints.once import differentiable_once
 from fastdeq.krylov import GMRES
 from fastdeq.notation import FlatMap
-from fastdeq.products import transposed_product
+from fastdeq.products import edges_behind, transposed_product
 from fastdeq.settings import setting, settings
 from fastdeq.solution import BackwardReport, Status, TraceKind
 from fastdeq.solvers import AbstractSolver, solve
+
+_ONCE = (
+    "the Implicit adjoint can be differentiated once, not twice: use the Unrolled adjoint with a "
+    "tight tolerance where a second derivative of the equilibrium is needed"
+)
 
 
 @settings
@@ -25,9 +31,9 @@ class Implicit(AbstractAdjoint):
         give it `per_sample=False`.
 
     Exact up to the solver's tolerance. Memory: one evaluation of f, and the linear solver's basis.
-    Differentiable once, which Jacobian regularization is content with (its double backward runs
-    through the cell, not through the solve); differentiating twice raises RuntimeError and names
-    the cure.
+    Differentiable once. A gradient made with `create_graph=True` can be used; differentiating it
+    raises RuntimeError, whatever the loss: use `Unrolled` there. Jacobian regularization needs only
+    the first derivative (its double backward runs through the cell, not through the solve).
 
     A sample whose linear solve turns non-finite, or ends without any progress, falls back to v = w
     (the Jacobian-free gradient) with a warning, and its status says so: never zeros, never a silent
@@ -57,9 +63,8 @@ class _ImplicitFunction(torch.autograd.Function):
     """Identity on output = f(z_in) in the forward pass; w ↦ v in the backward pass.
 
     The product v ↦ Jᵀ v reuses the graph of that one evaluation and differentiates with respect to
-    z_in
-    only: parameters are reached once, when v flows on through `output`, as DistributedDataParallel
-    expects. No hooks.
+    z_in only: parameters are reached once, when v flows on through `output`, as
+    DistributedDataParallel expects. No hooks.
     """
 
     @staticmethod
@@ -79,46 +84,15 @@ class _ImplicitFunction(torch.autograd.Function):
         (w,) = cotangents
         output, z_in = ctx.saved_tensors
         v = _solve_transposed(output, z_in, w.detach(), ctx.solver, ctx.report)
-        if torch.is_grad_enabled():  # create_graph=True
-            v = _DifferentiableOnce.apply(v, w)  # type: ignore[no-untyped-call]
-        return v, None, None, None
-
-
-class _DifferentiableOnce(torch.autograd.Function):
-    """Identity on v that refuses to be differentiated.
-
-    The second derivative would need the dependence on z* of the evaluation at which v arrives, and
-    that evaluation's graph starts at z_sol, held constant: the result would be silently wrong.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, w: Tensor) -> Tensor:
-        return v.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "the Implicit adjoint can be differentiated once, not twice: use the Unrolled adjoint "
-            "with a tight tolerance where a second derivative of the equilibrium is needed"
-        )
+        # The graph of `output` starts at z_in, held constant, and v's own dependence on the
+        # parameters is not recorded: a second derivative would be wrong.
+        return differentiable_once(v, (w, output), _ONCE), None, None, None
 
 
 def _leads_elsewhere(output: Tensor, z_in: Tensor) -> bool:
-    """Whether the graph of output reaches a leaf that wants gradients other than z_in.
-
-    Ends at the first one found, so that in training it looks at a few nodes only.
-    """
-    waiting, seen = [output.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)  # of an AccumulateGrad node
-        if leaf is not None and leaf is not z_in:
-            return True
-        waiting += [parent for parent, _ in node.next_functions]
-    return False
+    """Whether the graph of output reaches a leaf that wants gradients other than z_in."""
+    # Nodes of leaves (AccumulateGrad) have a variable.
+    return any(getattr(node, "variable", z_in) is not z_in for node, _ in edges_behind(output))
 
 
 def _solve_transposed(

@@ -19,6 +19,11 @@ class Phantom(AbstractAdjoint):
     Approximate: the truncated, damped Neumann series of (I − Jᵀ)⁻¹. No backward solve; k − 1 more
     evaluations in the forward pass (not in the NFE, which counts the solve), kept for the backward.
 
+    Higher derivatives are those of the k steps too, with z_sol held constant: approximate like the
+    first and exact in the limit of many steps, but further off. For f = tanh(a z + a² + 0.5) at a =
+    0.3 the first and second derivatives of z* are 0.862 and 0.485; 5 steps with τ = 0.5 give 0.803
+    and 0.330, one with τ = 1 gives 0.715 and −0.042.
+
     Departure from the reference: the value stays f(z_sol), the first of these evaluations; only the
     gradient is that of the last step. So the value does not depend on the adjoint, nor on whether
     gradients are on.

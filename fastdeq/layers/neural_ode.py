@@ -7,13 +7,16 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from fastdeq.adjoints.once import differentiable_once
 from fastdeq.clock import Stopwatch
 from fastdeq.fixed_point import unsolved
 from fastdeq.layers.base import AbstractCellLayer
 from fastdeq.layers.call import CellCall
 from fastdeq.layers.initializers import AbstractInitializer
+from fastdeq.layers.inputs import tensors_in
 from fastdeq.notation import State, StateMap
 from fastdeq.packing import Packing
+from fastdeq.products import carries_tangent, edges_behind
 from fastdeq.solution import BackwardReport, Solution, SolveStats, Status
 
 try:
@@ -26,6 +29,11 @@ except ImportError as error:
 Integrator: TypeAlias = Literal["dopri5", "bosh3", "dopri8", "adaptive_heun"]
 """Adaptive Runge–Kutta methods of torchdiffeq."""
 
+_ONCE = (
+    "a NeuralODE can be differentiated once, not twice: use UnrolledNetwork, or a "
+    "DeepEquilibriumNetwork with the Unrolled adjoint, where a second derivative is needed"
+)
+
 
 class NeuralODE(AbstractCellLayer):
     """y = f(z(1), x) with dz/dt = f(z, x) and z(0) = z₀, zero by default (Chen et al. 2018, arXiv
@@ -34,7 +42,10 @@ class NeuralODE(AbstractCellLayer):
     Gradients by the continuous adjoint: the equation is integrated backwards in time together with
     its sensitivity, in constant memory, up to `tol`. One step size for the whole batch.
 
-    cell, initializer, depth: as in `AbstractCellLayer`; the input is a tensor or a tuple of them.
+    Differentiable once, in reverse mode: the continuous adjoint's gradient has no derivative.
+
+    cell, initializer, depth: as in `AbstractCellLayer`; gradients reach the tensors of the input in
+        nested mappings, lists and tuples.
     method: of torchdiffeq. tol: relative and absolute, of the local error, in both directions.
     max_steps: in either direction.
 
@@ -43,8 +54,10 @@ class NeuralODE(AbstractCellLayer):
     `backward.stats`: steps, seconds and NFE of the integration backwards, each an evaluation of f
     and a product with its transposed Jacobian.
 
-    Raises: as `AbstractCellLayer`; also ValueError for an unknown method, or tol or max_steps out
-    of range; RuntimeError where the integration takes too many steps, or too small ones.
+    Raises: as `AbstractCellLayer`; also ValueError for an unknown method, tol or max_steps out of
+    range, and an input whose tensors depend on each other or on the cell's parameters; RuntimeError
+    where the integration takes too many steps, or too small ones, in forward-mode differentiation,
+    and where its gradient is differentiated again.
     """
 
     def __init__(
@@ -66,10 +79,13 @@ class NeuralODE(AbstractCellLayer):
         self.integrator, self.tol, self.max_steps = method, tol, max_steps
 
     def evolve(self, f: StateMap, z0: State) -> Solution:
-        """Raises: RuntimeError where the integration does not reach t = 1."""
+        """Raises: as the class."""
         packing = Packing.of(z0)
         flow = _Flow(f, packing)
         start = packing.pack(z0)
+        leaves = _leaves(f)
+        _check_mode(start, *leaves)
+        _check_independent(leaves)
         times = torch.tensor([0.0, 1.0], dtype=start.dtype, device=start.device)
         # Steps that end on the times asked for: else the last one goes beyond, and what is returned
         # is an interpolation of a lower order than the method's.
@@ -87,7 +103,7 @@ class NeuralODE(AbstractCellLayer):
                 method=self.integrator,
                 options=forward,
                 adjoint_options=backward,
-                adjoint_params=_leaves(f),
+                adjoint_params=tuple(leaf for leaf in leaves if leaf.requires_grad),
             )
         except AssertionError as error:  # how torchdiffeq gives up
             raise RuntimeError(
@@ -95,7 +111,7 @@ class NeuralODE(AbstractCellLayer):
                 "regularize the Jacobian"
             ) from error
         watch.stop()
-        z, report = path[-1], _reported(path, flow)
+        z, report = path[-1], _watched(path, flow, (start, *leaves))
         steps = torch.full((len(z),), flow.steps, device=z.device)
         nfe = torch.full_like(steps, flow.evaluations + 1)  # the closing one
         solution = unsolved(packing, z0, z, flow(None, z), steps=steps, nfe=nfe)
@@ -125,11 +141,14 @@ class _Flow:
     callback_step_adjoint = callback_step
 
 
-def _reported(path: Tensor, flow: _Flow) -> BackwardReport:
+def _watched(path: Tensor, flow: _Flow, inputs: tuple[Tensor, ...]) -> BackwardReport:
     """Filled in when torchdiffeq integrates back, at the gradient of the path, (T, B, D).
 
-    Hooks on the node of that integration read the counters before and after it. They hold no
-    tensor, touch no gradient and stay: a second pass reports itself.
+    Hooks on the node of that integration read the counters before and after it, and make its
+    gradients refuse to be differentiated: torchdiffeq returns them without a graph. They hold no
+    tensor that depends on the path and stay: a second pass reports itself.
+
+    inputs: all that the path depends on.
     """
     report, node = BackwardReport(solves=False), path.grad_fn
     if node is None:
@@ -140,7 +159,7 @@ def _reported(path: Tensor, flow: _Flow) -> BackwardReport:
     def begin(cotangents: Any) -> None:
         began.append((Stopwatch(device), flow.steps, flow.evaluations))
 
-    def end(gradients: Any, cotangents: Any) -> None:
+    def end(gradients: Any, cotangents: Any) -> Any:
         watch, steps, evaluations = began.pop()
         unknown = torch.full((batch,), torch.nan, device=device)
         report.stats = SolveStats(
@@ -151,6 +170,7 @@ def _reported(path: Tensor, flow: _Flow) -> BackwardReport:
             status=torch.full((batch,), int(Status.NOT_SOLVED), device=device),
             elapsed=watch.stop(),
         )
+        return tuple(g if g is None else differentiable_once(g, inputs, _ONCE) for g in gradients)
 
     node.register_prehook(begin)
     node.register_hook(end)
@@ -158,8 +178,30 @@ def _reported(path: Tensor, flow: _Flow) -> BackwardReport:
 
 
 def _leaves(f: StateMap) -> tuple[Tensor, ...]:
-    """What f depends on beside z and gets gradients: the cell's parameters and the input."""
+    """What f depends on beside z, each once: the cell's parameters and the tensors of the input."""
     assert isinstance(f, CellCall)
-    inputs = f.x if isinstance(f.x, tuple) else (f.x,)
-    found = [*f.cell.parameters(), *(x for x in inputs if isinstance(x, Tensor))]
-    return tuple(leaf for leaf in found if leaf.requires_grad)
+    found = (*f.cell.parameters(), *tensors_in(f.x))
+    return tuple({id(each): each for each in found}.values())
+
+
+def _check_independent(leaves: tuple[Tensor, ...]) -> None:
+    """Refuse inputs made from parameters of the cell or from each other: torchdiffeq takes partial
+    derivatives along the whole graph, which would count those paths twice."""
+    own = {id(leaf) for leaf in leaves}
+    made = {(leaf.grad_fn, leaf.output_nr) for leaf in leaves}
+    for leaf in leaves:
+        for edge in edges_behind(leaf):
+            if edge in made or id(getattr(edge[0], "variable", None)) in own:
+                raise ValueError(
+                    "tensors in the input of a NeuralODE depend on each other, or on parameters of "
+                    "the cell, which its adjoint would count twice: give independent tensors, and "
+                    "compute the others in the cell"
+                )
+
+
+def _check_mode(*inputs: Tensor) -> None:
+    if any(carries_tangent(each) for each in inputs):
+        raise RuntimeError(
+            "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) do not pass "
+            "through a NeuralODE: use reverse mode"
+        )
