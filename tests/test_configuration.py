@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from fastdeq.adjoints import Implicit
 from fastdeq.experiment.explain import explain
@@ -67,6 +68,7 @@ def choice_of(group: str, choice: str) -> Any:
 CHOICES = [choice_of(group, choice) for group, choices in GROUPS.items() for choice in choices]
 MODELS = [choice_of("model", choice) for choice in GROUPS["model"]]
 MULTISCALE = ["mdeq", "skip_mdeq", "skip_reg_mdeq"]
+SINGLE_SCALE = ["deq", "skip_deq", "skip_reg_deq"]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -305,6 +307,29 @@ def test_the_multiscale_models_have_the_published_parameter_counts(
     built = instantiate(cfg.model, _convert_="all")
     wanted = with_network if model == "skip_mdeq" else plain
     assert sum(parameter.numel() for parameter in built.parameters()) == wanted
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_arch_initialization_reaches_every_weight_of_every_model(model: str) -> None:
+    single = model.removeprefix("model=") in SINGLE_SCALE
+    for beside in (
+        [["arch=fc"], ["data=polynomial"], ["data=polynomial", "arch=dynamics"]]
+        if single
+        else [["arch=digits_conv"], ["arch=cifar_large", "sizes.input=[3,32,32]"]]  # weight norm
+    ):
+        cfg = composed(model, *beside, "arch.initialization=glorot")
+        built = instantiate(cfg.model, _convert_="all")
+        layers = [layer for layer in built.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        assert layers
+        for layer in layers:
+            size = layer.weight[0, 0].numel()
+            bound = math.sqrt(6 / (size * sum(layer.weight.shape[:2])))
+            assert 0.5 * bound < layer.weight.abs().max() <= bound * (1 + 1e-5)
+            assert layer.bias is None or not layer.bias.any()
+        parameters = sum(parameter.numel() for parameter in built.parameters())
+        cfg.arch.initialization = None
+        as_made = instantiate(cfg.model, _convert_="all")
+        assert parameters == sum(parameter.numel() for parameter in as_made.parameters())
 
 
 def test_the_size_of_the_images_and_the_classes_flow_from_one_key_each() -> None:

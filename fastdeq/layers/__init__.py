@@ -3,6 +3,7 @@
 from fastdeq.layers.base import AbstractCellLayer
 from fastdeq.layers.cells import DenseCell, TwoLayerCell
 from fastdeq.layers.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
+from fastdeq.layers.initialization import Initialization, initialize
 from fastdeq.layers.initializers import (
     AbstractInitializer,
     ExplicitNetwork,
@@ -32,6 +33,7 @@ __all__ = [
     "DenseCell",
     "ExplicitNetwork",
     "FirstEvaluation",
+    "Initialization",
     "MultiScaleCell",
     "MultiScaleDeepEquilibriumNetwork",
     "MultiScaleExplicitNetwork",
@@ -46,5 +48,6 @@ __all__ = [
     "WidthStackedDEQ",
     "Zeros",
     "image_scales",
+    "initialize",
     "weight_norm",
 ]

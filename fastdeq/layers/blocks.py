@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastdeq.layers.initialization import STD
 from fastdeq.layers.variational_dropout import VariationalDropout
 from fastdeq.layers.weight_norm import weight_norm as normalize_weights
 
@@ -19,7 +20,6 @@ Normalization: TypeAlias = Literal["batch", "group"]
 what is evaluated is what was trained. `group`: every sample by itself."""
 
 _GROUPS, _GROUPS_AFTER_FUSION = 8, 4
-_STD = 0.01  # of all convolutions' weights, as published
 
 
 def check_channels(**lists: Sequence[int]) -> None:
@@ -41,7 +41,7 @@ def convolution(
     """A `size` × `size` convolution, weights ~ N(0, 0.01²), that keeps height and width (divides
     even ones by the stride)."""
     layer = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=bias)
-    nn.init.normal_(layer.weight, std=_STD)
+    nn.init.normal_(layer.weight, std=STD)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm as _torch_weight_norm
 
-_NORMALIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from fastdeq.layers.initialization import WEIGHTED
 
 
 def weight_norm(module: nn.Module) -> nn.Module:
@@ -19,7 +19,7 @@ def weight_norm(module: nn.Module) -> nn.Module:
 
     Raises: ValueError where there is nothing to normalize.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, _NORMALIZED)]
+    layers = [layer for layer in module.modules() if isinstance(layer, WEIGHTED)]
     if not layers:
         raise ValueError(
             f"{type(module).__name__} has no linear or convolutional layer to normalize"

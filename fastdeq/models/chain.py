@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdeq.layers import AbstractCellLayer
+from fastdeq.layers import AbstractCellLayer, Initialization, initialize
 from fastdeq.solution import Solution
 
 
@@ -15,11 +15,16 @@ class DEQChain(nn.Module):
     layers: modules in order, given by position or by name (`stem=..., deq=..., head=...`); names
         show in the state_dict. An equilibrium layer is a `DeepEquilibriumNetwork`, plain or skip,
         or what stands in its place: any `AbstractCellLayer`.
+    initialization: draws all weights again, see `fastdeq.layers.initialize`; None keeps those that
+        the layers have.
 
-    Raises: TypeError for what is no module, ValueError for none or several equilibrium layers.
+    Raises: TypeError for what is no module, ValueError for none or several equilibrium layers, and
+    as `initialize`.
     """
 
-    def __init__(self, *layers: nn.Module, **named: nn.Module) -> None:
+    def __init__(
+        self, *layers: nn.Module, initialization: Initialization | None = None, **named: nn.Module
+    ) -> None:
         super().__init__()
         for name, layer in [*((str(i), layer) for i, layer in enumerate(layers)), *named.items()]:
             if not isinstance(layer, nn.Module):
@@ -34,6 +39,8 @@ class DEQChain(nn.Module):
                 "stack further ones outside the chain, each with its own solution"
             )
         self._equilibrium_name = found[0]
+        if initialization is not None:
+            initialize(self, initialization)
 
     @property
     def equilibrium(self) -> AbstractCellLayer:
