@@ -23,14 +23,14 @@ def initialize(module: nn.Module, initialization: Initialization) -> None:
     | initialization | w | b | default of |
     |---|---|---|---|
     | `torch` | U(−a, a), a = 1 / √fan_in | U(−a, a) | PyTorch |
-    | `glorot` | U(−a, a), a = √(6 / (fan_in + fan_out)) | 0 | Flux.jl |
-    | `normal` | N(0, 0.01²) in convolutions; linear layers as `torch` | 0 | MDEQ's public code |
+    | `glorot` | U(−a, a), a = √(6 / (fan_in + fan_out)) | 0 | Flux.jl and Lux.jl |
+    | `normal` | N(0, 0.01²) | 0 | MDEQ's public code, for convolutions |
 
     fan_in and fan_out are inputs and outputs times the size of the kernel. Other parameters keep
     their values. A parametrized weight (weight norm) is set to the drawn one through its
     parametrization. Draws from PyTorch's global generator.
 
-    Raises: ValueError for another initialization, and for `normal` without convolutions.
+    Raises: ValueError for another initialization.
 
     Glorot & Bengio 2010 (AISTATS), eq. 16, for `glorot`; Bai et al. 2020, arXiv 2006.08656, for
     `normal`.
@@ -38,13 +38,9 @@ def initialize(module: nn.Module, initialization: Initialization) -> None:
     if initialization not in get_args(Initialization):
         names = "', '".join(get_args(Initialization))
         raise ValueError(f"initialization is {initialization!r}, but must be one of '{names}'")
-    layers = [layer for layer in module.modules() if isinstance(layer, WEIGHTED)]
-    if initialization == "normal" and all(isinstance(layer, nn.Linear) for layer in layers):
-        raise ValueError(
-            "initialization is 'normal', which is for convolutions, but the module has none: use "
-            "'torch' or 'glorot'"
-        )
-    for layer in layers:
+    for layer in module.modules():
+        if not isinstance(layer, WEIGHTED):
+            continue
         weight = torch.empty_like(layer.weight)
         bias = None if layer.bias is None else torch.empty_like(layer.bias)
         _draw(initialization, weight, bias)
@@ -54,25 +50,20 @@ def initialize(module: nn.Module, initialization: Initialization) -> None:
 
 
 def _draw(initialization: Initialization, weight: Tensor, bias: Tensor | None) -> None:
-    linear = weight.ndim == 2
-    if initialization == "torch" or (initialization == "normal" and linear):
-        bound = 1 / math.sqrt(weight[0].numel())
-        weight.uniform_(-bound, bound)
-        if bias is not None:
-            bias.uniform_(-bound, bound)
-        return
-    if initialization == "glorot":
+    bias_bound = 0.0
+    if initialization == "torch":
+        bias_bound = 1 / math.sqrt(weight[0].numel())
+        weight.uniform_(-bias_bound, bias_bound)
+    elif initialization == "glorot":
         nn.init.xavier_uniform_(weight)
     else:
         weight.normal_(std=STD)
     if bias is not None:
-        bias.zero_()
+        bias.uniform_(-bias_bound, bias_bound)
 
 
 def _set(layer: nn.Module, name: str, value: Tensor) -> None:
-    if is_parametrized(layer, name):
-        setattr(
-            layer, name, value
-        )  # what is read is computed: writing into it would have no effect
+    if is_parametrized(layer, name):  # its value is computed: writing into it has no effect
+        setattr(layer, name, value)
     else:
         getattr(layer, name).copy_(value)
