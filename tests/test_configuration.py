@@ -280,6 +280,16 @@ def test_with_784_features_the_models_have_the_published_parameter_counts(
     assert sum(parameter.numel() for parameter in built.parameters()) == count
 
 
+def test_the_first_layer_of_the_published_mnist_network_ends_in_a_relu() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(7, 1, 28, 28)
+    published = instantiate(composed("experiment=mnist_fc").arch.stem, _convert_="all")(x)
+    assert published.shape == (7, 128)
+    assert published.min() == 0 < published.max()
+    plain = instantiate(composed("model=deq", "sizes.features=784").arch.stem, _convert_="all")(x)
+    assert plain.min() < 0
+
+
 PUBLISHED = {
     "cifar_tiny": ("[3,32,32]", 10, 163_546, 200_122),
     "cifar_large": ("[3,32,32]", 10, 10_631_958, 11_186_774),

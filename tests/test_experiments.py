@@ -43,7 +43,10 @@ VARIED = [(experiment, f"model={model}") for experiment, model in TRAINED] + [
 ]
 SETTINGS: dict[str, dict[str, object]] = {
     "mnist_fc": {
-        "data.batch_size": 32,
+        "arch.initialization": "glorot",
+        "arch.stem_activation": "torch.nn.ReLU",
+        "data.normalization": "none",
+        "data.batch_size": 192,
         "solver.tol": 5e-3,
         "solver.max_steps": 50,
         "adjoint.solver.max_steps": 15,
@@ -55,6 +58,8 @@ SETTINGS: dict[str, dict[str, object]] = {
         "solver._target_": "fastdeq.solvers.LimitedMemoryBroydenSolver",
     },
     "mnist_fc_tsit5": {
+        "data.batch_size": 32,
+        "arch.initialization": "glorot",
         "solver.method": "tsit5",
         "skip_weight": 0.01,
         "solver.tol": 5e-3,
@@ -125,6 +130,7 @@ SETTINGS["imagenet_small"] = {
     "task.top5": True,
 }
 SETTINGS["mnist_mdeq"] = {
+    "data.normalization": "none",
     "data.batch_size": 64,
     "arch.channels": [8, 16],
     "arch.normalization": "group",
