@@ -8,7 +8,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from tests.commands import CommandLine
+from tests.commands import ROOT, CommandLine
 from tests.folders import images, write_images
 from tests.images import samples, small_mnist, write_files
 from tests.pictures import (
@@ -267,3 +267,13 @@ def test_every_published_row_has_a_reference_of_its_own(experiment: str, rows: i
     found = composed(f"experiment={experiment}").reference.rows
     assert len({str(row.where) for row in found}) == len(found) == rows
     assert len({str(row.figures) for row in found}) == rows
+
+
+def test_nothing_is_claimed_of_the_published_gpu_but_what_the_scripts_assume() -> None:
+    claim = "(its cluster scripts assume V100s with 32 GB)"
+    found = 0
+    for path in [ROOT / "README.md", *(ROOT / "conf").rglob("*.yaml")]:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("V100") == text.count(claim), path
+        found += text.count(claim)
+    assert found == 5  # four experiments have published times; the README's report shows some

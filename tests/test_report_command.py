@@ -100,7 +100,8 @@ NOTES = [
     "2·s₀·√(1 + 1/n₀) for a single seed here. With three published seeds, one in six to eight of "
     "equal settings is not within, by chance. Runs of another length, on part of the data, or "
     "beside an unknown spread are not judged",
-    "published times are those of a V100: no time is judged",
+    "published times: the paper names no GPU (its cluster scripts assume V100s with 32 GB): "
+    "no time is judged",
     "1 of 4 runs is from a working tree with uncommitted changes",
     "the runs are from 2 commits: 4dcf6a63ea (3), 0813f8e8b9 (1)",
     "the runs are from 2 devices: cpu (3), NVIDIA H200 × 2 (1)",
