@@ -64,7 +64,7 @@ def measured(*overrides: str) -> tuple[float, float]:
         run = Path(folder) / "run"
         words = [str(TRAIN), *overrides, *COMMON, f"paths.run={run}"]
         subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
-        summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+        summary: dict[str, Any] = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     every = 1e3 * float(summary["train_seconds"]) / int(summary["steps"])
     return every, float(summary["train_ms_per_step"])
 

@@ -44,7 +44,7 @@ def stepping() -> float:
         short = ["trainer=one_batch", f"paths.outputs={folder}"]
         subprocess.run([sys.executable, str(TRAIN), *short], check=True, stdout=subprocess.DEVNULL)
         (path,) = Path(folder).glob("*/*/*/summary.json")
-        return float(json.loads(path.read_text())["seconds_to_first_step"])
+        return float(json.loads(path.read_text(encoding="utf-8"))["seconds_to_first_step"])
 
 
 def clocked(*command: str) -> float:

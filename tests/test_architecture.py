@@ -24,6 +24,7 @@ LEVELS: dict[str, int | str] = {
         0,
     ),
     "fastdeq.precision": 0,
+    "fastdeq.streams": 0,
     "fastdeq.products": 0,
     "fastdeq.solvers": 1,
     "fastdeq.krylov": 1,
@@ -33,6 +34,7 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.regularizers": 3,
     "fastdeq.layers": 4,
     "fastdeq.models": 5,
+    "fastdeq.data.__main__": 7,  # a command around the data sets
     "fastdeq.data": DATA,
     "fastdeq.tasks": 6,
     "fastdeq.callbacks": 7,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from fastdeq.data.store import ImageSet, write_store
+from fastdeq.streams import keep_streams
 
 TEST_SAMPLES = 360
 SALT = "fastdeq digits 1"
@@ -42,6 +43,7 @@ ATTRIBUTES = {
 
 def main() -> None:
     """Build the file that ``--out`` names; it must not exist."""
+    keep_streams()
     default = Path(__file__).resolve().parent.parent / "fastdeq" / "data" / "digits.h5"
     parser = argparse.ArgumentParser(description="Build the digits data file from scikit-learn's.")
     parser.add_argument("--out", type=Path, default=default)

@@ -30,7 +30,7 @@ class MetricsFile(CSVLogger):
             names = sorted({name for row in kept for name, text in row.items() if text})
             if names:
                 writer.metrics_keys = names
-                with self.path.open("w", newline="") as file:
+                with self.path.open("w", newline="", encoding="utf-8") as file:
                     table = csv.DictWriter(file, fieldnames=names, extrasaction="ignore")
                     table.writeheader()
                     table.writerows(kept)
@@ -45,5 +45,5 @@ class MetricsFile(CSVLogger):
 def _read(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

@@ -65,7 +65,7 @@ def seal_of(path: Path) -> Path:
 def is_sealed(path: Path) -> bool:
     """Whether the file is exactly what was written: it is there, with a seal that fits."""
     try:
-        noted = seal_of(path).read_text().split()
+        noted = seal_of(path).read_text(encoding="utf-8").split()
         return bool(noted) and noted[0] == _digest(path)
     except (OSError, UnicodeDecodeError):
         return False
@@ -79,7 +79,7 @@ def _digest(path: Path) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write aside, flush and rename: a reader sees the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with aside.open("w", encoding="utf-8") as file:
+    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -55,8 +55,8 @@ def _run_id(folder: Path) -> str:
     """The run's id at W&B, kept in its folder: a run that goes on goes on there too."""
     path = folder / ".wandb_id"
     if not path.exists():
-        path.write_text(secrets.token_hex(4))
-    return path.read_text()
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def _mode(mode: Mode) -> Literal["online", "offline", "disabled"]:

@@ -1,7 +1,6 @@
-"""``python -m fastdeq.data NAME key=value ...``: prepare a data set and show what it holds."""
-
-import sys
+"""L7: ``python -m fastdeq.data NAME key=value ...``: prepare a data set and show what it holds."""
 
 from fastdeq.data.command import main
+from fastdeq.streams import run_command
 
-sys.exit(main(sys.argv[1:]))
+run_command(main)

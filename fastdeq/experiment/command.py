@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -30,6 +31,7 @@ from fastdeq.experiment.run import read_score, run
 from fastdeq.experiment.signals import received
 from fastdeq.experiment.sweep import RESUMABLE, Refused, failed_job, quiet_hydra, record_job
 
+from fastdeq.streams import check_written, keep_streams
 quiet_hydra()  # submitit's processes load this module and compose, without anything else of it
 
 
@@ -40,13 +42,19 @@ def command_line(main: Callable[[], object]) -> None:
     keep their traceback.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors on, instead of printing them itself
+    keep_streams()
     quiet_hydra()
     if is_follower():
         follow_first()
         return
     try:
-        sys.argv[1:] = with_saved_overrides(sys.argv[1:])
-        main()
+        flags, overrides, prints = _parse(sys.argv[1:])
+        sys.argv[1:] = [*flags, *with_saved_overrides(overrides)]
+        try:
+            main()
+        finally:
+            if prints:
+                check_written()
     except Refused as error:
         fail(error.cause)
     except Exception as error:
@@ -62,12 +70,16 @@ def job(cfg: DictConfig) -> float:
     and the exit status tell.
     """
     if is_follower():  # of submitit, which composes on every rank
+    keep_streams()  # of submitit's and joblib's processes, which come here without command_line
+    _undo_chdir()
         return follow_first()
     end_with(0)
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         try:
             if cfg.get("mode") == "replay":
-                return replay(cfg).diagnosis.loss
+                loss = replay(cfg).diagnosis.loss
+                check_written()
+                return loss
             return read_score(run(cfg))
         except Interrupted:
             print("the same command goes on, where it names the run folder (paths.run)", flush=True)
@@ -106,6 +118,17 @@ def job(cfg: DictConfig) -> float:
 
 
 def follow_first() -> float:
+def _undo_chdir() -> None:
+    """Paths, typed or printed, are relative to where the command was started: in the folder of a
+    sweep its table would not find the jobs, and the same sweep would not find its runs again.
+    """
+    hydra = HydraConfig.get()
+    if hydra.job.chdir:
+        why = "each run makes its own folder, and paths are relative to where the command started"
+        print(f"warning: hydra.job.chdir has no effect: {why}", flush=True)
+        os.chdir(hydra.runtime.cwd)
+
+
     """All that a rank of a cluster does that is not the first; NaN."""
     end_with(0)
     leader = meeting()
@@ -164,10 +187,27 @@ def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(
             f"from_run: {folders[-1]} is no run folder ({OVERRIDES} is missing): give the folder "
+def _parse(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
+    """Flags, overrides, and whether the flags ask for nothing but a printout.
+
+    Hydra's own parser accepts flags before or after the overrides, not among them.
+    """
+    given = get_args_parser().parse_intermixed_args(list(arguments))
+    flags = list(arguments)
+    for word in given.overrides:
+        flags.remove(word)
+    prints = (given.cfg, given.info, given.help, given.hydra_help, given.shell_completion)
+    return flags, given.overrides, any(prints)
+
+
             "that a run has printed"
         )
     given = {_key(word) for word in arguments}
-    saved = [word for word in json.loads(path.read_text()) if _key(word) not in given | _ONCE]
+    saved = [
+        word
+        for word in json.loads(path.read_text(encoding="utf-8"))
+        if _key(word) not in given | _ONCE
+    ]
     return [*saved, *arguments]
 
 

@@ -99,7 +99,10 @@ def logging_to(path: Path) -> Iterator[None]:
 
     An exception that passes through leaves its traceback in the file.
     """
-    console, file = _Console(), logging.FileHandler(path, encoding="utf-8")
+    console, file = (
+        _Console(),
+        logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"),
+    )
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
@@ -158,7 +161,8 @@ def _git(*arguments: str) -> str | None:
         answer = subprocess.run(
             ["git", "-C", str(Path(fastdeq.__file__).parent), *arguments],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):

@@ -21,6 +21,7 @@ from fastdeq.experiment.command import follow_first, job
 from fastdeq.experiment.run import Checked, check
 from fastdeq.experiment.submission import to_submit
 from fastdeq.experiment.sweep import quiet_hydra
+from fastdeq.streams import keep_streams
 
 CONF = Path(fastdeq.__file__).parents[1] / "conf"
 """Of the checkout that this package is in; an installed package alone has none."""
@@ -78,6 +79,7 @@ def run_job(grid: Grid, number: int) -> float:
 
     What goes wrong is recorded and decides the status that the process ends with.
     """
+    keep_streams()
     if is_follower():
         return follow_first()
     with _job(grid, number) as cfg:

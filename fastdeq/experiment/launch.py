@@ -22,7 +22,8 @@ from fastdeq.callbacks import Interrupted
 from fastdeq.experiment.cluster import Meeting, RankFailed, meeting
 from fastdeq.experiment.folder import SUMMARY, logging_to
 from fastdeq.experiment.job import Job, work
-from fastdeq.experiment.signals import listening, received
+from fastdeq.experiment.signals import ASKED, listening, received
+from fastdeq.streams import keep_streams
 
 _LOOK, _GRACE = 0.2, 2.0  # seconds: between two looks at the ranks; for them to end by themselves
 
@@ -123,6 +124,7 @@ def _rank(rank: int, job: Job, port: int) -> None:
         "MASTER_PORT": str(port),
     }
     if job.config["trainer"]["accelerator"] == "cpu":
+    keep_streams()
         torch.set_num_threads(max(1, torch.get_num_threads() // job.ranks))
     # Only the first speaks; the others' failures reach the parent through `spawn`.
     log = job.folder / f"{job.config['mode']}.log"

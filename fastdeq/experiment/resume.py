@@ -35,7 +35,7 @@ def held(folder: Path) -> Iterator[None]:
 
     Raises: BlockingIOError where a process is at work in it.
     """
-    with (folder / _LOCK).open("w") as file:
+    with (folder / _LOCK).open("wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

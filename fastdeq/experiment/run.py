@@ -165,7 +165,7 @@ def _describe(folder: Path, config: dict[str, Any], identity: str) -> None:
 
 def read_score(folder: Path) -> float:
     """What a sweeper may optimize: the test accuracy, or the test loss of a regression."""
-    summary = json.loads((folder / SUMMARY).read_text())
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     return float(summary["score"]["value"])
 
 
@@ -269,6 +269,6 @@ def _started() -> float:
     """When the command began, by `time.time`: with the process, or with this job of a sweep."""
     if HydraConfig.get().mode == RunMode.MULTIRUN or not Path("/proc/self/stat").exists():
         return time.time()
-    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    ticks = float(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.time() - age

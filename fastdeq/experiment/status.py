@@ -51,7 +51,7 @@ def created(folder: Path, identity: str) -> None:
 def read_status(folder: Path) -> dict[str, Any]:
     """What status.json says; of an older run, or half a folder, nothing."""
     try:
-        content = json.loads((folder / STATUS).read_text())
+        content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -75,7 +75,9 @@ def _ask(*command: str) -> str:
         raise FileNotFoundError(
             f"{command[0]} is not on PATH: start this where Slurm's commands are, on a login node"
         )
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if answer.returncode != 0:
         reason = " ".join(answer.stderr.split()) or f"status {answer.returncode}"
         raise OSError(f"{command[0]} fails: {reason}")

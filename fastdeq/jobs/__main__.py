@@ -7,5 +7,6 @@ if find_spec("submitit") is None or find_spec("hydra_plugins.hydra_submitit_laun
     sys.exit('error: fastdeq.jobs needs submitit: pip install "fastdeq[cluster]"')
 
 from fastdeq.jobs.command import main
+from fastdeq.streams import run_command
 
-sys.exit(main(sys.argv[1:]))
+run_command(main)

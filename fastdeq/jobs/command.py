@@ -130,7 +130,7 @@ def _logs(arguments: Sequence[str]) -> int:
     if not job.log.exists():
         state = slurm_states([job])[job.number]
         raise FileNotFoundError(f"job {job.number} has printed nothing yet (Slurm says {state})")
-    sys.stdout.write(job.log.read_text(errors="replace"))
+    sys.stdout.write(job.log.read_text(encoding="utf-8", errors="replace"))
     return 0
 
 
@@ -139,7 +139,13 @@ def _cancel(arguments: Sequence[str]) -> int:
     states = slurm_states(jobs)
     names = [job.slurm for job in jobs if states[job.number] in (*OPEN, "UNKNOWN")]
     if names:
-        answer = subprocess.run(["scancel", *names], capture_output=True, text=True, check=False)
+        answer = subprocess.run(
+            ["scancel", *names],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
         if answer.returncode != 0:
             raise OSError(" ".join(answer.stderr.split()))
     print(f"cancelled: {', '.join(names) or 'none, all have ended'}")

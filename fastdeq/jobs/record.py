@@ -65,7 +65,7 @@ def read_submission(sweep: Path) -> list[Submitted]:
                 run=Path(job["run"]),
                 log=Path(job["log"]),
             )
-            for number, job in enumerate(json.loads(path.read_text())["jobs"])
+            for number, job in enumerate(json.loads(path.read_text(encoding="utf-8"))["jobs"])
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read, it is damaged ({error})") from error

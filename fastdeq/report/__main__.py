@@ -1,7 +1,6 @@
 """L7: ``python -m fastdeq.report PATH ... key=value ...``: a table of runs."""
 
-import sys
-
 from fastdeq.report.command import main
+from fastdeq.streams import run_command
 
-sys.exit(main(sys.argv[1:]))
+run_command(main)

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         if request.out is None:
             print(table)
         else:
-            request.out.write_text(table + "\n", encoding="utf-8")
+            request.out.write_text(table + "\n", encoding="utf-8", errors="backslashreplace")
             print(f"see {request.out}")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

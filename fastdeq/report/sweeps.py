@@ -52,7 +52,7 @@ def read_jobs(folder: Path) -> list[SweepJob]:
     for number, record in job_records(folder):
         summary = None
         if record["error"] is None:
-            summary = json.loads((Path(record["folder"]) / SUMMARY).read_text())
+            summary = json.loads((Path(record["folder"]) / SUMMARY).read_text(encoding="utf-8"))
         jobs.append(SweepJob(number=number, summary=summary, **record))
     return jobs
 
@@ -88,8 +88,12 @@ class SweepTable:
 
     def write(self, folder: Path) -> None:
         """table.md, and table.csv with the same cells."""
-        (folder / "table.md").write_text(self.markdown() + "\n")
-        with (folder / "table.csv").open("w", newline="") as file:
+        # A value may be a path with bytes that are not UTF-8.
+        escaped = "backslashreplace"
+        table = folder / "table.md"
+        table.write_text(self.markdown() + "\n", encoding="utf-8", errors=escaped)
+        cells = folder / "table.csv"
+        with cells.open("w", newline="", encoding="utf-8", errors=escaped) as file:
             csv.writer(file).writerows(self.rows())
 
 

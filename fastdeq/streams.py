@@ -1,0 +1,107 @@
+"""L0: standard streams on which printing cannot fail.
+
+A run must not end because of a terminal that cannot show a character or has been closed, a reader
+that has left (`| head -1`, a dead `tee`), or a disk that is full (wandb issues 1757 and 6201).
+"""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from select import select
+from typing import Any, NoReturn, TextIO
+
+
+def keep_streams() -> None:
+    """Replace `sys.stdout` and `sys.stderr` by streams that take everything.
+
+    Characters without an encoding are replaced; what cannot be written is dropped. A stream that
+    was closed when the process started becomes the null device. A stream without a file descriptor,
+    as tests and notebooks have them, stays as it is. A second call changes nothing.
+    """
+    # A file that is opened later must not get the number of a closed stream, for whatever prints
+    # without Python (libraries, child processes) would write into it.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
+
+
+def check_written() -> None:
+    """To be called at the end of a command whose result is what it prints.
+
+    Raises: OSError where some of it could not be written. A reader that has left is not an error.
+    """
+    sys.stdout.flush()
+    raw = _raw(sys.stdout)
+    if isinstance(raw, _Lasting) and raw.error is not None:
+        raise OSError(f"stdout cannot be written ({raw.error.strerror}): the output is incomplete")
+
+
+def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Call `main` with the arguments of the process, and exit with the status that it returns, or
+    with 1 where its output could not be written.
+    """
+    keep_streams()
+    status = main(sys.argv[1:])
+    try:
+        check_written()
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = status or 1
+    sys.exit(status)
+
+
+class _Lasting(io.RawIOBase):
+    """A file whose `write` never fails; it keeps the first error but that of a reader that left.
+
+    stream: what the file belongs to, kept, for it closes the file when it is collected.
+    """
+
+    def __init__(self, file: io.FileIO, stream: TextIO) -> None:
+        self._file, self._stream, self.name = file, stream, file.name
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            while (count := self._file.write(data)) is None:  # a full pipe that does not block
+                select([], [self._file], [])
+        except OSError as error:
+            if self.error is None and not isinstance(error, BrokenPipeError):
+                self.error = error
+            return len(data)
+        return count
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def isatty(self) -> bool:
+        return self._file.isatty()
+
+
+def _lasting(stream: TextIO | None) -> TextIO:
+    if stream is None:  # closed
+        return open(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8", closefd=False)
+    raw = _raw(stream)
+    if not isinstance(raw, io.FileIO):
+        return stream
+    with suppress(OSError):
+        stream.flush()
+    assert isinstance(stream, io.TextIOWrapper)
+    lasting = _Lasting(raw, stream)
+    return io.TextIOWrapper(
+        lasting if raw is stream.buffer else io.BufferedWriter(lasting),  # none with python -u
+        encoding=stream.encoding,
+        errors="replace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def _raw(stream: TextIO) -> Any:
+    buffer = getattr(stream, "buffer", None)
+    return getattr(buffer, "raw", buffer)
