@@ -5,9 +5,9 @@
 
 import signal
 
-# It asks a run to stop, and may come while torch is still being imported: it waits until the run
+# They ask a run to stop, and may come while torch is still being imported: they wait until the run
 # listens, instead of ending the process.
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
 
 import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402

@@ -1,12 +1,15 @@
 """``python train.py ...`` as a person types it, in this process or in one of its own."""
 
 import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from fastdeq.experiment.signals import ASKED
 
 ROOT = Path(__file__).parents[1]
 SHORT = (
@@ -63,6 +66,12 @@ class CommandLine:
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
+def default_signals() -> None:
+    """In a child process: as a terminal starts it, whatever the tests run under (`nohup`, `&`)."""
+    for number in ASKED:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def a_run(command: CommandLine, *arguments: str) -> Path:

@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from fastdeq.callbacks import RESUME, is_sealed
 from fastdeq.experiment.sweep import RESUMABLE
-from tests.commands import ROOT, CommandLine
+from tests.commands import ROOT, CommandLine, default_signals
 from tests.test_resumption import assert_same
+from tests.test_several_devices import children
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +49,7 @@ def train(folder: Path, *overrides: str, run: str = "run") -> subprocess.Popen[s
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=default_signals,
     )
 
 
@@ -100,10 +102,13 @@ def test_a_signal_stops_the_run_after_its_step_and_it_goes_on(
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-def test_a_signal_to_the_parent_stops_all_its_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["the parent", "everyone"])
+def test_a_signal_stops_all_processes(tmp_path: Path, to: str) -> None:
+    # A cluster or systemd sends it to all of them, and the parent passes it on as well.
     process = train(tmp_path, *LONG, "trainer=ddp_cpu", "trainer.devices=2")
     until(lambda: trains(tmp_path / "run") or process.poll() is not None)
-    process.terminate()
+    for pid in [process.pid, *(children(process.pid) if to == "everyone" else [])]:
+        os.kill(pid, signal.SIGTERM)
     out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == RESUMABLE, err
     assert "as SIGTERM says" in out
@@ -116,6 +121,7 @@ def at_a_terminal(folder: Path, *overrides: str) -> tuple[int, int]:
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(folder)
+        default_signals()
         words = [sys.executable, str(ROOT / "train.py"), "paths.run=run", *overrides]
         os.execv(sys.executable, words)
     return pid, terminal
@@ -164,6 +170,44 @@ def test_ctrl_c_once_saves_and_ends(tmp_path: Path, ranks: int) -> None:
     assert "the same command goes on" in printed
     assert "Traceback" not in printed
     assert is_sealed(tmp_path / "run" / RESUME)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_terminal_that_closes_stops_the_run_with_its_state_saved(
+    tmp_path: Path, ranks: int
+) -> None:
+    # Lightning issue 1455. The kernel sends SIGHUP, and every print fails from then on (EIO).
+    if ranks > 1 and not dist.is_available():
+        pytest.skip("torch without distributed")
+    several = ("trainer=ddp_cpu", f"trainer.devices={ranks}") if ranks > 1 else ()
+    pid, terminal = at_a_terminal(tmp_path, *LONG, *several)
+    drained(terminal, lambda: trains(tmp_path / "run"))
+    os.close(terminal)
+    _, ended = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(ended) == RESUMABLE
+    assert status(tmp_path / "run")["status"] == "interrupted"
+    assert is_sealed(tmp_path / "run" / RESUME)
+    assert "as SIGHUP says" in read(tmp_path / "run" / "train.log")
+
+
+def test_ctrl_c_on_the_tool_for_a_row_stops_its_run_once(tmp_path: Path) -> None:
+    tool = str(ROOT / "tools" / "published_row.py")
+    given = ("skip_mdeq", "--experiment", "mnist_mdeq", "--outputs", "rows", *LONG[1:])
+    small = ("data=digits", "arch=digits_conv", "solver.max_steps=3")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        default_signals()
+        os.execv(
+            sys.executable, [sys.executable, tool, *given, *small, "trainer.limit_train_batches=3"]
+        )
+    run = tmp_path / "rows" / "mnist_mdeq" / "skip_mdeq_lbroyden_seed1"
+    drained(terminal, lambda: trains(run))
+    os.write(terminal, b"\x03")
+    printed = read_until_closed(terminal)
+    _, ended = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(ended) == RESUMABLE, printed
+    assert is_sealed(run / RESUME)
 
 
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ and trainer.precision=bf16-mixed are worth trying.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 MODELS = ("mdeq", "skip_mdeq", "skip_reg_mdeq", "neural_ode", "explicit", "residual")
 
 
@@ -29,10 +31,22 @@ def main() -> int:
     ]
     if given.minutes is not None:
         command.append(f"stop_after={60 * given.minutes}")
-    status = subprocess.run(command, check=False).returncode
+    status = run(command)
     if status == 0:
         status = subprocess.run([sys.executable, "-m", "fastdeq.report", str(rows)]).returncode
     return status
+
+
+def run(command: list[str]) -> int:
+    """Run train.py and pass signals on to it, once each; its exit status.
+
+    In a process group of its own: a terminal would send it Ctrl-C as well, and a second signal
+    ends a run at once, without its state.
+    """
+    process = subprocess.Popen(command, process_group=0)
+    for number in STOPS:
+        signal.signal(number, lambda received, frame: process.send_signal(received))
+    return process.wait()
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:

@@ -147,6 +147,11 @@ def is_follower() -> bool:
     return step is not None and step.rank > 0
 
 
+def preemption_signal() -> signal.Signals:
+    """What submitit listens to: the announcement that a job's time is nearly up."""
+    return signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
+
+
 def in_submitit() -> bool:
     """Whether submitit has started this process."""
     return "SUBMITIT_EXECUTOR" in os.environ
@@ -185,4 +190,4 @@ def requeue() -> None:
 
     Raises: submitit's UncompletedJobError where it does not (max_num_timeout).
     """
-    signal.raise_signal(signal.SIGUSR2)
+    signal.raise_signal(preemption_signal())

@@ -21,6 +21,7 @@ from fastdeq.experiment.cluster import (
     in_submitit,
     is_follower,
     meeting,
+    preemption_signal,
     requeue,
 )
 from fastdeq.experiment.explain import explain
@@ -30,8 +31,8 @@ from fastdeq.experiment.replay import replay
 from fastdeq.experiment.run import read_score, run
 from fastdeq.experiment.signals import received
 from fastdeq.experiment.sweep import RESUMABLE, Refused, failed_job, quiet_hydra, record_job
-
 from fastdeq.streams import check_written, keep_streams
+
 quiet_hydra()  # submitit's processes load this module and compose, without anything else of it
 
 
@@ -41,8 +42,8 @@ def command_line(main: Callable[[], object]) -> None:
     main: the function that `hydra.main` has decorated. With debug=true among the arguments, errors
     keep their traceback.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors on, instead of printing them itself
     keep_streams()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors on, instead of printing them itself
     quiet_hydra()
     if is_follower():
         follow_first()
@@ -69,9 +70,9 @@ def job(cfg: DictConfig) -> float:
     A job of a sweep that fails does not stop the others, unless stop_at_failure says so; the table
     and the exit status tell.
     """
-    if is_follower():  # of submitit, which composes on every rank
     keep_streams()  # of submitit's and joblib's processes, which come here without command_line
     _undo_chdir()
+    if is_follower():  # of submitit, which composes on every rank
         return follow_first()
     end_with(0)
     if HydraConfig.get().mode != RunMode.MULTIRUN:
@@ -103,7 +104,7 @@ def job(cfg: DictConfig) -> float:
         if not interrupted:
             report(error, debug=cfg.get("debug") is True)
         record_job(folder, explain(error), interrupted=interrupted)
-        if interrupted and received() == "SIGUSR2" and in_submitit():
+        if interrupted and in_submitit() and received() == preemption_signal().name:
             _requeue()
         elif received():  # it was the sweep that was asked to stop
             print("the same command goes on", flush=True)
@@ -117,7 +118,6 @@ def job(cfg: DictConfig) -> float:
     return score
 
 
-def follow_first() -> float:
 def _undo_chdir() -> None:
     """Paths, typed or printed, are relative to where the command was started: in the folder of a
     sweep its table would not find the jobs, and the same sweep would not find its runs again.
@@ -129,6 +129,7 @@ def _undo_chdir() -> None:
         os.chdir(hydra.runtime.cwd)
 
 
+def follow_first() -> float:
     """All that a rank of a cluster does that is not the first; NaN."""
     end_with(0)
     leader = meeting()
@@ -175,18 +176,6 @@ def report(error: Exception, *, debug: bool) -> None:
     print(f"error: {explain(error)}", file=sys.stderr, flush=True)
 
 
-def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
-    """For `from_run=FOLDER`, the arguments of that run with these in their places or after them.
-
-    Raises: FileNotFoundError for a folder that holds no run.
-    """
-    folders = [word.partition("=")[2] for word in arguments if word.startswith("from_run=")]
-    if not folders or folders[-1] in ("", "null"):
-        return list(arguments)
-    path = Path(folders[-1]) / OVERRIDES
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"from_run: {folders[-1]} is no run folder ({OVERRIDES} is missing): give the folder "
 def _parse(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
     """Flags, overrides, and whether the flags ask for nothing but a printout.
 
@@ -200,6 +189,18 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
     return flags, given.overrides, any(prints)
 
 
+def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
+    """For `from_run=FOLDER`, the arguments of that run with these in their places or after them.
+
+    Raises: FileNotFoundError for a folder that holds no run.
+    """
+    folders = [word.partition("=")[2] for word in arguments if word.startswith("from_run=")]
+    if not folders or folders[-1] in ("", "null"):
+        return list(arguments)
+    path = Path(folders[-1]) / OVERRIDES
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"from_run: {folders[-1]} is no run folder ({OVERRIDES} is missing): give the folder "
             "that a run has printed"
         )
     given = {_key(word) for word in arguments}

@@ -80,22 +80,30 @@ def _lead(job: Job, others: Meeting) -> None:
 
 
 def _wait_for(ranks: ProcessContext) -> None:
-    """Until all have ended; hands a signal to stop on to them, once. The second one ends this
+    """Until all have ended; passes a signal to stop to them, once. The second one ends this
     process, and with it its ranks (see `_rank`).
 
     Raises: what the first rank that failed raised; the others are ended within seconds, for they
     may wait for it in vain.
     """
-    told = False
+    passed = False
     try:
         while not ranks.join(timeout=_LOOK, grace_period=_GRACE):
-            if received() and not told:
-                told = True
-                for process in ranks.processes:
-                    process.terminate()
+            if (name := received()) and not passed:
+                passed = True
+                _send(name, ranks)
     except ProcessRaisedException as error:
         trace, rank = _first_failure(ranks)
         raise ProcessRaisedException(f"there:\n{trace}", rank, error.error_pid) from None
+
+
+def _send(name: str, ranks: ProcessContext) -> None:
+    # For a rank SIGINT is the end of its parent (see `_rank`).
+    number = signal.SIGTERM if name == "SIGINT" else signal.Signals[name]
+    for process in ranks.processes:
+        if process.is_alive():
+            with suppress(ProcessLookupError):  # it has ended by now
+                os.kill(process.pid, number)
 
 
 def _first_failure(ranks: ProcessContext) -> tuple[str, int]:
@@ -116,6 +124,7 @@ def _rank(rank: int, job: Job, port: int) -> None:
     # Ctrl-C at a terminal goes to the parent alone, which hands it on; SIGINT itself comes here
     # from the kernel when the parent has died (torch.multiprocessing asks for it), and ends us.
     os.setpgid(0, 0)
+    keep_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ |= {
         "LOCAL_RANK": str(rank),
@@ -124,12 +133,13 @@ def _rank(rank: int, job: Job, port: int) -> None:
         "MASTER_PORT": str(port),
     }
     if job.config["trainer"]["accelerator"] == "cpu":
-    keep_streams()
         torch.set_num_threads(max(1, torch.get_num_threads() // job.ranks))
     # Only the first speaks; the others' failures reach the parent through `spawn`.
     log = job.folder / f"{job.config['mode']}.log"
     speaking = logging_to(log) if rank == 0 else nullcontext()
-    with listening((signal.SIGTERM, signal.SIGUSR2)), suppress(Interrupted), speaking:
+    # A cluster may send a signal to all processes, and the parent passes it on: two, but one event.
+    stops = [number for number in ASKED if number != signal.SIGINT]
+    with listening(stops, patient=True), suppress(Interrupted), speaking:
         work(job)
     leave()
 

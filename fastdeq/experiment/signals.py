@@ -7,8 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-"""Of a cluster or a container, of a person's Ctrl-C, and of submitit when time is nearly up."""
+REPEATED = (signal.SIGHUP, signal.SIGXCPU)
+"""Of a terminal or connection that is closed: kernel and shell both send it (Lightning issue 1455).
+Of a limit of CPU seconds (`ulimit -S -t`): again every second, until the hard limit kills.
+"""
+
+ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, *REPEATED)
+"""Of a cluster or a container, of a person's Ctrl-C, of batch systems and submitit when time is
+nearly up, and the two above. SIGQUIT (Ctrl-\\) still ends a run at once.
+"""
 
 _received: list[int] = []
 
@@ -19,14 +26,23 @@ def received() -> str | None:
 
 
 @contextmanager
-def listening(signals: Sequence[signal.Signals] = ASKED) -> Iterator[None]:
+def listening(
+    signals: Sequence[signal.Signals] = ASKED, *, patient: bool = False
+) -> Iterator[None]:
     """Note the first of these signals, for the run to stop after its step; at a second one, end at
-    once by that signal's own effect. Outside the main thread nothing is changed.
+    once by that signal's own effect. Those of `REPEATED` never count as a second one. Signals that
+    are ignored (`nohup`) stay ignored. Outside the main thread nothing is changed.
+
+    patient: no signal ends this process at once; for one whose parent does that.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _note) for number in signals}
+    before = {
+        number: signal.signal(number, _note if patient or number in REPEATED else _note_or_end)
+        for number in signals
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     # Those that have come since the process was started wait until now (train.py).
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     try:
@@ -39,6 +55,10 @@ def listening(signals: Sequence[signal.Signals] = ASKED) -> Iterator[None]:
 def _note(number: int, frame: FrameType | None) -> None:
     """Set a flag and do nothing else: a handler may interrupt anything, a write to a file too."""
     _received.append(number)
-    if len(_received) > 1:
+
+
+def _note_or_end(number: int, frame: FrameType | None) -> None:
+    _note(number, frame)
+    if sum(each not in REPEATED for each in _received) > 1:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

@@ -1,4 +1,4 @@
-"""L9: ``python patient.py ARGUMENTS`` is ``python ARGUMENTS``, and lets SIGUSR2 wait.
+"""L9: ``python patient.py ARGUMENTS`` is ``python ARGUMENTS``, and lets SIGUSR1 and SIGUSR2 wait.
 
 A job may be preempted in its first second. The signal would end Python, which takes some seconds
 to load torch and has nobody to listen before; so it waits, through the exec, until the run listens
@@ -10,5 +10,5 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
