@@ -84,10 +84,14 @@ def _check_values(record: Any) -> None:
             raise TypeError(f"{where} is {value!r}, but must be {describe(hints[field.name])}")
         bounds = field.metadata.get("bounds", {})
         if isinstance(value, numbers.Real) and not _within(float(value), bounds):
-            wanted = " and ".join(f"{name} {bound:g}" for name, bound in bounds.items())
+            wanted = " and ".join(f"{name} {_text(bound)}" for name, bound in bounds.items())
             raise ValueError(
                 f"{where} is {value!r}, but must be finite{' and ' * bool(bounds)}{wanted}"
             )
+
+
+def _text(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _within(value: float, bounds: dict[str, float]) -> bool:

@@ -195,3 +195,81 @@ def test_with_debug_a_nan_is_found_where_it_arises(command: CommandLine) -> None
     assert answer.status == 1
     assert "Traceback (most recent call last)" in answer.err
     assert "returned nan values" in answer.err.splitlines()[-1]
+
+
+# Flags, paths, and values that other libraries refuse
+
+
+@pytest.mark.parametrize(
+    "place", [("-m", "{run}", "seed=1,2"), ("{run}", "-m", "seed=1,2"), ("seed=1,2", "-m", "{run}")]
+)
+def test_flags_may_stand_anywhere_among_the_overrides(
+    command: CommandLine, place: tuple[str, ...]
+) -> None:
+    first = a_run(command, "seed=5")
+    answer = command(*(word.format(run=f"from_run={first}") for word in place))
+    assert answer.status == 0, answer.err
+    assert "mean ± standard deviation over seeds" in answer.out
+    seeds = [summary(path.parent)["seed"] for path in command.folder.rglob("summary.json")]
+    assert sorted(seeds) == [1, 2, 5]  # type: ignore[type-var]
+
+
+def test_a_flag_with_a_value_keeps_it(command: CommandLine) -> None:
+    answer = command("seed=3", "--cfg", "job", "model=deq", "--package", "solver")
+    assert answer.status == 0, answer.err
+    assert "max_steps: 50" in answer.out  # of the solver's node alone
+    assert "seed" not in answer.out
+
+
+@pytest.mark.parametrize("flags", [("hydra.run.dir=there",), ("-m", "seed=1,2")])
+def test_paths_are_relative_to_where_the_command_started_whatever_hydra_does(
+    command: CommandLine, flags: tuple[str, ...]
+) -> None:
+    weights = a_run(command).relative_to(command.folder) / "last.ckpt"
+    answer = command(
+        *(*SHORT, "hydra.job.chdir=true", *flags),
+        *("paths.outputs=outs", f"checkpoint={weights}"),
+    )
+    assert answer.status == 0, answer.err
+    assert "warning: hydra.job.chdir has no effect" in answer.out
+    shown = [line.removeprefix("see ") for line in answer.out.splitlines() if line[:4] == "see "]
+    assert len(shown) == (2 if "-m" in flags else 1)
+    for folder in shown:
+        assert (command.folder / folder / "summary.json").exists()
+    if "-m" in flags:  # the table has found its jobs
+        assert "mean ± standard deviation over seeds" in answer.out
+
+
+REFUSED = {
+    "seed=99999999999": "seed is 99999999999, but must be finite and at least 0 and at "
+    "most 4294967295",
+    "seed=4294967296": "seed is 4294967296,",
+    "optimizer.lr=-0.1": "optimizer.lr: Invalid learning rate: -0.1",
+    "optimizer.weight_decay=-1": "optimizer.weight_decay: ",
+    "+optimizer.betas=[0.9,1.5]": "optimizer.betas: ",
+    "+optimizer.betas=[0.9]": "optimizer.betas: ",
+    "+optimizer.eps=-1": "optimizer.eps: ",
+    "optimizer=sgd optimizer.momentum=-1": "optimizer.momentum: ",
+    "optimizer=sgd optimizer.momentum=0": "optimizer.nesterov: ",
+    "optimizer=sgd optimizer.lr=-1 optimizer.momentum=-1": "optimizer.lr: ",
+    "+optimizer.fused=true +optimizer.foreach=true": "optimizer.fused: ",
+    "trainer.limit_val_batches=1.5": "trainer.limit_val_batches: ",
+    "trainer.num_nodes=0": "trainer.num_nodes: ",
+    "+trainer.val_check_interval=1.5": "trainer.val_check_interval: ",
+    "+trainer.max_time=soon": "trainer.max_time: ",
+    "+trainer.gradient_clip_algorithm=none": "trainer.gradient_clip_algorithm: ",
+    "trainer.check_val_every_n_epoch=0": "trainer.check_val_every_n_epoch is 0, but must be "
+    "at least 1",
+    "+trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches is 0, but must be "
+    "at least 1",
+}
+"""By others (PyTorch, NumPy, Lightning), in words of their own."""
+
+
+def test_values_that_other_libraries_refuse_are_named_with_their_key(command: CommandLine) -> None:
+    for typed, wanted in REFUSED.items():
+        answer = command(*SHORT, *typed.split())
+        assert answer.status == 1, typed
+        assert answer.err.startswith(f"error: {wanted}"), answer.err
+        assert answer.err.count("\n") == 1, answer.err
+        assert answer.files == []

@@ -28,7 +28,7 @@ class RunSettings:
     """The single values at the top of a configuration; see conf/train.yaml."""
 
     name: str = setting()
-    seed: int = setting(at_least=0)
+    seed: int = setting(at_least=0, at_most=2**32 - 1)  # what NumPy takes
     mode: Literal["train", "test", "replay"] = setting()
     checkpoint: str | None = setting()
     from_run: str | None = setting()
@@ -96,6 +96,9 @@ def _check_length(trainer: dict[str, Any]) -> None:
     clip = trainer.get("gradient_clip_val")
     if clip is not None and clip <= 0:
         raise ValueError(f"trainer.gradient_clip_val is {clip}, but must be above 0, or null")
+    for key in ("check_val_every_n_epoch", "accumulate_grad_batches"):
+        if (every := trainer.get(key)) is not None and every < 1:
+            raise ValueError(f"trainer.{key} is {every}, but must be at least 1")
     for key in ("limit_train_batches", "limit_test_batches"):
         if trainer.get(key) == 0:
             raise ValueError(

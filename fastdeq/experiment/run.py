@@ -20,6 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fastdeq.callbacks import LAST, write_whole
+from fastdeq.experiment.building import build
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.checks import RunSettings, check_values, count_ranks
 from fastdeq.experiment.folder import (
@@ -214,11 +215,11 @@ def _check_parts(
             f"are {ranks} of them: use at least one sample a device"
         )
     task = instantiate(cfg.task, _convert_="all")
-    with _blamed_on("optimizer"):
-        task.make_optimizer(task.parameters())
+    node: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
+    build("optimizer", lambda **each: instantiate(each, _convert_="all")(task.parameters()), node)
     if config is not None:
-        with _blamed_on("trainer"):
-            make_trainer(config, task)
+        node = config["trainer"]
+        build("trainer", lambda **each: make_trainer({"trainer": each}, task), node)
     wanted, found = (tuple(cfg.sizes.input), cfg.sizes.outputs), (data.input_shape, data.outputs)
     if wanted != found:
         raise ValueError(
