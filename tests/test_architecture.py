@@ -36,6 +36,7 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.models": 5,
     "fastdeq.data.__main__": 7,  # a command around the data sets
     "fastdeq.data": DATA,
+    "fastdeq.identity": 6,
     "fastdeq.tasks": 6,
     "fastdeq.callbacks": 7,
     "fastdeq.report": 7,

@@ -1,8 +1,6 @@
 """L8: a run folder that is there already: whose it is, and from where it can go on."""
 
 import fcntl
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,19 +11,9 @@ from omegaconf import OmegaConf
 from fastdeq.callbacks import BEFORE, RESUME, is_sealed
 from fastdeq.experiment.folder import CONFIG, LOG, SUMMARY
 from fastdeq.experiment.status import read_status
+from fastdeq.identity import Leaf, identity
 
 _LOCK = ".lock"
-_FREE = (
-    *("paths", "resume", "stop_after", "from_run", "reference", "logger", "debug"),
-    "stop_at_failure",
-    *("callbacks.resumption", "task.optimizer", "task.model", "task.weights", "task.schedule"),
-    *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
-    *("trainer.detect_anomaly", "data.root", "data.store", "data.download", "data.verify"),
-    "data.workers",
-)
-"""What is no part of a run's identity: where it is made and by what machines, and what is said a
-second time (the task's parts). Its figures do not depend on it.
-"""
 
 
 @contextmanager
@@ -46,12 +34,6 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def identity_of(config: dict[str, Any]) -> str:
-    """Twelve digits that two runs share if their settings are the same."""
-    text = json.dumps(_identity(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def is_done(folder: Path) -> bool:
     """Whether the run has come to its end."""
     return (folder / SUMMARY).exists()
@@ -65,8 +47,7 @@ def check_same(folder: Path, config: dict[str, Any]) -> None:
             f"paths.run: {folder} is there already and is no run (without {CONFIG}): give another "
             "name, or leave it to the clock (paths.run=null)"
         )
-    saved = _identity(OmegaConf.to_container(OmegaConf.load(path)))
-    ours = _identity(config)
+    saved, ours = _saved(folder), identity(config)
     for key in sorted(saved.keys() | ours.keys()):
         if saved.get(key) != ours.get(key):
             raise FileExistsError(
@@ -74,6 +55,17 @@ def check_same(folder: Path, config: dict[str, Any]) -> None:
                 f"here it is {ours.get(key)}: go on with the settings of that run, or give another "
                 "name (its weights can be taken by checkpoint=)"
             )
+
+
+def same_run_beside(folder: Path, config: dict[str, Any]) -> Path | None:
+    """Of the runs of a sweep, which are called by their identities, the one that is the same: an
+    earlier version of fastdeq has called it otherwise than `folder`.
+    """
+    ours = identity(config)
+    for path in sorted(folder.parent.glob(f"{'[0-9a-f]' * 12}/{CONFIG}")):
+        if _saved(path.parent) == ours:
+            return path.parent
+    return None
 
 
 def saved_state(folder: Path) -> Path | None:
@@ -92,20 +84,7 @@ def _owner(folder: Path) -> str:
     return f"{status.get('pid', 'of unknown number')} on {status.get('host', 'some machine')}"
 
 
-def _identity(config: Any) -> dict[str, Any]:
-    """All settings that the figures depend on, by their full keys."""
-    return {
-        key: value
-        for key, value in _leaves(config, "")
-        if not any(key == free or key.startswith(f"{free}.") for free in _FREE)
-    }
-
-
-def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for name, value in items:
-        full = f"{key}.{name}" if key else str(name)
-        if isinstance(value, dict | list) and value:
-            yield from _leaves(value, full)
-        else:
-            yield full, value
+def _saved(folder: Path) -> dict[str, Leaf]:
+    """The identity of the run in a folder, as it is judged today."""
+    saved: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+    return identity(saved if isinstance(saved, dict) else {})

@@ -33,9 +33,10 @@ from fastdeq.experiment.folder import (
 )
 from fastdeq.experiment.job import Job, make_trainer
 from fastdeq.experiment.launch import interactive, launch
-from fastdeq.experiment.resume import check_same, held, identity_of, is_done, saved_state
+from fastdeq.experiment.resume import check_same, held, is_done, same_run_beside, saved_state
 from fastdeq.experiment.signals import listening
 from fastdeq.experiment.status import created, recorded
+from fastdeq.identity import digest, identity
 
 
 def run(cfg: DictConfig) -> Path:
@@ -62,6 +63,8 @@ def run(cfg: DictConfig) -> Path:
     goes_on = settings.resume == "auto" and settings.mode == "train"
     if chosen is None and goes_on and HydraConfig.get().mode == RunMode.MULTIRUN:
         chosen = checked.folder_in_sweep
+        if not chosen.exists():
+            chosen = same_run_beside(chosen, config) or chosen
     folder = _folder(chosen, config, settings, identity, goes_on=goes_on)
     with held(folder):
         if goes_on and is_done(folder):
@@ -127,7 +130,7 @@ def check(cfg: DictConfig, *, elsewhere: bool = False) -> Checked:
         settings=settings,
         ranks=ranks,
         checkpoint=checkpoint,
-        identity=identity_of(config),
+        identity=digest(identity(config)),
     )
 
 

@@ -4,7 +4,8 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fastdeq.report.runs import Leaf, Run
+from fastdeq.identity import Leaf, without_seeds
+from fastdeq.report.runs import Run
 
 MODELS = {
     "DEQ": ("deq", "mdeq"),
@@ -68,41 +69,6 @@ def _number(value: Leaf) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def identity(run: Run) -> frozenset[tuple[str, Leaf]]:
-    """What a run's result depends on beside its seed: equal for runs that differ in their seeds,
-    paths, devices, loggers and published figures alone.
-
-    A key without a value counts as one that is not there: older configurations lack newer keys.
-    """
-    return frozenset(
-        (key, _plain(key, value))
-        for key, value in run.settings.items()
-        if _counts(key) and value not in (None, "[]", "{}")
-    )
-
-
-_ASIDE = (
-    *("paths", "logger", "reference", "from_run", "data.root", "data.store", "data.download"),
-    *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
-    *("trainer.log_every_n_steps", "trainer.enable_model_summary"),
-)
-"""Keys, with all below them, that change where a run works and what is seen of it."""
-
-
-def _counts(key: str) -> bool:
-    return key.rpartition(".")[2] != "seed" and not any(_below(key, node) for node in _ASIDE)
-
-
-def _below(key: str, node: str) -> bool:
-    return key == node or key.startswith((f"{node}.", f"{node}["))
-
-
-def _plain(key: str, value: Leaf) -> Leaf:
-    """1 and 1.0 are the same, as they are to Python, except as a limit: one batch, and all."""
-    count = isinstance(value, int) and key.startswith("trainer.limit_")
-    return f"{value} batches" if count else value
-
-
 def differences(runs: Sequence[Run]) -> list[str]:
     """For each of some runs with the same label, the settings that the others have not: key=value,
     separated by blanks; no two are equal where the identities are not.
@@ -110,7 +76,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
     A setting that is made of another one (by interpolation, or by the choice of a group) is not
     named again.
     """
-    values = [dict(identity(run)) for run in runs]
+    values = [without_seeds(run.identity) for run in runs]
     keys = {key for settings in values for key in settings}
     columns = {key: tuple(settings.get(key, NONE) for settings in values) for key in keys}
     varied = sorted((key for key in keys if len(set(columns[key])) > 1), key=_rank)
@@ -133,13 +99,13 @@ def differences(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-_ORDER = ("data", "sizes", "skip_weight", "debug", "loss", "arch", "solver", "adjoint")
+_ORDER = ("data", "sizes", "skip_weight", "loss", "arch", "solver", "adjoint")
 _LAST = ("model", "task", "name")  # made of the others
 
 _FROM = {"sizes": "data"}
 """Nodes that the choice of another group brings."""
 
-_MADE_OF = {"loss.skip": "skip_weight", "trainer.detect_anomaly": "debug"}
+_MADE_OF = {"loss.skip": "skip_weight"}
 """Single keys that conf/ fills from others."""
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdeq.report.configuration import Label, differences, identity, label
+from fastdeq.identity import digest, without_seeds
+from fastdeq.report.configuration import Label, differences, label
 from fastdeq.report.runs import Run
 from fastdeq.report.sweeps import mean_and_deviation
 from fastdeq.report.verdict import Figure, Verdict, judge
@@ -50,7 +51,8 @@ def make_rows(runs: Iterable[Run]) -> list[Row]:
     """
     groups: dict[Any, list[Run]] = {}
     for run in runs:
-        groups.setdefault((label(run), identity(run), run.summary["parameters"]), []).append(run)
+        same = digest(without_seeds(run.identity))
+        groups.setdefault((label(run), same, run.summary["parameters"]), []).append(run)
     labels: dict[Label, list[list[Run]]] = {}
     for (name, *_), members in groups.items():
         labels.setdefault(name, []).append(members)

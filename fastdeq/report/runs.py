@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-SUMMARY, CONFIG, OVERRIDES = "summary.json", "config.yaml", "overrides.json"
+from fastdeq.identity import Leaf, identity, leaves
 
-Leaf = str | int | float | bool | None
+SUMMARY, CONFIG, OVERRIDES = "summary.json", "config.yaml", "overrides.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +20,13 @@ class Run:
     """A finished run.
 
     summary: what it has written about itself. settings: its resolved configuration, as the leaves
-    of the tree by their dotted keys.
+    of the tree by their dotted keys. identity: those that its results depend on.
     """
 
     folder: Path
     summary: Mapping[str, Any]
     settings: Mapping[str, Leaf]
+    identity: Mapping[str, Leaf]
 
     @property
     def choices(self) -> Mapping[str, str]:
@@ -165,7 +166,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(_damaged(path, error)) from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no keys: {_FOREIGN}")
-    return Run(folder=folder, summary=summary, settings=dict(_leaves(config, "")))
+    return Run(folder=folder, summary=summary, settings=leaves(config), identity=identity(config))
 
 
 _SUMMARY = {"figures": dict, "choices": dict} | dict.fromkeys(
@@ -191,17 +192,3 @@ def _read(path: Path, needed: Mapping[str, Any]) -> dict[str, Any]:
 def _damaged(path: Path, error: Exception) -> str:
     reason = " ".join(str(error).split())
     return f"{path} cannot be read, it is truncated or damaged: leave its folder out ({reason})"
-
-
-def _leaves(node: Any, key: str) -> Iterator[tuple[str, Leaf]]:
-    """Dotted key and value of all that is no container; an empty container counts as a value."""
-    if isinstance(node, dict) and node:
-        for name, value in node.items():
-            yield from _leaves(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list) and node:
-        for index, value in enumerate(node):
-            yield from _leaves(value, f"{key}[{index}]")
-    elif isinstance(node, dict | list):
-        yield key, "{}" if isinstance(node, dict) else "[]"
-    else:
-        yield key, node

@@ -1,0 +1,94 @@
+"""L6: which runs are the same: those whose settings are, but for what cannot change the results.
+
+Resuming a run and grouping runs in a report both ask here.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Leaf = str | int | float | bool | None
+
+FREE = (
+    *("paths", "logger", "reference", "from_run", "debug"),
+    *("resume", "stop_after", "stop_at_failure", "callbacks.resumption"),
+    *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
+    *("trainer.detect_anomaly", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
+    *("data.root", "data.store", "data.download", "data.verify", "data.workers"),
+)
+"""Keys, with all below them, that a run's results do not depend on: where it is made, by which
+machines, until when, and what is seen of it.
+"""
+
+COPIES = {"optimizer": "optimizer", "model": "model", "weights": "loss", "schedule": "scheduler"}
+"""Arguments of the task, and the keys at the top that they repeat."""
+
+COUNTED = ("trainer.limit_", "trainer.overfit_batches", "trainer.val_check_interval")
+"""Where the whole number 1 is one batch, and the number 1.0 is all of them."""
+
+
+def leaves(config: Mapping[str, Any]) -> dict[str, Leaf]:
+    """Dotted key and value of all that is no container; an empty container counts as a value."""
+    return dict(_leaves(config, ""))
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Leaf]:
+    """The settings that a run's results depend on, by their dotted keys.
+
+    A key without a value counts as one that is not there: older configurations lack newer keys.
+    1 and 1.0 are the same, except where the one counts and the other is a share.
+
+    config: resolved, plain containers.
+    """
+    task = config.get("task") or {}
+    own = {
+        f"task.{name}": json.dumps(task.get(name), sort_keys=True)
+        for name, key in COPIES.items()
+        if task.get(name) != config.get(key)
+    }
+    return own | {
+        key: _plain(key, value)
+        for key, value in leaves(config).items()
+        if value not in _EMPTY and not _below(key, (*FREE, *(f"task.{name}" for name in COPIES)))
+    }
+
+
+_EMPTY = (None, "[]", "{}")
+
+
+def digest(settings: Mapping[str, Leaf]) -> str:
+    """Twelve hexadecimal digits that equal settings share."""
+    text = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def without_seeds(settings: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """An identity but for its seeds, over which a report takes means."""
+    return {key: value for key, value in settings.items() if key.rpartition(".")[2] != "seed"}
+
+
+def _below(key: str, nodes: tuple[str, ...]) -> bool:
+    return any(key == node or key.startswith((f"{node}.", f"{node}[")) for node in nodes)
+
+
+def _plain(key: str, value: Leaf) -> Leaf:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if key.startswith(COUNTED):
+        return f"{value} batches" if isinstance(value, int) else value
+    return int(value) if math.isfinite(value) and value == int(value) else value
+
+
+def _leaves(node: Any, key: str) -> Iterator[tuple[str, Leaf]]:
+    if isinstance(node, Mapping) and node:
+        for name, value in node.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list) and node:
+        for index, value in enumerate(node):
+            yield from _leaves(value, f"{key}[{index}]")
+    elif isinstance(node, Mapping | list):
+        yield key, "{}" if isinstance(node, Mapping) else "[]"
+    else:
+        yield key, node
