@@ -9,7 +9,8 @@ import difflib
 import math
 import numbers
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import (
     Any,
     Literal,
@@ -23,7 +24,10 @@ from typing import (
 
 _T = TypeVar("_T")
 
-_NUMBER_NAMES: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true or false"}
+_NAMES: dict[Any, str] = {
+    **{float: "a number", int: "a whole number", bool: "true or false", str: "text"},
+    Callable: "a partial call",
+}
 
 
 def setting(
@@ -82,44 +86,77 @@ def _check_values(record: Any) -> None:
         value, where = getattr(record, field.name), f"{type(record).__name__}.{field.name}"
         if not fits(value, hints[field.name]):
             raise TypeError(f"{where} is {value!r}, but must be {describe(hints[field.name])}")
-        bounds = field.metadata.get("bounds", {})
-        if isinstance(value, numbers.Real) and not _within(float(value), bounds):
-            wanted = " and ".join(f"{name} {_text(bound)}" for name, bound in bounds.items())
-            raise ValueError(
-                f"{where} is {value!r}, but must be finite{' and ' * bool(bounds)}{wanted}"
-            )
+        check_bounds(where, value, field.metadata.get("bounds", {}))
 
 
-def _text(bound: float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+def check_bounds(where: str, value: Any, bounds: Mapping[str, float]) -> None:
+    """Raises: ValueError for a number that is not finite or not within the bounds of `setting`."""
+    if isinstance(value, numbers.Real) and not _within(value, bounds):
+        wanted = " and ".join(f"{name} {bound:.10g}" for name, bound in bounds.items())
+        raise ValueError(
+            f"{where} is {value!r}, but must be finite{' and ' * bool(bounds)}{wanted}"
+        )
 
 
-def _within(value: float, bounds: dict[str, float]) -> bool:
+def _within(value: Any, bounds: Mapping[str, float]) -> bool:
     return (
-        math.isfinite(value)
+        (isinstance(value, numbers.Integral) or math.isfinite(value))  # not all have a float
         and value > bounds.get("above", -math.inf)
         and bounds.get("at least", -math.inf) <= value <= bounds.get("at most", math.inf)
     )
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the type that an annotation asks for; containers are not looked into."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return any(fits(value, option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return any(value == option and type(value) is type(option) for option in get_args(hint))
-    if hint in (int, float):  # bool is an int in Python, but `max_steps=True` is a mistake
-        kind = numbers.Integral if hint is int else numbers.Real  # NumPy's numbers too
-        return isinstance(value, kind) and not isinstance(value, bool)
-    return isinstance(value, hint) if isinstance(hint, type) else True
+def fits(value: Any, hint: Any, has_type: Callable[[Any, type], bool] = isinstance) -> bool:
+    """Whether a value has the type that an annotation asks for, elements of containers included.
+
+    A list fits where a tuple or a sequence is annotated, since YAML has lists alone. Annotations
+    that are not types (`Any`, a type variable) fit everything.
+
+    has_type: stands for `isinstance`, of values that do not exist yet.
+    """
+    origin, arguments = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, option, has_type) for option in arguments)
+    if origin is Literal:
+        return any(value == option and type(value) is type(option) for option in arguments)
+    if origin in (int, float):  # bool is an int in Python, but `max_steps=True` is a mistake
+        kind = numbers.Integral if origin is int else numbers.Real  # NumPy's numbers too
+        return has_type(value, kind) and not isinstance(value, bool)
+    if not isinstance(origin, type) or origin is Any:  # which is a class since Python 3.11
+        return True
+    if isinstance(value, list | tuple) and _is_sequence(origin):
+        kinds = _kinds(arguments, len(value))
+        return len(kinds) == len(value) and all(map(fits, value, kinds, repeat(has_type)))
+    if isinstance(value, Mapping) and issubclass(origin, Mapping) and arguments:
+        names, values = arguments
+        return all(fits(n, names, has_type) and fits(v, values, has_type) for n, v in value.items())
+    return has_type(value, origin) and not (isinstance(value, str) and _is_sequence(origin))
+
+
+def _is_sequence(kind: type) -> bool:
+    """Whether a list of YAML may fill it: a text, a mapping or a set of its own may not."""
+    return issubclass(kind, list | tuple) or kind in (Sequence, Iterable, Collection)
+
+
+def _kinds(arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """Of the elements: list[int] has one for all, tuple[int, str] one for each."""
+    if not arguments:
+        return (Any,) * count
+    return arguments if len(arguments) > 1 and Ellipsis not in arguments else arguments[:1] * count
 
 
 def describe(hint: Any) -> str:
     """An annotation in words, for messages."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(describe(option) for option in get_args(hint))
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(option) for option in get_args(hint))
-    if hint is types.NoneType:
+    origin, arguments = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(option) for option in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(option) for option in arguments)
+    if origin is types.NoneType:
         return "None"
-    return _NUMBER_NAMES.get(hint, f"a {getattr(hint, '__name__', hint)}")
+    if isinstance(origin, type) and _is_sequence(origin):
+        inner = [describe(kind) for kind in arguments if kind is not Ellipsis]
+        return f"a list ({', '.join(inner)})" if inner else "a list"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a mapping"
+    return _NAMES.get(origin, f"a {getattr(origin, '__name__', origin)}")

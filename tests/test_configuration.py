@@ -167,7 +167,7 @@ def test_samples_are_solved_one_by_one_where_the_normalization_lets_them(
         (["arch=cifar_tiny", "data=polynomial"], "the data are [1]"),
         (["arch=digits_conv", "arch.channels=[8]"], "there are 1 scales, channels [8], but 2 head"),
         (["arch=digits_conv", "arch.channels=8"], "channels is 8, but must list"),
-        (["arch=digits_conv", "arch.normalization=layer"], "arch.normalizations.group"),
+        (["arch=digits_conv", "arch.normalization=layer"], "arch.normalization is 'layer'"),
         (["arch=digits_conv", "arch.expansion=0"], "expansion is 0"),
         (["model=residual", "arch=fc"], "this arch has no 'plain': leave arch= out"),
     ],

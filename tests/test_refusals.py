@@ -56,7 +56,6 @@ VALUES = {
     "loss.skip=-1": ("loss", "skip is -1"),
     "loss.jacobian=-1": ("loss", "jacobian is -1"),
     "loss.jacobian_probability=1.5": ("loss", "jacobian_probability is 1.5"),
-    "optimizer.lr=-1": ("optimizer", "-1"),
     "optimizer.lr=fast": ("optimizer", "fast"),
     "optimizer.weight_decay=-1": ("optimizer", "-1"),
     "data.batch_size=0": ("data", "batch_size", "0"),
@@ -80,7 +79,32 @@ VALUES = {
     "callbacks.failures.in_a_row=0": ("in_a_row is 0", "at least 1"),
     "callbacks.failures.patience=0": ("patience is 0", "at least 1"),
     "callbacks.pretraining.steps=-1": ("pretraining", "steps", "-1"),
-    "arch.expansion=0": ("expansion is 0",),
+    "arch.expansion=0": ("arch.expansion is 0",),
+    "arch.channels=[8,a]": ("arch.channels.1 is 'a'", "whole number"),
+    "arch.channels={a:1}": ("arch.channels is a list", "write arch.channels=[...]"),
+    "callbacks.resumption.minutes={a:1}": ("callbacks.resumption.minutes is {'a': 1}",),
+    "callbacks.pretraining=3": ("callbacks.pretraining is 3", "a Callback"),
+    "trainer._target_=null": ("trainer._target_ is None", "dotted name"),
+    "trainer._target_=torch.nn.Linear": ("trainer.",),
+    "trainer.log_every_n_steps={a:1}": ("trainer.log_every_n_steps is {'a': 1}", "whole number"),
+    "trainer.deterministic={a:1}": ("trainer.deterministic is {'a': 1}", "true or false"),
+    "trainer.num_sanity_val_steps=-7": ("trainer.num_sanity_val_steps is -7", "at least -1"),
+    "+trainer.accumulate_grad_batches=0": ("trainer.accumulate_grad_batches is 0", "at least 1"),
+    "+trainer.callbacks=null": ("trainer.callbacks is given by fastdeq itself",),
+    "+optimizer.betas=[0.9]": ("optimizer.betas is [0.9]", "a list (a number"),
+    "+optimizer.betas=[0.9,2]": ("optimizer", "(given +optimizer.betas=[0.9,2])"),
+    "optimizer.lr=-0.1": ("optimizer.lr is -0.1", "at least 0"),
+    "skip_weight=abc": ("error: skip_weight is 'abc'", "number"),
+    "model.deq.solver=null": ("model.deq.solver is None", "set solver instead"),
+    "~model.deq.adjoint": ("model.deq.adjoint is None", "set adjoint instead"),
+    "logger=[1,2]": ("logger is 1", "csv, tensorboard"),
+    "data=null": ("data is None", "digits, fashion_mnist"),
+    "paths.outputs=null": ("paths.outputs is None", "text"),
+    "+paths.runs=a": ("'paths.runs'", "did you mean 'paths.run'"),
+    "reference={rows: [{where: {model: skip_mdeq}}]}": ("reference.rows.0.figures is missing",),
+    "reference={rows: [{where: {modle: deq}, figures: {}}]}": ("reference.rows", "'modle'"),
+    "solver.max_steps=9999999999999999999": ("solver.max_steps is 9", "below 2**63"),
+    "seed=99999999999": ("seed is 99999999999", "at most 4294967295"),
     "arch.channels=[8,0]": ("channels",),
 }
 
@@ -99,7 +123,7 @@ def test_values_of_a_wrong_type_or_out_of_range_are_named(command: CommandLine, 
         (("arch=fc",), ("DenseCell", "arch=digits_conv", "model=deq")),
         (("model=residual", "arch=fc"), ("no 'plain'", "leave arch= out")),
         (("task.top5=true", "data=polynomial", "task=classification"), ("task=regression",)),
-        (("sizes.outputs=7",), ("7 outputs", "leave sizes to the data group")),
+        (("sizes.outputs=7",), ("sizes.outputs is 7", "leave sizes to the data group")),
         (("model=deq", "sizes.features=60"), ("64", "60")),
         (("model=deq", "loss=skip"), ("loss=plain",)),
         (("solver=newton_krylov", "adjoint=unrolled"), ("use the Implicit adjoint",)),
@@ -182,7 +206,7 @@ IMAGES = ("data=image_folder", "arch=cifar_tiny", "data.size=32", "sizes.outputs
 def test_settings_of_image_folders_are_refused_by_name(command: CommandLine) -> None:
     pytest.importorskip("PIL")
     refused(command(*IMAGES), "data.root=PATH", "FASTDEQ_DATA")
-    refused(command(*IMAGES, "data.crop_area=[0.5,0.1]"), "data: crop_area must rise")
+    refused(command(*IMAGES, "data.crop_area=[0.5,0.1]"), "data.crop_area must rise")
     refused(command(*IMAGES, "data.workers=some"), "data.workers is 'some'")
     refused(command(*IMAGES, "augmentation=flip"), "there is no key 'data.augmentation'")
 

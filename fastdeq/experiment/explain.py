@@ -1,7 +1,8 @@
 """L8: an exception as one line for the person who typed the command."""
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hydra.errors import (
@@ -10,7 +11,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
     ConfigKeyError,
     InterpolationResolutionError,
@@ -20,7 +21,6 @@ from omegaconf.errors import (
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from fastdeq.callbacks import TrainingFailed
-from fastdeq.experiment.checks import nearest
 from fastdeq.experiment.cluster import RankFailed
 
 
@@ -38,6 +38,12 @@ def explain(error: BaseException) -> str:
     return _one_line(f"{name}{error}" if str(error) else type(error).__name__)
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The question whether something known and close was meant, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(repr(each) for each in found)}?" if found else ""
+
+
 def _missing_choice(error: MissingConfigException) -> str:
     options = list(error.options or ())
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
@@ -53,6 +59,8 @@ def _composition(error: ConfigCompositionException) -> str:
     if isinstance(cause, ConfigKeyError) or hasattr(cause, "parent_node"):
         key = str(getattr(cause, "full_key", "") or _quoted(error))
         parent = getattr(cause, "parent_node", None)
+        if isinstance(parent, ListConfig):
+            return f"{key} is a list, into which no mapping fits: write {key}=[...]"
         prefix = f"{key.rpartition('.')[0]}." if "." in key else ""
         known = [f"{prefix}{name}" for name in (parent or ()) if not str(name).startswith("_")]
         names = sorted(name for name in known if name != "hydra")
@@ -78,14 +86,21 @@ def _instantiation(error: InstantiationException) -> str:
 
 def _resolution(error: InterpolationResolutionError) -> str:
     text = str(error).splitlines()[0]
+    if error.parent_node is None:
+        return f"{error.full_key}: {text}"
+    siblings: Any = OmegaConf.to_container(error.parent_node, resolve=False)
+    made_of = str(siblings[error.key])
     found = re.fullmatch(r"Interpolation key '(.+)\.(.+)' not found", text)
-    if found and error.parent_node is not None:
-        keys = OmegaConf.select(error.parent_node._get_root(), found[1])
-        if isinstance(keys, DictConfig):
-            names = [f"{found[1]}.{name}" for name in map(str, keys)]
-            text = f"there is no key '{found[1]}.{found[2]}'{_listing('; keys', names)}"
-            if found[1] == "arch":  # one that was named; each data set brings some that fit
-                text = f"this arch has no '{found[2]}': leave arch= out, or choose another arch"
+    keys = OmegaConf.select(error.parent_node._get_root(), found[1]) if found else None
+    if found is None or not isinstance(keys, DictConfig):
+        return f"{error.full_key}, which is {made_of}: {text}"
+    if chosen_by := re.search(r"\.\$\{([\w.]+)\}\}", made_of):
+        return f"{chosen_by[1]} is {found[2]!r}, but must be one of {', '.join(map(repr, keys))}"
+    if found[1] == "arch":  # one that was named; each data set brings some that fit
+        text = f"this arch has no '{found[2]}': leave arch= out, or choose another arch"
+    else:
+        names = [f"{found[1]}.{name}" for name in map(str, keys)]
+        text = f"there is no key '{found[1]}.{found[2]}'{_listing('; keys', names)}"
     return f"{error.full_key}: {text}"
 
 

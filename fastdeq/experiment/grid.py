@@ -15,16 +15,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-import fastdeq
+from fastdeq.experiment.choices import CONF
 from fastdeq.experiment.cluster import is_follower
 from fastdeq.experiment.command import follow_first, job
 from fastdeq.experiment.run import Checked, check
 from fastdeq.experiment.submission import to_submit
 from fastdeq.experiment.sweep import quiet_hydra
 from fastdeq.streams import keep_streams
-
-CONF = Path(fastdeq.__file__).parents[1] / "conf"
-"""Of the checkout that this package is in; an installed package alone has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

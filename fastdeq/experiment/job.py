@@ -128,6 +128,8 @@ def make_trainer(
             "enable_progress_bar": job.interactive,
         }
     trainer = instantiate(cfg["trainer"], _convert_="all", _partial_=True)
+    if own := sorted(trainer.keywords.keys() & _OWN):
+        raise ValueError(f"{own[0]} is given by fastdeq itself: leave it out")
     if callable(strategy := trainer.keywords.get("strategy")):
         # Looking for idle parameters costs a walk through the graph in every step.
         options["strategy"] = strategy(find_unused_parameters=task.leaves_parameters_unused)
@@ -137,6 +139,13 @@ def make_trainer(
     # And with it the broadcast before every step, by which the ranks would tell each other.
     made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return made
+
+
+_OWN = {
+    *("logger", "callbacks", "plugins", "default_root_dir"),
+    *("enable_checkpointing", "enable_progress_bar"),
+}
+"""Arguments of the trainer that `make_trainer` gives, in place of what a configuration says."""
 
 
 def _quiet() -> None:

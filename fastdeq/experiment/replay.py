@@ -23,8 +23,9 @@ from fastdeq.callbacks import (
     set_random_state,
 )
 from fastdeq.experiment.checkpoint import load_weights, read_checkpoint
-from fastdeq.experiment.checks import RunSettings, check_values, count_ranks
+from fastdeq.experiment.checks import check_values, count_ranks
 from fastdeq.experiment.job import make_trainer
+from fastdeq.experiment.keys import RunSettings
 from fastdeq.layers import DeepEquilibriumNetwork
 from fastdeq.solution import Solution, Trace
 from fastdeq.tasks import AbstractTask
@@ -47,8 +48,8 @@ def replay(cfg: DictConfig) -> Replayed:
     Raises: ValueError, TypeError, FileNotFoundError or Hydra's InstantiationException for settings
     or a file that cannot be used.
     """
+    path = _path(check_values(cfg))
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    path = _path(check_values(config))
     failure = _read(path)
     alone = {**config["trainer"], "devices": 1, "strategy": "auto"}
     count_ranks(alone)

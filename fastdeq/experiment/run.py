@@ -1,5 +1,6 @@
 """L8: from a composed configuration to a finished run folder."""
 
+import copy
 import json
 import os
 import shlex
@@ -7,22 +8,20 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fastdeq.callbacks import LAST, write_whole
-from fastdeq.experiment.building import build
+from fastdeq.experiment.blame import blamed_on
 from fastdeq.experiment.checkpoint import load_weights
-from fastdeq.experiment.checks import RunSettings, check_values, count_ranks
+from fastdeq.experiment.checks import check_values, count_ranks
 from fastdeq.experiment.folder import (
     CONFIG,
     OVERRIDES,
@@ -32,6 +31,7 @@ from fastdeq.experiment.folder import (
     write_json,
 )
 from fastdeq.experiment.job import Job, make_trainer
+from fastdeq.experiment.keys import RunSettings
 from fastdeq.experiment.launch import interactive, launch
 from fastdeq.experiment.resume import check_same, held, is_done, same_run_beside, saved_state
 from fastdeq.experiment.signals import listening
@@ -58,7 +58,6 @@ def run(cfg: DictConfig) -> Path:
     started = _started()
     checked = check(cfg)
     config, settings, identity = checked.config, checked.settings, checked.identity
-    choices = _choices()
     chosen = None if config["paths"]["run"] is None else Path(config["paths"]["run"])
     goes_on = settings.resume == "auto" and settings.mode == "train"
     if chosen is None and goes_on and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -78,8 +77,8 @@ def run(cfg: DictConfig) -> Path:
             command=_command(),
             checkpoint=checked.checkpoint,
             resume=resume,
-            choices=choices,
-            reference=find_reference(config, choices),
+            choices=checked.choices,
+            reference=checked.reference,
             ranks=checked.ranks,
             interactive=interactive(),
             started=started,
@@ -94,7 +93,8 @@ class Checked:
     """A configuration that can be run.
 
     config: resolved, plain containers. ranks: processes that train, of all nodes. checkpoint:
-    weights to begin with. identity: shared by the runs that are the same.
+    weights to begin with. identity: shared by the runs that are the same. choices: of the groups.
+    reference: the published row of this run.
     """
 
     config: dict[str, Any]
@@ -102,6 +102,8 @@ class Checked:
     ranks: int
     checkpoint: Path | None
     identity: str
+    choices: dict[str, str]
+    reference: dict[str, Any] | None
 
     @property
     def folder_in_sweep(self) -> Path:
@@ -116,12 +118,12 @@ def check(cfg: DictConfig, *, elsewhere: bool = False) -> Checked:
 
     Raises: as `run` does before anything is written.
     """
+    settings = check_values(cfg)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    settings = check_values(config)
     if settings.mode == "replay":
         raise ValueError("mode=replay makes no run: call fastdeq.experiment.replay")
     ranks = count_ranks(config["trainer"], elsewhere=elsewhere)
-    checkpoint = _checkpoint(settings)
+    checkpoint, choices = _checkpoint(settings), _choices()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is built again for the run warns again
         _check_parts(cfg, None if elsewhere else config, ranks, checkpoint)
@@ -131,6 +133,8 @@ def check(cfg: DictConfig, *, elsewhere: bool = False) -> Checked:
         ranks=ranks,
         checkpoint=checkpoint,
         identity=digest(identity(config)),
+        choices=choices,
+        reference=find_reference(config, choices),
     )
 
 
@@ -188,6 +192,8 @@ def _value(key: str, config: Any, choices: Mapping[str, str]) -> Any:
     if key in choices:
         return choices[key]
     for name in key.split("."):
+        if not isinstance(config, Mapping) or name not in config:
+            raise ValueError(f"reference.rows: there is no key or group '{key}', which where names")
         config = config[name]
     return config
 
@@ -207,51 +213,37 @@ def _check_parts(
 
     config: what a trainer is built from; None: none, for want of its devices.
     """
+    parts = copy.deepcopy(cfg)  # Hydra resolves it, and then nothing tells where a value stands
     for key in ("solver", "adjoint", "loss", "scheduler", "callbacks"):
-        with _blamed_on(key):
-            instantiate(cfg[key], _convert_="all")
-    with _blamed_on("data"):
-        data = instantiate(cfg.data, _convert_="all")
+        with blamed_on(cfg, key):
+            instantiate(parts.get(key), _convert_="all")
+    with blamed_on(cfg, "data"):
+        data = instantiate(parts.data, _convert_="all")
     if data.batch_size < ranks:
         raise ValueError(
             f"data.batch_size is {data.batch_size}, the batch of all devices together, but there "
             f"are {ranks} of them: use at least one sample a device"
         )
-    task = instantiate(cfg.task, _convert_="all")
-    node: Any = OmegaConf.to_container(cfg.optimizer, resolve=True)
-    build("optimizer", lambda **each: instantiate(each, _convert_="all")(task.parameters()), node)
+    with blamed_on(cfg, "task"):
+        task = instantiate(parts.task, _convert_="all")
+    with blamed_on(cfg, "optimizer"):
+        task.make_optimizer(task.parameters())
     if config is not None:
-        node = config["trainer"]
-        build("trainer", lambda **each: make_trainer({"trainer": each}, task), node)
+        with blamed_on(cfg, "trainer"):
+            make_trainer(config, task)
     wanted, found = (tuple(cfg.sizes.input), cfg.sizes.outputs), (data.input_shape, data.outputs)
     if wanted != found:
         raise ValueError(
-            f"sizes say inputs {wanted[0]} and {wanted[1]} outputs, but the data has {found[0]} "
-            f"and {found[1]}: leave sizes to the data group (data=...)"
+            f"sizes.input is {wanted[0]} and sizes.outputs is {wanted[1]}, but the data has inputs "
+            f"{found[0]} and {found[1]} outputs: leave sizes to the data group (data=...)"
         )
     if checkpoint is not None:
         load_weights(task, checkpoint)
-    with _blamed_on("data"):
+    with blamed_on(cfg, "data"):
         data.prepare_data()
         batch = data.sample_batch()
-    task.check_model(batch)
-
-
-@contextmanager
-def _blamed_on(key: str) -> Iterator[None]:
-    """Let an error name the key of the configuration that it comes from."""
-    try:
-        yield
-    except InstantiationException:
-        raise  # knows its key
-    except Exception as error:
-        if type(error) not in _PLAIN:
-            raise
-        raise type(error)(f"{key}: {error}") from error
-
-
-_PLAIN = (ValueError, TypeError, FileNotFoundError, FileExistsError, OSError)
-"""Errors that are made of a message alone, and can be made again with a longer one."""
+    with blamed_on(cfg, "model"):
+        task.check_model(batch)
 
 
 def _choices() -> dict[str, str]:

@@ -1,0 +1,347 @@
+"""L8: a configuration's values against the annotations of the arguments that they fill.
+
+Nothing is built. A value that arrives by interpolation is named by the key where it stands.
+"""
+
+import functools
+import inspect
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_overloads, get_type_hints
+
+from hydra._internal.utils import _locate
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
+from pytorch_lightning import Trainer
+from torch import nn
+from torch.optim import Optimizer
+
+from fastdeq.experiment.explain import nearest
+from fastdeq.settings import check_bounds, describe, fits
+
+_DIRECTIVES = {
+    "_partial_": bool,
+    "_recursive_": bool,
+    "_convert_": Literal["none", "partial", "object", "all"],
+    "_args_": list[Any],
+}
+"""Hydra's own keys of a node with a `_target_`, beside that."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Stands for what a node with a `_target_` makes.
+
+    kind: its class, None where no annotation says which. partial: whether the node makes a partial
+    call, for its receiver to finish.
+    """
+
+    target: str
+    kind: type | None
+    partial: bool
+
+    def __repr__(self) -> str:
+        return self.target
+
+
+class Record:
+    """Base of the @settings classes that declare a mapping without a `_target_`."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The arguments of a constructor or function: names, those without a default, annotations.
+
+    others: whether any further keyword is taken; other: the annotation of those. rest: that of
+    further positional arguments.
+    """
+
+    names: tuple[str, ...]
+    needed: tuple[str, ...]
+    hints: dict[str, Any]
+    others: bool = False
+    other: Any = Any
+    rest: Any = Any
+
+    def position(self, place: int) -> Any:
+        """The annotation of a positional argument."""
+        return self.hints.get(self.names[place], Any) if place < len(self.names) else self.rest
+
+
+LIMITS: dict[tuple[type, str], dict[str, float]] = {
+    **{(Trainer, f"limit_{part}_batches"): {"above": 0} for part in ("train", "test")},
+    (Trainer, "limit_val_batches"): {"at least": 0},
+    (Trainer, "overfit_batches"): {"at least": 0},
+    (Trainer, "check_val_every_n_epoch"): {"at least": 1},
+    (Trainer, "accumulate_grad_batches"): {"at least": 1},
+    (Trainer, "log_every_n_steps"): {"at least": 0},
+    (Trainer, "num_sanity_val_steps"): {"at least": -1},
+    (Trainer, "num_nodes"): {"at least": 1},
+    (Trainer, "gradient_clip_val"): {"above": 0},
+    (Optimizer, "lr"): {"at least": 0},
+    (Optimizer, "weight_decay"): {"at least": 0},
+}
+"""Ranges of arguments whose libraries take nonsense, or refuse it late or without their name."""
+
+
+def check_node(node: Node | None, key: str, hint: Any) -> Any:
+    """Check the value of a key, and everything below it; the value, in plain containers.
+
+    hint: the annotation of the value.
+
+    Raises: TypeError or ValueError, with the key at which the value stands and what it must be.
+    """
+    if node is None:
+        if not fits(None, hint):
+            raise TypeError(f"{key} is missing, but must be {_describe(hint)}")
+        return None
+    node = _followed(node)
+    value = _read(node, hint)
+    _expect(node, value, hint)
+    return value
+
+
+def places_of(cfg: DictConfig, key: str) -> tuple[str, dict[str, str], set[str]]:
+    """The key at which a node stands, those of its arguments by name, and all of those below it."""
+    # OmegaConf itself leaves the dot before the number of a list's element out.
+    node = OmegaConf.select(cfg, re.sub(r"(?<=_args_)(?=\d)", ".", key))
+    if not isinstance(node, DictConfig):
+        return key, {}, set()
+    arguments = {str(name): _key(child) for name, child in _children(node)}
+    return _key(node), arguments, set(_origins(node))
+
+
+def unknown(key: str, known: Iterable[str]) -> str:
+    """The sentence about a key that is not there."""
+    return f"there is no key '{key}'{nearest(key, known)}"
+
+
+def _origins(node: Node) -> Iterator[str]:
+    yield _key(node)
+    for _, child in _children(node):
+        yield from _origins(child)
+
+
+def _read(node: Node, hint: Any = Any) -> Any:
+    """As plain containers, where `Made` stands for what is to be built; its arguments are right."""
+    if node._is_missing():
+        raise ValueError(f"{_key(node)} has no value: give {_key(node)}=VALUE")
+    if isinstance(node, DictConfig) and "_target_" in node:
+        return _check_made(node)
+    if isinstance(node, DictConfig) and not node._is_none():
+        for record in _options(hint):
+            if _is_record(record):
+                _check_call(node, record)
+                return Made(record.__name__, record, partial=False)
+        inner = _element(hint)
+        return {name: _read(child, inner) for name, child in _children(node)}
+    if isinstance(node, ListConfig) and not node._is_none():
+        return [_read(child, _element(hint)) for _, child in _children(node)]
+    value = node._value()
+    check_bounds(_key(node), value, {})
+    if isinstance(value, int) and abs(value) >= 2**63:  # tensors hold no such number
+        raise ValueError(f"{_key(node)} is {value}, but must be below 2**63")
+    return value
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _element(hint: Any) -> Any:
+    """The annotation of the elements of a list or a mapping, where it is one for all."""
+    found = [get_args(option)[-1] for option in _options(hint) if get_args(option)]
+    return found[0] if len(found) == 1 else Any
+
+
+def _children(node: Node) -> Iterator[tuple[Any, Node]]:
+    if isinstance(node, DictConfig | ListConfig) and not node._is_none():
+        for name in node if isinstance(node, DictConfig) else range(len(node)):
+            yield name, _child(node, name)
+
+
+def _child(node: DictConfig | ListConfig, name: Any) -> Node:
+    child = node._get_node(name)
+    assert isinstance(child, Node)
+    try:
+        return _followed(child)
+    except InterpolationResolutionError:
+        _ = node[name]  # raises it again, and with the key
+        raise
+
+
+def _followed(node: Node) -> Node:
+    """The node that an interpolation leads to."""
+    while node._is_interpolation():
+        target = node._dereference_node()
+        assert target is not None  # or resolving had failed before
+        node = target
+    return node
+
+
+def _key(node: Node) -> str:
+    """As Hydra reads it, with the number of a list's element behind a dot."""
+    parent, name = node._get_parent(), node._key()
+    if parent is None or name is None:
+        return ""
+    return f"{_key(parent)}.{name}".lstrip(".")
+
+
+def _check_made(node: DictConfig) -> Made:
+    name = _read(_child(node, "_target_"))
+    target = _target(f"{_key(node)}._target_", name)
+    for directive, hint in _DIRECTIVES.items():
+        if directive in node:
+            _expect(_child(node, directive), _read(_child(node, directive)), hint)
+    for place, child in _children(_child(node, "_args_")) if "_args_" in node else ():
+        _expect(child, _read(child), signature_of(target).position(place))
+    _check_call(node, target)
+    kind = target if inspect.isclass(target) else signature_of(target).hints.get("return")
+    kind = get_origin(kind) or kind
+    return Made(name, kind if isinstance(kind, type) else None, node.get("_partial_") is True)
+
+
+def _target(key: str, name: Any) -> Any:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"{key} is {name!r}, but must be the dotted name of a class or a function")
+    try:
+        target = _locate(name)  # as get_object of hydra.utils, which also logs the error
+    except Exception as error:  # whatever a module raises that is imported for it
+        raise ValueError(f"{key} is {name!r}: {error}") from error
+    if not callable(target):
+        raise TypeError(f"{key} is {name}, which is no class or function, but a {type(target)}")
+    return target
+
+
+def _check_call(node: DictConfig, target: Any) -> None:
+    """Names, completeness, types and ranges of the arguments."""
+    signature, key = signature_of(target), _key(node)
+    children = {str(name): child for name, child in _children(node) if str(name)[:1] != "_"}
+    for name in children:
+        if name not in signature.names and not signature.others:
+            raise TypeError(unknown(f"{key}.{name}", [f"{key}.{n}" for n in signature.names]))
+    complete = node.get("_partial_") is True or "_args_" in node
+    for name in () if complete else signature.needed:
+        if name not in children:
+            raise TypeError(f"{key}.{name} is missing, which {target.__name__} needs")
+    values = {}
+    for name, child in children.items():
+        hint = signature.hints.get(name, signature.other)
+        values[name] = _read(child, hint)
+        _expect(child, values[name], hint)
+        if inspect.isclass(target):
+            limits = (
+                LIMITS[kind, of] for kind, of in LIMITS if of == name and issubclass(target, kind)
+            )
+            check_bounds(_key(child), values[name], next(limits, {}))
+    if hasattr(target, "__dataclass_fields__") and not any(map(_holds_made, values.values())):
+        _check_ranges(target, values, {name: _key(child) for name, child in children.items()}, key)
+
+
+def _check_ranges(target: type, values: dict[str, Any], places: dict[str, str], key: str) -> None:
+    """Of a @settings class, by making the record; its messages begin with <class>.<field>."""
+    try:
+        target(**values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(named(str(error), places, key)) from error
+
+
+def named(text: str, places: Mapping[str, str], key: str) -> str:
+    """An error of a constructor whose first word is an argument, or <class>.<argument>, under the
+    key of that argument; any other one under the key of the node.
+    """
+    word = text.split(" ", 1)[0]
+    place = places.get(word.rpartition(".")[2])
+    if place is not None:
+        return place + text.removeprefix(word)
+    return f"{key}: {text}" if key else text
+
+
+def _holds_made(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_made, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Made)
+
+
+def _expect(node: Node, value: Any, hint: Any) -> None:
+    """Raises: TypeError for a value that does not fit, of a list for the element that does not."""
+    if fits(value, hint, _has_type):
+        return
+    if isinstance(value, dict | list) and fits(type(value)(), hint):
+        for name, child in _children(node):
+            _expect(child, value[name], _element(hint))
+    raise TypeError(f"{_key(node)} is {value!r}, but must be {_describe(hint)}")
+
+
+def _describe(hint: Any) -> str:
+    for record in _options(hint):
+        if _is_record(record):
+            return f"a mapping with the keys {', '.join(signature_of(record).names)}"
+    return describe(hint)
+
+
+def _is_record(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Record)
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    """As `isinstance`, of what is still to be made as well."""
+    try:
+        if isinstance(value, Made):
+            if value.kind and issubclass(value.kind, nn.Module) and issubclass(kind, nn.Module):
+                return True  # which module fits where, its receiver knows better
+            is_made = value.kind is None or issubclass(value.kind, kind)
+            return is_made or (value.partial and issubclass(functools.partial, kind))
+        return isinstance(value, kind) or (isinstance(value, str) and issubclass(kind, os.PathLike))
+    except TypeError:  # a class that does not support such checks
+        return True
+
+
+@functools.cache
+def signature_of(target: Any) -> Signature:
+    """What can be known of a callable; one without a signature takes everything."""
+    if is_dataclass(target):  # whose __init__ may be one that checks, and takes anything
+        own = [field for field in fields(target) if field.init]
+        needed = (f.name for f in own if f.default is MISSING and f.default_factory is MISSING)
+        names = tuple(field.name for field in own)
+        return Signature(names, tuple(needed), _hints(target))
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # of some that are written in C
+        return Signature((), (), {}, others=True)
+    hints = _hints_of_class(target) if inspect.isclass(target) else _hints(target)
+    ordinary = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    various = {p.kind: hints.pop(p.name, Any) for p in parameters if p not in ordinary}
+    return Signature(
+        names=tuple(p.name for p in ordinary),
+        needed=tuple(p.name for p in ordinary if p.default is p.empty),
+        hints=hints,
+        others=inspect.Parameter.VAR_KEYWORD in various,
+        other=various.get(inspect.Parameter.VAR_KEYWORD, Any),
+        rest=various.get(inspect.Parameter.VAR_POSITIONAL, Any),
+    )
+
+
+def _hints_of_class(cls: type) -> dict[str, Any]:
+    """Of its __init__, and while that hands on what it does not know, of those of its parents."""
+    hints: dict[str, Any] = {}
+    for parent in cls.__mro__:
+        if "__init__" in vars(parent):
+            init = vars(parent)["__init__"]
+            hints = _hints(init) | hints
+            code = getattr(inspect.unwrap(init), "__code__", None)
+            if code is None or not code.co_flags & inspect.CO_VARKEYWORDS:
+                break
+    return hints
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    """Of a function without any, those of its first overload."""
+    try:
+        hints = get_type_hints(target)
+        return hints or next(map(get_type_hints, get_overloads(target)), {})
+    except (NameError, TypeError, AttributeError):  # of libraries that hide their types
+        return {}

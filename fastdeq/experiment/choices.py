@@ -1,0 +1,40 @@
+"""L8: values that are typed for the groups of a configuration."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import HydraException
+
+import fastdeq
+
+CONF = Path(fastdeq.__file__).parents[1] / "conf"
+"""Of the checkout that this package is in; an installed package alone has none."""
+
+
+def check_choices(arguments: Sequence[str]) -> None:
+    """Raises: TypeError for a group whose choice is no name, which Hydra refuses without the key;
+    what else is wrong with the arguments is left to Hydra.
+    """
+    parser = OverridesParser.create()
+    for word in arguments:
+        try:
+            override = parser.parse_override(word)
+        except HydraException:  # no override, such as -m, or one that cannot be read
+            continue
+        group = override.key_or_group
+        names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        for value in _values(override) if names else ():
+            if not isinstance(value, str):
+                raise TypeError(f"{group} is {value!r}, but must be one of {', '.join(names)}")
+
+
+def _values(override: Override) -> Iterable[object]:
+    """Of each job; a list chooses several."""
+    if override.is_delete():
+        return ()
+    value = override.value()
+    if isinstance(value, ChoiceSweep):
+        return value.list
+    return value if isinstance(value, list) else (value,)

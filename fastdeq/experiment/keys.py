@@ -1,0 +1,100 @@
+"""L8: the keys at the top of a configuration (conf/train.yaml), and what each must be.
+
+Everything below a `_target_` is declared by the class or function that it names.
+"""
+
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.loggers import Logger
+
+from fastdeq.adjoints import AbstractAdjoint
+from fastdeq.data.module import AbstractDataModule
+from fastdeq.experiment.arguments import Record
+from fastdeq.settings import setting, settings
+from fastdeq.solvers import AbstractSolver
+from fastdeq.tasks import AbstractTask
+
+
+@settings
+class RunSettings:
+    """The single values at the top; see conf/train.yaml."""
+
+    name: str = setting()
+    seed: int = setting(at_least=0, at_most=2**32 - 1)  # of NumPy's generator
+    mode: Literal["train", "test", "replay"] = setting()
+    checkpoint: str | None = setting()
+    from_run: str | None = setting()
+    resume: Literal["auto", "never"] = setting()
+    stop_after: float | None = setting(above=0)
+    stop_at_failure: bool = setting()
+    debug: bool = setting()
+    skip_weight: float = setting(at_least=0)
+
+    def check_together(self) -> None:
+        path = PurePosixPath(self.name)
+        if path.is_absolute() or ".." in path.parts or not self.name:
+            raise ValueError(f"name is {self.name!r}, but must be a folder below paths.outputs")
+        if self.mode == "test" and self.checkpoint is None and self.from_run is None:
+            raise ValueError(
+                "mode=test needs weights: give checkpoint=PATH, or from_run=FOLDER for the last "
+                "ones of a run"
+            )
+        if self.mode == "replay" and self.checkpoint is None and self.from_run is None:
+            raise ValueError(
+                "mode=replay needs a failed step: give from_run=FOLDER for the one that a run has "
+                "kept (failure.ckpt), or checkpoint=PATH"
+            )
+
+
+@settings
+class Paths(Record):
+    """conf/paths."""
+
+    outputs: str = setting()
+    run: str | None = setting()
+
+
+@settings
+class Sizes(Record):
+    """What a model must fit; the groups `data` set it."""
+
+    input: list[int] = setting()
+    features: int = setting(at_least=1)
+    outputs: int = setting(at_least=1)
+
+
+@settings
+class PublishedRow(Record):
+    """One row of a published table: which choices and values it is of, and its metrics."""
+
+    where: dict[str, str | float | bool | None] = setting()
+    figures: dict[str, float] = setting()
+    deviations: dict[str, float] | None = setting(default=None)
+    parameters: int | None = setting(default=None, at_least=1)
+    training_minutes: float | None = setting(default=None, at_least=0)
+
+
+@settings
+class Reference(Record):
+    """A published table, which the experiments bring."""
+
+    source: str | None = setting(default=None)
+    seeds: int | None = setting(default=None, at_least=1)
+    epochs: int | None = setting(default=None, at_least=1)
+    steps: int | None = setting(default=None, at_least=1)
+    rows: list[PublishedRow] | None = setting(default=None)
+
+
+KEYS: dict[str, Any] = {
+    **{"paths": Paths, "reference": Reference | None},
+    **{"data": AbstractDataModule, "sizes": Sizes, "arch": dict[str, Any] | None},
+    **{"solver": AbstractSolver, "adjoint": AbstractAdjoint},
+    # Any: the task's arguments, which these are, say more.
+    **dict.fromkeys(("loss", "optimizer", "scheduler", "model"), Any),
+    **{"trainer": Trainer, "callbacks": dict[str, Callback] | None},
+    **{"logger": dict[str, Callable[..., Logger]] | None, "task": AbstractTask},
+}
+"""The annotations of all other keys at the top, parts before what they are parts of."""
