@@ -244,32 +244,31 @@ REFUSED = {
     "seed=99999999999": "seed is 99999999999, but must be finite and at least 0 and at "
     "most 4294967295",
     "seed=4294967296": "seed is 4294967296,",
-    "optimizer.lr=-0.1": "optimizer.lr: Invalid learning rate: -0.1",
-    "optimizer.weight_decay=-1": "optimizer.weight_decay: ",
-    "+optimizer.betas=[0.9,1.5]": "optimizer.betas: ",
-    "+optimizer.betas=[0.9]": "optimizer.betas: ",
-    "+optimizer.eps=-1": "optimizer.eps: ",
-    "optimizer=sgd optimizer.momentum=-1": "optimizer.momentum: ",
-    "optimizer=sgd optimizer.momentum=0": "optimizer.nesterov: ",
-    "optimizer=sgd optimizer.lr=-1 optimizer.momentum=-1": "optimizer.lr: ",
-    "+optimizer.fused=true +optimizer.foreach=true": "optimizer.fused: ",
-    "trainer.limit_val_batches=1.5": "trainer.limit_val_batches: ",
-    "trainer.num_nodes=0": "trainer.num_nodes: ",
-    "+trainer.val_check_interval=1.5": "trainer.val_check_interval: ",
-    "+trainer.max_time=soon": "trainer.max_time: ",
-    "+trainer.gradient_clip_algorithm=none": "trainer.gradient_clip_algorithm: ",
-    "trainer.check_val_every_n_epoch=0": "trainer.check_val_every_n_epoch is 0, but must be "
-    "at least 1",
-    "+trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches is 0, but must be "
-    "at least 1",
+    "optimizer.lr=-0.1": "optimizer.lr is -0.1, but must be finite and at least 0",
+    "optimizer.weight_decay=-1": "optimizer.weight_decay is -1,",
+    "+optimizer.betas=[0.9,1.5]": "optimizer.betas=[0.9,1.5]",
+    "+optimizer.betas=[0.9]": "optimizer.betas is [0.9],",
+    "+optimizer.eps=-1": "optimizer.eps=-1",
+    "optimizer=sgd optimizer.momentum=-1": "optimizer.momentum=-1",
+    "optimizer=sgd optimizer.momentum=0": "optimizer.momentum=0",
+    "optimizer=sgd optimizer.lr=-1 optimizer.momentum=-1": "optimizer.lr is -1,",
+    "+optimizer.fused=true +optimizer.foreach=true": "optimizer.fused=true",
+    "trainer.limit_val_batches=1.5": "trainer.limit_val_batches=1.5",
+    "trainer.num_nodes=0": "trainer.num_nodes is 0,",
+    "+trainer.val_check_interval=1.5": "trainer.val_check_interval=1.5",
+    "+trainer.max_time=soon": "trainer.max_time=soon",
+    "+trainer.gradient_clip_algorithm=none": "trainer.gradient_clip_algorithm=none",
+    "trainer.check_val_every_n_epoch=0": "trainer.check_val_every_n_epoch is 0,",
+    "+trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches is 0,",
 }
-"""By others (PyTorch, NumPy, Lightning), in words of their own."""
+"""By others (PyTorch, NumPy, Lightning), in words of their own: the line has what was typed."""
 
 
 def test_values_that_other_libraries_refuse_are_named_with_their_key(command: CommandLine) -> None:
     for typed, wanted in REFUSED.items():
         answer = command(*SHORT, *typed.split())
         assert answer.status == 1, typed
-        assert answer.err.startswith(f"error: {wanted}"), answer.err
+        assert answer.err.startswith("error: "), answer.err
+        assert wanted in answer.err, answer.err
         assert answer.err.count("\n") == 1, answer.err
         assert answer.files == []

@@ -192,7 +192,7 @@ def _key(node: Node) -> str:
 
 def _check_made(node: DictConfig) -> Made:
     name = _read(_child(node, "_target_"))
-    target = _target(f"{_key(node)}._target_", name)
+    target = _target(_key(_child(node, "_target_")), name)
     for directive, hint in _DIRECTIVES.items():
         if directive in node:
             _expect(_child(node, directive), _read(_child(node, directive)), hint)
