@@ -159,4 +159,5 @@ def describe(hint: Any) -> str:
         return f"a list ({', '.join(inner)})" if inner else "a list"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a mapping"
-    return _NAMES.get(origin, f"a {getattr(origin, '__name__', origin)}")
+    name = str(getattr(origin, "__name__", origin))
+    return _NAMES.get(origin, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")

@@ -8,9 +8,10 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig
 
-from fastdeq.experiment.arguments import check_node, named, signature_of, unknown
+from fastdeq.experiment.arguments import check_node, named, unknown
 from fastdeq.experiment.cluster import current_step
 from fastdeq.experiment.keys import KEYS, RunSettings
+from fastdeq.experiment.signatures import signature_of
 
 
 def check_values(cfg: DictConfig) -> RunSettings:
