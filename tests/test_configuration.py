@@ -92,7 +92,7 @@ def one_step(cfg: DictConfig) -> None:
     before = [parameter.detach().clone() for parameter in task.parameters()]
     x = torch.randn(5, *cfg.sizes.input)
     regression = isinstance(task, RegressionTask)
-    targets = torch.randn(5, classes) if regression else torch.arange(5)
+    targets = torch.randn(5, classes) if regression else torch.arange(5) % classes
     prediction, solution = task.model(x, jacobian_loss=task.weights.jacobian > 0)
     assert prediction.shape == (5, classes)
     task.check_fit(prediction, targets)
