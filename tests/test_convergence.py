@@ -181,6 +181,7 @@ def test_a_singular_backward_solve_is_not_converged(solver):
     assert solution.converged.all()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # where it diverges, it warns
+        assert isinstance(solution.value, Tensor)
         solution.value.sum().backward()
     assert solution.backward.stats is not None
     assert {Status(s) for s in solution.backward.stats.status.tolist()} <= set(WITHOUT_END)
@@ -195,6 +196,7 @@ def test_a_large_cotangent_is_still_solved():
     solution = fastdeq.fixed_point(
         lambda z: 0.5 * z + x, torch.ones(2, 3), adjoint=Implicit(solver=Picard(tol=1e-4))
     )
+    assert isinstance(solution.value, Tensor)
     (1e6 * solution.value).sum().backward()
     assert solution.backward.stats is not None
     assert solution.backward.stats.converged.all()

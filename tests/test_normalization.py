@@ -21,7 +21,7 @@ from fastdeq.data import (
 )
 from fastdeq.data.mnist import FASHION_MNIST
 from fastdeq.data.records import Records
-from fastdeq.experiment.resume import identity_of
+from fastdeq.identity import digest, identity
 from tests.commands import SHORT, CommandLine, a_run
 from tests.folders import CLASSES, noise, png, write_images
 from tests.images import published, samples, small_mnist, write_files
@@ -185,7 +185,7 @@ def test_every_image_set_has_the_setting_and_it_is_part_of_the_runs_identity():
         identities = set()
         for value in typed:
             data = composed(*given, f"data.normalization={value}").data
-            identities.add(identity_of({"data": OmegaConf.to_container(data, resolve=True)}))
+            identities.add(digest(identity({"data": OmegaConf.to_container(data, resolve=True)})))
         assert len(identities) == len(typed), name
 
 
