@@ -1,4 +1,4 @@
-"""L0: autocast is for f; what is computed around it keeps the dtype of the states."""
+"""L0: the precision of what is computed around f: never below that of the states."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,3 +28,11 @@ def full_precision(f: FlatMap, device: torch.device) -> Iterator[FlatMap]:
 
     with torch.autocast(kind, enabled=False):
         yield as_outside
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor in float32 where its dtype is a shorter one, such as bfloat16; else as it is.
+
+    For losses and metrics: bfloat16 rounds a mean to three digits.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdeq.norms import sample_norm
 from fastdeq.notation import State, StateMap
 from fastdeq.packing import Packing
+from fastdeq.precision import at_least_float32
 from fastdeq.products import transposed_product, unfused_attention
 from fastdeq.solution import Solution
 
@@ -17,7 +18,7 @@ from fastdeq.solution import Solution
 def skip_loss(solution: Solution) -> Tensor:
     """Σ_scales mean|z₀ − z*|, a scalar; gradients flow into both, z₀ and z*."""
     pairs = zip(_scales(solution.z0), _scales(solution.value), strict=True)
-    return torch.stack([(z0 - z).abs().mean() for z0, z in pairs]).sum()
+    return torch.stack([at_least_float32(z0 - z).abs().mean() for z0, z in pairs]).sum()
 
 
 def residual_loss(solution: Solution) -> Tensor:
@@ -27,7 +28,7 @@ def residual_loss(solution: Solution) -> Tensor:
     the residual vanishes there for all parameters. (Only the unrolled adjoint, and a fixed depth,
     differentiate it through the steps that made it.) No evaluation of its own.
     """
-    return sample_norm(solution.defect).mean()
+    return sample_norm(at_least_float32(solution.defect)).mean()
 
 
 def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
@@ -54,7 +55,7 @@ def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
             transposed_product(output, at, torch.randn_like(output), create_graph=keeps_graph)
             for _ in range(samples)
         ]
-    return torch.stack(products).square().sum() / (samples * at.numel())
+    return at_least_float32(torch.stack(products)).square().sum() / (samples * at.numel())
 
 
 def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:

@@ -1,10 +1,12 @@
 """Figures are exact means, however the samples are cut into batches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import Metric
 
 from benchmarks.solver_step import Operations
 from fastdeq import DeepEquilibriumNetwork, DEQChain
@@ -33,12 +35,42 @@ def test_a_figure_that_misses_some_batches_is_the_mean_of_those_it_came_with():
     assert values(means) == {"loss": 2.0, "loss_jacobian": 8.0}
 
 
-def test_sums_are_kept_in_double_precision_in_models_of_any():
-    means = torch.nn.ModuleList([FigureMeans(("loss",))]).bfloat16()[0]
-    assert isinstance(means, FigureMeans)
-    for value in (2.0**24, 1.0, 1.0, 1.0):  # float32 knows no 2²⁴ + 1: the sum would stand still
+CASTS: dict[str, Callable[[nn.Module], object]] = {
+    "bfloat16": lambda module: module.bfloat16(),
+    "half": lambda module: module.half(),
+    "type": lambda module: module.type(torch.bfloat16),
+    "to dtype": lambda module: module.to(torch.bfloat16),  # Lightning's bf16-true
+    "to device and dtype": lambda module: module.to("cpu", torch.float16),
+    "torchmetrics": lambda module: [
+        each.set_dtype(torch.bfloat16) for each in module.modules() if isinstance(each, Metric)
+    ],
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_sums_stay_in_float64_however_the_module_around_them_is_cast(cast: str):
+    """Lightning 18620: metrics of a module in half precision are wrong."""
+    means = FigureMeans(("loss",))
+    around = nn.ModuleList([means])
+    CASTS[cast](around)
+    for value in (2.0**24, 1.0):  # float32 knows no 2²⁴ + 1: the sum would stand still
+        means.update({"loss": torch.tensor(value)}, 1)
+    CASTS[cast](around)  # between two updates too
+    for value in (1.0, 1.0):
         means.update({"loss": torch.tensor(value)}, 1)
     assert values(means) == {"loss": (2.0**24 + 3) / 4}
+    means.reset()  # to defaults that were cast neither
+    for value in (2.0**24, 1.0):
+        means.update({"loss": torch.tensor(value)}, 1)
+    assert values(means) == {"loss": (2.0**24 + 1) / 2}
+
+
+def test_sums_follow_the_module_to_another_device():
+    around = nn.ModuleList([FigureMeans(("loss",))]).to("meta")
+    (means,) = around
+    assert isinstance(means, FigureMeans)
+    assert (means.totals.device.type, means.totals.dtype) == ("meta", torch.float64)
+    assert (means.weights.device.type, means.weights.dtype) == ("meta", torch.float64)
 
 
 def test_after_a_reset_nothing_is_left_of_the_epoch_before():

@@ -115,8 +115,10 @@ def train_figures(
     return figures_of(trained(task, batches, folder, **options), "train")
 
 
-def evaluated(task: AbstractTask, batches: Iterable[Batch], folder: Path) -> dict[str, float]:
-    trainer = make_trainer(folder)
+def evaluated(
+    task: AbstractTask, batches: Iterable[Batch], folder: Path, **options: Any
+) -> dict[str, float]:
+    trainer = make_trainer(folder, **options)
     loader = batches if isinstance(batches, Batches) else Listed(*batches)
     trainer.validate(task, dataloaders=loader, verbose=False)
     return figures_of(trainer, "val")
@@ -245,6 +247,49 @@ def test_the_figures_of_uneven_batches_are_those_of_the_whole_set(kind, tmp_path
     # Every sample is solved as if it were alone. What is left is the rounding of a few float32
     # means, 6e-8 each (the solves are in float64, where a batch's size moves only the 16th digit).
     assert parts == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_in_half_precision_metrics_are_exact_whatever_the_batch_size(kind, precision, tmp_path):
+    """Lightning 18620. The predictions are rounded, what is computed from them is not."""
+    x, targets, _ = samples(360, kind)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float16
+    task = make_task(kind, model=network())
+    found = [
+        untimed(evaluated(task, batches, tmp_path, precision=precision))
+        for size in (1, 7, 360)
+        for batches in [[Batch(*part) for part in zip(x.split(size), targets.split(size))]]
+    ]
+    targets = targets.to(dtype) if targets.is_floating_point() else targets
+    with torch.no_grad():
+        prediction, solution = task.model.to(dtype)(x.to(dtype))
+    assert prediction.dtype == dtype
+    loss = cross_entropy if kind is ClassificationTask else mse_loss
+    expected = {
+        "loss": float(loss(prediction.float(), targets if targets.ndim == 1 else targets.float())),
+        "nfe": float(solution.nfe.double().mean()),
+    }
+    if kind is ClassificationTask:
+        expected["accuracy"] = float((prediction.argmax(dim=1) == targets).double().mean())
+    for figures in found:
+        # Float32 means of batches: a few roundings of 6e-8. Bfloat16 would round to 4e-3.
+        assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+
+
+def test_in_half_precision_the_loss_and_its_regularizers_are_float32():
+    model = network().to(torch.bfloat16)
+    weights = {"skip": 0.5, "jacobian": 0.25, "residual": 2.0}
+    for kind in KINDS:
+        batch = samples(5, kind)
+        task = make_task(kind, model=model, **weights)
+        loss, _, figures = task.minimized(batch._replace(inputs=batch.inputs.bfloat16()), 0)
+        assert loss.dtype == torch.float32
+        parts = {name: part for name, part in figures.items() if name.startswith("loss")}
+        assert len(parts) == 5
+        assert all(part.dtype == torch.float32 for part in parts.values())
+        loss.backward()
+        assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())
 
 
 def test_the_explicit_figures_are_those_of_the_head_on_z0(tmp_path):

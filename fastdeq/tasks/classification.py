@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fastdeq.models import DEQChain
+from fastdeq.precision import at_least_float32
 from fastdeq.tasks.base import AbstractTask, OptimizerFactory
 from fastdeq.tasks.objective import LossWeights
 from fastdeq.tasks.schedules import AbstractSchedule
@@ -37,7 +38,7 @@ class ClassificationTask(AbstractTask):
         self.top5 = top5
 
     def criterion(self, prediction: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(prediction, targets)
+        return cross_entropy(at_least_float32(prediction), targets)
 
     def scores(self, prediction: Tensor, targets: Tensor) -> dict[str, Tensor]:
         scores = {"accuracy": (prediction.argmax(dim=1) == targets).float().mean()}

@@ -1,11 +1,11 @@
 """L6: means of named figures, exact over any number of batches and processes."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsFloat, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from fastdeq.solution import BackwardReport, Solution, Status
@@ -19,8 +19,9 @@ _PATIENCE = 256  # figures that may wait to be read: what is older, any device h
 class FigureMeans(Metric):
     """Weighted means of figures that are known by name; a figure may be missing from an update.
 
-    names: of all figures that may come. Sums are kept in float64 and added up over the processes
-    when `compute` is called, which makes the mean of an uneven last batch, or part of one, exact.
+    names: of all figures that may come. Sums are kept in float64, whatever the module around them
+    is cast to (Lightning 18620), and added up over the processes when `compute` is called, which
+    makes the mean of an uneven last batch, or part of one, exact.
 
     An update does not wait for the device: tensors are added where they are, and what has to be
     read (stopwatches) is read when the means are wanted, or many updates later.
@@ -93,6 +94,13 @@ class FigureMeans(Metric):
         return {
             name: mean for name, mean, weight in zip(self.names, means, seen, strict=True) if weight
         }
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ""
+    ) -> nn.Module:
+        """Move with the module to another device, and keep the dtype of the sums."""
+        moved: nn.Module = super()._apply(lambda t: t.to(fn(t).device), exclude_state)
+        return moved
 
     def _forget(self) -> None:
         self._summed, self._counted = [0.0] * len(self.names), [0.0] * len(self.names)

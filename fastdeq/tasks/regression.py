@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from fastdeq.precision import at_least_float32
 from fastdeq.tasks.base import AbstractTask
 
 
@@ -16,7 +17,7 @@ class RegressionTask(AbstractTask):
     monitor: tuple[str, Literal["min", "max"]] = ("loss", "min")
 
     def criterion(self, prediction: Tensor, targets: Tensor) -> Tensor:
-        return mse_loss(prediction, targets)
+        return mse_loss(at_least_float32(prediction), at_least_float32(targets))
 
     def scores(self, prediction: Tensor, targets: Tensor) -> dict[str, Tensor]:
         return {}
