@@ -104,3 +104,22 @@ class Gradients(Callback):
         self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
         if trainer.is_global_zero:
             torch.save(self.steps, Path(trainer.default_root_dir) / "gradients.pt")
+
+
+class StepCount(Callback):
+    """Counts optimizer steps in a state of its own, and logs the count at every step."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.count += 1
+        pl_module.log("count", float(self.count), on_step=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict["count"]

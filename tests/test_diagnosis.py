@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdeq.callbacks import Diagnosis, course_of, measure
+from fastdeq.callbacks import Diagnosis, course_of, measure, with_norm
 from fastdeq.solution import Status, Trace
 from tests.test_failures import EARLY, GOOD, task_of
 
@@ -92,7 +92,8 @@ def test_what_is_measured_is_what_the_solution_says():
     loss, solution, _ = task.minimized(GOOD, 0)
     loss.backward()
     gradients = [p.grad for p in task.parameters() if p.grad is not None]
-    found = Diagnosis.of([measure(solution, GOOD.inputs, loss.detach(), gradients).tolist()])
+    measured = measure(solution, GOOD.inputs, loss.detach())
+    found = Diagnosis.of([with_norm(measured, gradients).tolist()])
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     assert found.forward == (0, 5, 0, 0, 0)
     assert found.backward == (5, 0, 0, 0, 0)

@@ -29,7 +29,7 @@ from tests.test_configuration import composed
 
 SHORT = ("trainer.max_epochs=3", "trainer.accelerator=cpu", "data.batch_size=360")
 """Twelve steps: three epochs of four."""
-AT_ONCE = "stop_after=1e-9"  # after every step, but for the last of an epoch
+AT_ONCE = "stop_after=1e-9"  # after every step, but for the last of the run
 NOT_FINITE = ("optimizer.lr=1e30", "callbacks.pretraining.steps=99")
 """Every step but the first."""
 NETWORKS = {
@@ -137,7 +137,7 @@ def test_a_run_stopped_after_every_step_equals_the_run_that_was_not(
         pytest.importorskip("tensorboard")
     whole = run(tmp_path / "whole", *NETWORKS[network])
     pieces = run_in_pieces(tmp_path / "pieces", *NETWORKS[network])
-    assert pieces == 9  # three epochs of four steps, none stopped at its last
+    assert pieces == 11  # twelve steps, stopped after each but the last
     assert_same(whole, tmp_path / "pieces")
 
 
@@ -314,8 +314,7 @@ def test_two_processes_stop_together_and_go_on_together(command: CommandLine) ->
     whole = command(*short, "paths.run=whole")
     assert whole.status == 0, whole.err
     # The wish to stop goes along with the gradients of the first step, and is read after the next.
-    # Epochs have four steps, and nothing stops at the last one.
-    for steps in (2, 5, 7, 9, 11):
+    for steps in (2, 4, 6, 8, 10):
         stopped = command(*short, "paths.run=pieces", AT_ONCE)
         assert stopped.status == RESUMABLE, stopped.err
         assert "the same command goes on" in stopped.out

@@ -3,7 +3,7 @@
 from fastdeq.callbacks.carrying import CarryingDDP, carrying
 from fastdeq.callbacks.checkpoints import BEST, LAST, checkpoints
 from fastdeq.callbacks.console import EpochLines, ProgressBar, table_of
-from fastdeq.callbacks.diagnosis import Diagnosis, course_of, ends, measure
+from fastdeq.callbacks.diagnosis import Diagnosis, course_of, ends, joined, measure, with_norm
 from fastdeq.callbacks.failed_step import FAILURE
 from fastdeq.callbacks.failures import Failures, TrainingFailed
 from fastdeq.callbacks.metrics_file import MetricsFile
@@ -36,10 +36,12 @@ __all__ = [
     "course_of",
     "ends",
     "is_sealed",
+    "joined",
     "measure",
     "rows_of",
     "seal_of",
     "set_random_state",
     "table_of",
+    "with_norm",
     "write_whole",
 ]

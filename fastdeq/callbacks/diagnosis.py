@@ -20,18 +20,15 @@ _FALLING = 0.9  # the last quarter of the steps has brought the smallest residua
 _GROWING = 2.0  # the last residual is so many times the smallest one
 
 
-def measure(
-    solution: Solution | None, inputs: Tensor, loss: Tensor, gradients: Iterable[Tensor]
-) -> Tensor:
-    """What `Diagnosis.of` reads, (13,) on the inputs' device; does not wait for the device.
+def measure(solution: Solution | None, inputs: Tensor, loss: Tensor) -> Tensor:
+    """What `Diagnosis.of` reads of a batch, (13,) on the inputs' device, but for the norm of the
+    gradients (`with_norm`); does not wait for the device.
 
-    solution: after its backward pass; None where there is none to count. gradients: of all
-    parameters; none where their norm is to be known later (`with_norm`).
+    solution: after its backward pass; None where there is none to count.
     """
     device = inputs.device
     backward = None if solution is None else solution.backward.stats
-    norm = nn.utils.get_total_norm(list(gradients)).to(device)
-    scalars = [loss.to(device), norm, torch.isfinite(inputs).all()]
+    scalars = [loss.to(device), torch.zeros((), device=device), torch.isfinite(inputs).all()]
     return torch.cat(
         [
             _counts(solution, device),
@@ -39,6 +36,16 @@ def measure(
             torch.stack([scalar.to(torch.float32) for scalar in scalars]),
         ]
     )
+
+
+def joined(batches: Sequence[Tensor]) -> Tensor:
+    """What `measure` gives for the batches of one step: counts and losses add up, (13,)."""
+    if len(batches) == 1:
+        return batches[0]
+    rows = torch.stack(list(batches))
+    total = rows.sum(dim=0)
+    total[_FINITE] = rows[:, _FINITE].amin()
+    return total
 
 
 def with_norm(figures: Tensor, gradients: Iterable[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
-"""L7: a training step that waits for its verdict, and the file in which a failed one is kept."""
+"""L7: an optimizer step that waits for its verdict, and the file that keeps a failed one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
 
-from fastdeq.callbacks.diagnosis import Diagnosis, measure
+from fastdeq.callbacks.diagnosis import Diagnosis, joined, measure
 from fastdeq.callbacks.ranks import as_plain, gathered
 from fastdeq.callbacks.storage import SealedCheckpointIO
 from fastdeq.solution import Solution
@@ -17,38 +17,53 @@ from fastdeq.tasks import AbstractTask
 FAILURE = "failure.ckpt"
 
 
+@dataclass(kw_only=True)
+class StepBatch:
+    """A batch of a step, and the random numbers before it; `figures`, of this process (`measure`),
+    and `states` come with its backward pass.
+    """
+
+    batch: Any
+    random: tuple[Any, ...] | None
+    figures: Tensor | None = None
+    states: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A training step as it began; `kept`: tensors of the task that it may change."""
+    """An optimizer step as it began, and its batches up to now.
+
+    kept: tensors of the task that the step may change. accumulates: by how many batches the loss is
+    divided.
+    """
 
     number: int
     epoch: int
     depth: int | None
-    batch: Any
-    random: tuple[Any, ...] | None
+    accumulates: int
     kept: dict[str, Tensor]
+    batches: list[StepBatch] = field(default_factory=list)
 
+    def end_batch(self, task: AbstractTask) -> None:
+        """Measure the last batch at the end of its backward pass; once."""
+        last = self.batches[-1]
+        if last.figures is not None:
+            return
+        inputs, solution, loss = last.batch[0], None, None
+        if (under_way := task.step_under_way) is not None:
+            solution = under_way[0]
+            loss = under_way[1]["loss"] * last.batch[2] / self.accumulates
+        if loss is None:
+            loss = torch.zeros((), device=inputs.device)
+        # Gradients are accumulated where memory is short: states are then not held.
+        if solution is not None and last.random is not None and self.accumulates == 1:
+            last.states = _states(solution)
+        last.figures = measure(solution, inputs, loss)
 
-@dataclass(frozen=True, kw_only=True)
-class MadeStep:
-    """A step after its backward pass, with its figures on this process (`measure`)."""
-
-    step: Step
-    states: dict[str, Any]
-    figures: Tensor
-
-
-def made(step: Step, task: AbstractTask, gradients: list[Tensor]) -> MadeStep:
-    """The step, at the end of its backward pass."""
-    under_way, inputs = task.step_under_way, step.batch[0]
-    solution, loss = None, torch.zeros((), device=inputs.device)
-    if under_way is not None:
-        solution, loss = under_way[0], under_way[1]["loss"] * step.batch[2]
-    return MadeStep(
-        step=step,
-        states={} if solution is None or step.random is None else _states(solution),
-        figures=measure(solution, inputs, loss, gradients),
-    )
+    @property
+    def figures(self) -> Tensor:
+        """Of all its batches on this process, (13,), but for the norm of the gradients."""
+        return joined([each.figures for each in self.batches if each.figures is not None])
 
 
 def _states(solution: Solution) -> dict[str, Any]:
@@ -67,18 +82,11 @@ def _states(solution: Solution) -> dict[str, Any]:
     }
 
 
-def save_failure(
-    failed: MadeStep, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
-) -> None:
-    """Write failure.ckpt, on all processes together: to each its part of the batch."""
-    step = failed.step
+def save_failure(step: Step, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask) -> None:
+    """Write failure.ckpt, on all processes together: to each its parts of the batches."""
+    first, *others = [_kept(each) for each in step.batches]
     device = task.device.index if task.device.type == "cuda" else None
-    mine = {
-        "batch": list(step.batch),
-        "random": None if step.random is None else as_plain(step.random),
-        "device": device,
-        **failed.states,
-    }
+    mine = {**first, "device": device, "accumulated": others}
     ranks = gathered(_on_host(mine), trainer)
     if not trainer.is_global_zero:
         return
@@ -90,11 +98,17 @@ def save_failure(
             "step": step.number,
             "epoch": step.epoch,
             "depth": step.depth,
+            "accumulates": step.accumulates,
             "diagnosis": vars(diagnosis),
             "ranks": ranks,
         },
     }
     SealedCheckpointIO().save_checkpoint(content, Path(trainer.default_root_dir) / FAILURE)
+
+
+def _kept(each: StepBatch) -> dict[str, Any]:
+    random = None if each.random is None else as_plain(each.random)
+    return {"batch": list(each.batch), "random": random, **each.states}
 
 
 def _on_host(node: Any) -> Any:

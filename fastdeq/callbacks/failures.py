@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdeq.callbacks.carrying import carrying
 from fastdeq.callbacks.diagnosis import Diagnosis, Reading, with_norm
-from fastdeq.callbacks.failed_step import MadeStep, Step, made, save_failure
+from fastdeq.callbacks.failed_step import Step, StepBatch, save_failure
 from fastdeq.callbacks.ranks import taken_random_state
 from fastdeq.tasks import AbstractTask
 
@@ -93,9 +93,9 @@ class Failures(Callback):
 
     The verdict is that of all processes together, and the same on all: 13 numbers of each go along
     with the averaged gradients (`CarryingDDP`). With `warn` they are read a step late, so that no
-    device is waited for; otherwise once a step, after the backward pass. With accumulated gradients
-    each batch is judged, on several processes when the gradients are averaged, and one that fails
-    takes the whole optimizer step with it.
+    device is waited for; otherwise once a step, after the backward pass. Accumulated gradients make
+    one step of several batches, which is judged, counted and kept as a whole. An optimizer that
+    evaluates its batch several times in a step (LBFGS) is judged by the first evaluation.
 
     Raises: ValueError for values out of range; in training, TrainingFailed.
     """
@@ -130,56 +130,57 @@ class Failures(Callback):
         self._record = _Record()
         self._tensors: _Tensors | None = None
         self._now: Step | None = None
-        self._made: list[MadeStep] = []  # whose figures other processes do not have
-        self._pending: list[tuple[MadeStep, Reading]] = []  # of all processes, on their way
+        self._pending: list[tuple[Step, Reading]] = []  # of all processes, on their way
         self._skip = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what the task is made of; nothing is left of a training before this one."""
         task = _task(pl_module)
         self._tensors = _Tensors(task)
-        self._now, self._made, self._pending = None, [], []
-        self._skip = False
+        self._now, self._pending, self._skip = None, [], False
         if (strategy := carrying(trainer)) is not None:
             strategy.carry(_KEY, lambda: self._offer(task))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember how the step begins.
+        """Remember how the step begins, and how each of its batches does.
 
         Raises: TrainingFailed, where the run that is gone on with had come to that.
         """
         self._stop_if_hopeless(trainer)
-        assert self._tensors is not None
-        self._now = Step(
-            number=trainer.global_step,
-            epoch=trainer.current_epoch,
-            depth=_task(pl_module).model.equilibrium.depth,
-            batch=batch,
-            random=None if self._record.final else taken_random_state(),
-            kept={name: tensor.clone() for name, tensor in self._changing(self._tensors).items()},
-        )
+        self._skip = False
+        if self._now is None:
+            self._now = self._begun(trainer, _task(pl_module))
+        random = None if self._record.final else taken_random_state()
+        self._now.batches.append(StepBatch(batch=batch, random=random))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the step, or, where it may wait, the one before.
+        """Measure the batch; judge the step before, if it has waited.
 
         Raises: TrainingFailed.
         """
-        late = self.on_failure == "warn"
-        if late:
+        if self._now is None:  # the optimizer evaluates the batch once more
+            return
+        if self.on_failure == "warn":
             self._settle(trainer, pl_module)
-        self._pending += self._with_figures_of_all(trainer, _task(pl_module))
-        if not late:
-            self._settle(trainer, pl_module)
-        self._stop_if_hopeless(trainer)
+        self._now.end_batch(_task(pl_module))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Leave a failed step out: optimizers pass over parameters without a gradient."""
+        """Judge the step, unless it may wait. Leave a failed one out: optimizers pass over
+        parameters without a gradient.
+
+        Raises: TrainingFailed.
+        """
+        if self._now is not None:
+            step, self._now = self._now, None
+            self._pending.append((step, self._reading(step, trainer)))
+            if self.on_failure != "warn":
+                self._settle(trainer, pl_module)
+            self._stop_if_hopeless(trainer)
         if self._skip:
-            self._skip = False
             for parameter in pl_module.parameters():
                 parameter.grad = None
 
@@ -221,37 +222,33 @@ class Failures(Callback):
             return tensors.buffers()
         return {} if self._record.final else {**tensors.named, **tensors.buffers()}
 
+    def _begun(self, trainer: Trainer, task: AbstractTask) -> Step:
+        assert self._tensors is not None
+        return Step(
+            number=trainer.global_step,
+            epoch=trainer.current_epoch,
+            depth=task.model.equilibrium.depth,
+            accumulates=trainer.accumulate_grad_batches,
+            kept={name: tensor.clone() for name, tensor in self._changing(self._tensors).items()},
+        )
+
     def _offer(self, task: AbstractTask) -> Tensor:
         """What other processes need for their verdict. They see the same averaged gradients."""
-        self._end_step(task, [])
-        return torch.cat([each.figures for each in self._made])
-
-    def _end_step(self, task: AbstractTask, gradients: list[Tensor]) -> None:
         assert self._now is not None
-        self._made.append(made(self._now, task, gradients))
-        self._now = None
+        self._now.end_batch(task)
+        return self._now.figures
 
-    def _with_figures_of_all(
-        self, trainer: Trainer, task: AbstractTask
-    ) -> list[tuple[MadeStep, Reading]]:
-        """The steps that can now be judged: this one, or, on several processes that accumulate
-        gradients, none before they are averaged, and then all.
-        """
+    def _reading(self, step: Step, trainer: Trainer) -> Reading:
+        """The figures of a step on all processes, with the norm of its gradients."""
         assert self._tensors is not None
-        # A scaler's gradients (16-mixed) are scaled, now and then to infinity: it deals with that.
+        rows = step.figures[None]
+        if (strategy := carrying(trainer)) is not None:
+            arrived = strategy.arrived(_KEY)
+            assert arrived is not None  # gradients have been averaged
+            rows = arrived
+        # A scaler (16-mixed) deals with gradients that its scale has made infinite.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        gradients = [] if scaled else self._tensors.gradients()
-        if (strategy := carrying(trainer)) is None:
-            self._end_step(task, gradients)
-            rows = [self._made[0].figures[None]]
-        elif (arrived := strategy.arrived(_KEY)) is not None:
-            rows = list(arrived.unflatten(1, (len(self._made), -1)).unbind(1))
-            rows[-1] = with_norm(rows[-1], gradients)
-        else:
-            self._end_step(task, gradients)
-            return []
-        steps, self._made = self._made, []
-        return [(each, Reading(figures)) for each, figures in zip(steps, rows, strict=True)]
+        return Reading(with_norm(rows, [] if scaled else self._tensors.gradients()))
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the steps that wait for it, on all processes together.
@@ -264,23 +261,21 @@ class Failures(Callback):
         if failed and self.on_failure == "skip_step":
             self._skip = True
             assert self._tensors is not None
-            for each in reversed(failed):  # the first of them began before the others
-                self._tensors.put_back(each.step.kept)
+            for step in failed:
+                self._tensors.put_back(step.kept)
 
-    def _fails(
-        self, made_step: MadeStep, reading: Reading, trainer: Trainer, task: AbstractTask
-    ) -> bool:
+    def _fails(self, step: Step, reading: Reading, trainer: Trainer, task: AbstractTask) -> bool:
         """Judge a step, and tell and keep it if it is time to.
 
         Raises: TrainingFailed, with `raise`.
         """
         diagnosis = Diagnosis.of(reading.rows())
-        failed, number = diagnosis.failed(self.unconverged), made_step.step.number
+        failed, number = diagnosis.failed(self.unconverged), step.number
         self._count(failed, diagnosis)
         if not failed:
             self._calm(number, trainer)
         elif self._is_due(number, diagnosis):
-            self._keep(made_step, diagnosis, trainer, task)
+            self._keep(step, diagnosis, trainer, task)
             self._tell(number, diagnosis, trainer)
         return failed
 
@@ -302,13 +297,13 @@ class Failures(Callback):
         return bool(self._record.told) or not waits or count + 1 >= self.patience
 
     def _keep(
-        self, failed: MadeStep, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
+        self, failed: Step, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
     ) -> None:
         """The first step that is told, and then the first that is not finite."""
         record = self._record
         if record.kept is not None and (record.final or diagnosis.finite):
             return
-        record.kept, record.final = failed.step.number, not diagnosis.finite
+        record.kept, record.final = failed.number, not diagnosis.finite
         save_failure(failed, diagnosis, trainer, task)
 
     def _tell(self, number: int, diagnosis: Diagnosis, trainer: Trainer) -> None:

@@ -13,12 +13,14 @@ from fastdeq.callbacks.carrying import carrying
 from fastdeq.callbacks.diagnosis import Reading
 from fastdeq.callbacks.metrics_file import MetricsFile
 from fastdeq.callbacks.ranks import gathered, random_state, set_random_state
+from fastdeq.callbacks.steps import completes_step
 from fastdeq.callbacks.storage import seal_of
 from fastdeq.tasks import AbstractTask
 
 RESUME, BEFORE = "resume.ckpt", "resume.before.ckpt"
 _KEY = "fastdeq"
 _STOP_AFTER = 1  # as a reason to stop; that of a signal is its number above
+_NOTHING = (0, False)  # no reason to stop, nothing to save
 
 
 class Interrupted(Exception):
@@ -32,11 +34,13 @@ class Resumption(Callback):
     A process that continues from it (`Trainer.fit(ckpt_path=…)`) does exactly what the first one
     would have done: beside what Lightning keeps, the state has the random numbers of every process,
     the sums of the epoch's figures, and how much of metrics.csv belongs to it. Saved between two
-    steps of an epoch: figures of whole epochs are complete or repeated, never cut.
+    optimizer steps, never while gradients are accumulated (Lightning 2530, 17903): when everything
+    that follows a step has been done, whatever the order of the callbacks (Lightning pull 5731).
+    After the last step of an epoch, this is when the next epoch starts.
 
     minutes: between two of them; None: not by the clock. steps: likewise, optimizer steps.
     stop_after: seconds after which the run saves its state and raises `Interrupted`, at the end of
-    a step; None: never.
+    an optimizer step; None: never.
 
     asked: may be set to a function that names the signal that asks the run to stop, or returns
     None. Several processes do what any of them wants, all after the same step: the one after that
@@ -64,11 +68,13 @@ class Resumption(Callback):
         self._born = self._began = self._saved = time.monotonic()
         self._restored: dict[str, Any] | None = None
         self._wishes: Reading | None = None  # of all processes, on their way
+        self._due = _NOTHING  # once everything that follows the step has been done
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks."""
         self._began = self._saved = time.monotonic()
-        self._wishes = None
+        self._wishes, self._due = None, _NOTHING
+        self._act_after_steps(trainer)
         if (strategy := carrying(trainer)) is not None:
             strategy.carry(_KEY, lambda: torch.tensor(self._wish(), dtype=torch.float32))
 
@@ -79,21 +85,53 @@ class Resumption(Callback):
         if self._restored is not None:
             state, self._restored = self._restored, None
             _restore(state["ranks"], trainer, pl_module)
+            _end_restart(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if it is time to; end the run, if it is time for that.
+        """At the end of an optimizer step, decide whether to save and whether to stop."""
+        if completes_step(trainer):
+            stop, save = self._agreed(trainer)
+            by_steps = self.steps is not None and trainer.global_step % self.steps == 0
+            self._due = stop, save or by_steps
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Act on what the last step of the epoch before has decided.
 
         Raises: Interrupted.
         """
-        stop, save = self._agreed(trainer)
-        # After an epoch's last step come its figures and its evaluation: the next step is near.
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            return
-        by_steps = self.steps is not None and trainer.global_step % self.steps == 0
-        if stop or save or by_steps:
-            self.save(trainer)
+        if self._due != _NOTHING:
+            self._act(trainer)
+        if self._restored is not None:
+            _end_restart(trainer)
+
+    def _act_after_steps(self, trainer: Trainer) -> None:
+        """Let the loop act on a step's decision when all else that belongs to the step is done:
+        the hooks of callbacks and of the task, what they log, and an evaluation within the epoch.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        plain = type(loop).on_advance_end
+
+        def on_advance_end(data_fetcher: Any) -> None:
+            plain(loop, data_fetcher)
+            if loop.done or self._due == _NOTHING:
+                return
+            # A state that Lightning restarts after an evaluation counts its batch once more.
+            counted = loop._should_check_val_fx(data_fetcher)
+            loop._batches_that_stepped -= counted
+            self._act(trainer)
+            loop._batches_that_stepped += counted
+
+        loop.on_advance_end = on_advance_end  # type: ignore[method-assign]
+
+    def _act(self, trainer: Trainer) -> None:
+        """Save, and end the run, as is due.
+
+        Raises: Interrupted.
+        """
+        (stop, _), self._due = self._due, _NOTHING
+        self.save(trainer)
         if stop:
             count = trainer.global_step
             steps = "1 step" if count == 1 else f"{count:,} steps"
@@ -161,6 +199,18 @@ class Resumption(Callback):
         before, self._wishes = self._wishes, Reading(arrived)
         stops, saves = zip(*before.rows(), strict=True) if before else ((0,), (0,))
         return round(max(stops)), any(saves)
+
+
+def _end_restart(trainer: Trainer) -> None:
+    """From here on, the epoch of a resumed run is one like any other.
+
+    While it restarts, Lightning takes the batches of the epoch before for those of an epoch that is
+    resumed at its start, and passes over ReduceLROnPlateau at the end.
+    """
+    loop = trainer.fit_loop
+    loop._restarting = loop.epoch_loop._restarting = False
+    epochs = loop.epoch_progress.current
+    epochs.ready = epochs.completed + 1  # Lightning does not count one resumed at its start
 
 
 def _named(stop: int) -> str:

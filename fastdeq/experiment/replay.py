@@ -18,9 +18,11 @@ from fastdeq.callbacks import (
     course_of,
     ends,
     is_sealed,
+    joined,
     measure,
     seal_of,
     set_random_state,
+    with_norm,
 )
 from fastdeq.experiment.checkpoint import load_weights, read_checkpoint
 from fastdeq.experiment.checks import check_values, count_ranks
@@ -117,31 +119,49 @@ def _again(
         for name, buffer in task.named_buffers():
             buffer.copy_(before[name])
         task.zero_grad()
-        row, solution = _step(task, part, failure["step"])
+        row, its = _part_of_step(task, part, failure)
         rows.append(row)
-        solutions.append(solution)
+        solutions += its
         for name, parameter in task.named_parameters():
             if parameter.grad is not None:
                 mine = parameter.grad if share == 1 else parameter.grad * share
                 total[name] = total[name] + mine if name in total else mine
-    rows[0][-2:-1] = torch.nn.utils.get_total_norm(list(total.values())).to(rows[0])[None]
     trace, status = _joined(solutions)
     course = None if trace is None else course_of(trace, status)
-    return Diagnosis.of([row.tolist() for row in rows], course), total, trace
+    figures = with_norm(torch.stack(rows), total.values())
+    return Diagnosis.of(figures.tolist(), course), total, trace
 
 
-def _step(task: AbstractTask, part: dict[str, Any], number: int) -> tuple[Tensor, Solution]:
-    """Forward and backward on one process's part; what `measure` says."""
-    x, targets, weight = part["batch"]
+def _part_of_step(
+    task: AbstractTask, part: dict[str, Any], failure: dict[str, Any]
+) -> tuple[Tensor, list[Solution]]:
+    """One process's batches, whose gradients are accumulated; what `measure` says of them all."""
+    accumulates = failure.get("accumulates", 1)
+    found = [
+        _batch(task, each, part["device"] or 0, failure["step"], accumulates)
+        for each in _batches_of(part)
+    ]
+    return joined([row for row, _ in found]), [solution for _, solution in found]
+
+
+def _batches_of(part: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part, *part.get("accumulated", [])]
+
+
+def _batch(
+    task: AbstractTask, kept: dict[str, Any], device: int, number: int, accumulates: int
+) -> tuple[Tensor, Solution]:
+    """Forward and backward; what `measure` says."""
+    x, targets, weight = kept["batch"]
     batch = (x.to(task.device), targets.to(task.device), weight)
-    random, device = dict(part["random"]), part["device"] or 0
+    random = dict(kept["random"])
     # The process had a device of its own; here there is one, or none.
     random["cuda"] = random["cuda"][device : device + 1] if torch.cuda.is_available() else []
     set_random_state(random)
     loss, solution, _ = task.minimized(batch, number)
+    loss = loss / accumulates  # as Lightning does
     loss.backward()
-    gradients = [p.grad for p in task.parameters() if p.grad is not None]
-    return measure(solution if weight else None, batch[0], loss.detach(), gradients), solution
+    return measure(solution if weight else None, batch[0], loss.detach()), solution
 
 
 def _joined(solutions: Sequence[Solution]) -> tuple[Trace | None, Tensor]:
@@ -167,7 +187,8 @@ def _print(
     path: Path, failure: dict[str, Any], now: Diagnosis, trace: Trace | None, again: bool
 ) -> None:
     ranks = failure["ranks"]
-    samples = sum(len(part["batch"][0]) for part in ranks if part["batch"][2])
+    batches = [each["batch"] for part in ranks for each in _batches_of(part)]
+    samples = sum(len(batch[0]) for batch in batches if batch[2])
     processes = f" on {len(ranks)} processes" if len(ranks) > 1 else ""
     print(f"step {failure['step']:,} of {path}: {samples} samples{processes}")
     for title, diagnosis in (("then", Diagnosis(**failure["diagnosis"])), ("now", now)):

@@ -12,7 +12,13 @@ from fastdeq.clock import Stopwatch
 from fastdeq.layers import ExplicitNetwork
 from fastdeq.models import DEQChain
 from fastdeq.solution import Solution
-from fastdeq.tasks.figures import Figure, FigureMeans, backward_figures, solver_figures
+from fastdeq.tasks.figures import (
+    Figure,
+    FigureMeans,
+    backward_figures,
+    mean_metrics,
+    solver_figures,
+)
 from fastdeq.tasks.objective import LossWeights
 from fastdeq.tasks.schedules import AbstractSchedule, Constant
 
@@ -20,6 +26,9 @@ Batch: TypeAlias = tuple[Tensor, Tensor, float]
 """Inputs, targets, and what this process's mean counts for (0: the batch only stands in)."""
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+_Recorded: TypeAlias = tuple[dict[str, Any], int, dict[str, Any]]
+"""Metrics of a batch, its number of samples, and its seconds."""
 
 STAGES = ("train", "val", "test")
 _FIGURES = (
@@ -40,15 +49,18 @@ class AbstractTask(LightningModule):
     seed: of draws that all processes must agree on.
 
     Figures of an epoch are logged as `<stage>/<figure>`, stage train, val or test, those of every
-    `log_every_n_steps`-th training step as `step/<figure>` (on several devices: of the first):
+    `log_every_n_steps`-th optimizer step as `step/<figure>` (on several devices: of the first), the
+    mean over its batches where gradients are accumulated. An optimizer that evaluates a batch
+    several times in a step (LBFGS) has the metrics of the first evaluation.
 
     loss (in training with its regularizers; its parts are loss_task, loss_skip, loss_jacobian,
     loss_residual), accuracy; nfe, residual (relative) and unconverged (share) of the forward solve,
-    means over samples; seconds (of a whole training step, or of a prediction), solve_seconds (of
-    the forward solve), means over batches; in training nfe_backward, residual_backward,
-    unconverged_backward and backward_seconds of the adjoint's solve (of a neural ODE's integration
-    backwards nfe_backward and backward_seconds alone); in evaluation, for models that
-    predict z₀, explicit_loss, explicit_accuracy and explicit_seconds: the head on z₀, no solve.
+    means over samples; seconds (of a whole optimizer step, or of a prediction) and solve_seconds
+    (of the forward solve of a batch), means over steps or batches; in training nfe_backward,
+    residual_backward, unconverged_backward and backward_seconds of the adjoint's solve (of a neural
+    ODE's integration backwards nfe_backward and backward_seconds alone); in evaluation, for models
+    that predict z₀, explicit_loss, explicit_accuracy and explicit_seconds: the head on z₀, no
+    solve.
 
     Raises: ValueError for a skip loss with a model that predicts nothing.
     """
@@ -80,7 +92,10 @@ class AbstractTask(LightningModule):
         self.share = 1.0
         """What this process's last batch counts for among those of all processes."""
         self._step: tuple[Solution, dict[str, Any]] | None = None  # its backward pass is to come
-        self._shown: dict[str, Any] = {}  # figures of the step that has ended
+        self._batches: list[_Recorded] = []  # of the optimizer step that is made or was made last
+        self._number = -1  # of that step
+        self._rate = 0.0  # its learning rate
+        self._is_recorded = False  # the batch: an optimizer may evaluate it several times
 
     @abstractmethod
     def criterion(self, prediction: Tensor, targets: Tensor) -> Tensor:
@@ -115,11 +130,17 @@ class AbstractTask(LightningModule):
         scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Note whether the batch begins an optimizer step, or is accumulated to one."""
+        self._is_recorded = False
+        if self._number != self.global_step:
+            self._number, self._batches = self.global_step, []
+
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """The loss of a batch, in proportion to this process's share of the samples."""
-        self._shown, self.share = {}, batch[2]
+        self.share = batch[2]
         loss, solution, figures = self.minimized(batch, self.global_step)
-        if batch[2]:
+        if batch[2] and not self._is_recorded:
             self._step = (solution, figures)
         return loss
 
@@ -139,35 +160,37 @@ class AbstractTask(LightningModule):
 
     @property
     def step_under_way(self) -> tuple[Solution, dict[str, Any]] | None:
-        """Solution and figures of the training step whose backward pass is being made or has just
-        been made; None between steps, and for a batch that only stands in (weight 0).
+        """Solution and figures of the batch whose backward pass is being made or has just been
+        made; None between batches, for a batch that only stands in (weight 0), and while an
+        optimizer evaluates a batch once more.
         """
         return self._step
 
     def on_after_backward(self) -> None:
-        """Record the step's figures, now that the adjoint's solve is known too."""
+        """Record the batch's figures, now that the adjoint's solve is known too."""
         if self._step is None:
             return
-        (solution, figures), self._step = self._step, None
+        (solution, figures), self._step, self._is_recorded = self._step, None, True
         seconds = {"solve_seconds": solution.elapsed}
         figures |= backward_figures(solution.backward)
         if solution.backward.stats is not None:
             seconds["backward_seconds"] = solution.backward.stats.elapsed
         self.record("train", figures, len(solution.status))
         self.record("train", seconds)
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self._shown = {**figures, **seconds, "lr": rate}
+        self._batches.append((figures, len(solution.status), seconds))
+        self._rate = self.trainer.optimizers[0].param_groups[0]["lr"]
 
     def log_step(self, seconds: SupportsFloat) -> None:
-        """Log the figures of the step that has just ended, with its `seconds`, where it is one of
-        every `log_every_n_steps`. At once, not when Lightning gets to it after its last hook: a
-        state that is saved here has them behind it.
+        """Log the figures of the optimizer step that has just ended, with its `seconds`, where it
+        is one of every `log_every_n_steps`. To be called after its last batch.
         """
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set at run time
-        if not every or self.global_step % every or not self._shown:  # 0: never
+        if not every or self.global_step % every or not self._batches:  # 0: never
             return
-        figures = {**self._shown, "seconds": seconds}
-        named = {f"step/{name}": float(value) for name, value in figures.items()}
+        figures = mean_metrics([(figures, samples) for figures, samples, _ in self._batches])
+        figures |= mean_metrics([(seconds, 1) for _, _, seconds in self._batches])
+        figures |= {"seconds": float(seconds), "lr": self._rate}
+        named = {f"step/{name}": value for name, value in figures.items()}
         self.log_dict(named, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         for logger in self.trainer.loggers:
             row = {"epoch": self.current_epoch, **named}

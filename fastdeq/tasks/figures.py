@@ -121,6 +121,17 @@ class FigureMeans(Metric):
         return index
 
 
+def mean_metrics(batches: Sequence[tuple[Mapping[str, Figure], float]]) -> dict[str, float]:
+    """Means of the metrics of a few batches, each with its weight; waits for the device."""
+    totals: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for figures, weight in batches:
+        for name, value in figures.items():
+            totals[name] = totals.get(name, 0.0) + weight * float(value)
+            weights[name] = weights.get(name, 0.0) + weight
+    return {name: total / weights[name] for name, total in totals.items()}
+
+
 def solver_figures(solution: Solution) -> dict[str, Tensor]:
     """Means over the samples of a forward solve, or of a pass of fixed depth."""
     figures = {"nfe": solution.nfe.float().mean()}
