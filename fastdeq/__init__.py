@@ -4,16 +4,16 @@ The library needs torch alone. Experiments (`fastdeq.experiment`, `fastdeq.tasks
 need the extra `experiment` and are not imported here.
 """
 
-from fastdeq import adjoints, layers, models, regularizers, solvers
+from fastdeq import adjoints, nn, regularizers, solvers
 from fastdeq.fixed_point import fixed_depth, fixed_point
 from fastdeq.krylov import GMRES, gmres
-from fastdeq.layers import (
+from fastdeq.nn import (
     DeepEquilibriumNetwork,
+    DEQChain,
     MultiScaleDeepEquilibriumNetwork,
     MultiScaleSkipDeepEquilibriumNetwork,
     SkipDeepEquilibriumNetwork,
 )
-from fastdeq.models import DEQChain
 from fastdeq.solution import Solution, SolveStats, Status
 
 __version__ = "0.1.0"
@@ -32,8 +32,7 @@ __all__ = [
     "fixed_depth",
     "fixed_point",
     "gmres",
-    "layers",
-    "models",
+    "nn",
     "regularizers",
     "solvers",
 ]

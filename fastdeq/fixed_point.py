@@ -1,4 +1,4 @@
-"""L3: the door. Find z = f(z) with any solver and differentiate it with any adjoint."""
+"""The door. Find z = f(z) with any solver and differentiate it with any adjoint."""
 
 import warnings
 from dataclasses import replace
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastdeq.adjoints import AbstractAdjoint, Equilibrium, Implicit
+from fastdeq.flatten import Layout
 from fastdeq.norms import sample_norm
 from fastdeq.notation import FlatMap, State, StateMap
-from fastdeq.packing import Packing
 from fastdeq.solution import Solution, SolveStats, Status, TraceKind
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver
 
@@ -46,11 +46,11 @@ def fixed_point(
     check_settings(solver, adjoint)
     if trace not in (None, *get_args(TraceKind)):
         raise ValueError(f"trace is {trace!r}, but must be 'residuals', 'states' or None")
-    packing = Packing.of(z0)
-    found = adjoint.equilibrium(_flat(f, packing), packing.pack(z0), solver, trace)
+    layout = Layout.of(z0)
+    found = adjoint.equilibrium(_flat(f, layout), layout.flatten(z0), solver, trace)
     value, stats = _without_nonfinite(found)
     return Solution(
-        value=packing.unpack(value),
+        value=layout.unflatten(value),
         z0=z0,
         defect=found.defect,
         backward=found.backward,
@@ -65,17 +65,17 @@ def fixed_depth(f: StateMap, z0: State, *, depth: int) -> Solution:
     """
     if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
         raise ValueError(f"depth is {depth!r}, but must be a whole number of at least 1")
-    packing = Packing.of(z0)
-    flat_f = _flat(f, packing)
-    z = last = packing.pack(z0)
+    layout = Layout.of(z0)
+    flat_f = _flat(f, layout)
+    z = last = layout.flatten(z0)
     for _ in range(depth):
         last, z = z, flat_f(z)
     steps = torch.full((len(z),), depth, device=z.device)
-    return unsolved(packing, z0, last, z, steps=steps, nfe=steps.clone())
+    return unsolved(layout, z0, last, z, steps=steps, nfe=steps.clone())
 
 
 def unsolved(
-    packing: Packing, z0: State, last: Tensor, z: Tensor, *, steps: Tensor, nfe: Tensor
+    layout: Layout, z0: State, last: Tensor, z: Tensor, *, steps: Tensor, nfe: Tensor
 ) -> Solution:
     """What is known about z = f(last), both (B, D), where no equilibrium was asked for.
 
@@ -83,7 +83,7 @@ def unsolved(
     """
     residual, size = sample_norm((z - last).detach()), sample_norm(z.detach())
     return Solution(
-        value=packing.unpack(z),
+        value=layout.unflatten(z),
         z0=z0,
         defect=z - last,
         residual=residual,
@@ -94,17 +94,17 @@ def unsolved(
     )
 
 
-def _flat(f: StateMap, packing: Packing) -> FlatMap:
+def _flat(f: StateMap, layout: Layout) -> FlatMap:
     """f on flat states, (B, D) → (B, D), checked.
 
-    Raises: as `Packing.pack_output`, and ValueError for an f that writes into its argument.
+    Raises: as `Layout.flatten_output`, and ValueError for an f that writes into its argument.
     """
 
     def flat_f(z: Tensor) -> Tensor:
         if z.is_inference():  # counts no versions: let f write into a copy
-            return packing.pack_output(f(packing.unpack(z.clone())), z)
+            return layout.flatten_output(f(layout.unflatten(z.clone())), z)
         version = z._version
-        output = packing.pack_output(f(packing.unpack(z)), z)
+        output = layout.flatten_output(f(layout.unflatten(z)), z)
         if z._version != version:
             raise ValueError(
                 "f changes its argument z in place, which would make f(z) − z zero everywhere: use "

@@ -1,4 +1,4 @@
-"""L1: the histories of quasi-Newton methods, Anderson and GMRES, (B, k, D) with k at most `memory`,
+"""The histories of quasi-Newton methods, Anderson and GMRES, (B, k, D) with k at most `memory`,
 and their algebra."""
 
 import torch

@@ -1,4 +1,4 @@
-"""L6: which runs are the same: those whose settings are, but for what cannot change the results.
+"""Which runs are the same: those whose settings are, but for what cannot change the results.
 
 Resuming a run and grouping runs in a report both ask here.
 """

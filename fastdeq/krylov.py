@@ -1,4 +1,4 @@
-"""L1: batched, matrix-free GMRES: one small least-squares problem a sample, stopped one by one."""
+"""Batched, matrix-free GMRES: one small least-squares problem a sample, stopped one by one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,14 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdeq.clock import Stopwatch
+from fastdeq.autocast import full_precision
+from fastdeq.flatten import check_floating
 from fastdeq.history import History, project
 from fastdeq.norms import finite, sample_largest, sample_norm
 from fastdeq.notation import FlatMap
-from fastdeq.packing import check_floating
-from fastdeq.precision import full_precision
 from fastdeq.settings import setting, settings
 from fastdeq.solution import SolveResult, Status
+from fastdeq.timer import Stopwatch
 
 _STAGNATION = 0.999  # a cycle that reduces the residual by less than 0.1 % ends the sample
 

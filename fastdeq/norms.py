@@ -1,4 +1,4 @@
-"""L0: norms of a batch, sample by sample or pooled over the whole batch vector."""
+"""Norms of a batch, sample by sample or pooled over the whole batch vector."""
 
 from typing import Protocol
 

@@ -1,4 +1,4 @@
-"""L0: the symbols and axes used everywhere, and their type aliases.
+"""The symbols and axes used everywhere, and their type aliases.
 
 | symbol        | meaning                                                                        |
 |---------------|--------------------------------------------------------------------------------|

@@ -1,4 +1,4 @@
-"""L3: what is added to the task's loss, and the spectral radius that tells how well it works.
+"""What is added to the task's loss, and the spectral radius that tells how well it works.
 
 L = task + λ_skip Σ_scales mean|z₀ − z*| + λ_jac E‖εᵀJ‖² / D + λ_res ‖z* − f(z*, x)‖
 (Pal et al. 2022, arXiv 2201.12240, §3; Bai et al. 2021, arXiv 2106.14342, for the Jacobian term.)
@@ -7,11 +7,11 @@ L = task + λ_skip Σ_scales mean|z₀ − z*| + λ_jac E‖εᵀJ‖² / D + λ
 import torch
 from torch import Tensor
 
+from fastdeq.autocast import at_least_float32
+from fastdeq.autodiff import unfused_attention, vjp
+from fastdeq.flatten import Layout
 from fastdeq.norms import sample_norm
 from fastdeq.notation import State, StateMap
-from fastdeq.packing import Packing
-from fastdeq.precision import at_least_float32
-from fastdeq.products import transposed_product, unfused_attention
 from fastdeq.solution import Solution
 
 
@@ -46,13 +46,13 @@ def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
     _check_can_differentiate("jacobian_loss")
     if samples < 1:
         raise ValueError(f"samples is {samples}, but must be at least 1")
-    packing, keeps_graph = Packing.of(z, "z"), torch.is_grad_enabled()
+    layout, keeps_graph = Layout.of(z, "z"), torch.is_grad_enabled()
     with torch.enable_grad():
-        at = _differentiable(packing.pack(z))
+        at = _differentiable(layout.flatten(z))
         with unfused_attention():
-            output = packing.pack_output(f(packing.unpack(at)), at)
+            output = layout.flatten_output(f(layout.unflatten(at)), at)
         products = [
-            transposed_product(output, at, torch.randn_like(output), create_graph=keeps_graph)
+            vjp(output, at, torch.randn_like(output), create_graph=keeps_graph)
             for _ in range(samples)
         ]
     return at_least_float32(torch.stack(products)).square().sum() / (samples * at.numel())
@@ -71,15 +71,15 @@ def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:
     _check_can_differentiate("spectral_radius")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}, but must be at least 1")
-    packing = Packing.of(z, "z")
+    layout = Layout.of(z, "z")
     with torch.enable_grad():
-        at = packing.pack(z).detach().requires_grad_()
-        output = packing.pack_output(f(packing.unpack(at)), at)
+        at = layout.flatten(z).detach().requires_grad_()
+        output = layout.flatten_output(f(layout.unflatten(at)), at)
     v = torch.randn_like(at)
     log_growth = []
     for _ in range(iterations):
         v = v / sample_norm(v).clamp(min=torch.finfo(v.dtype).tiny)[:, None]
-        v = transposed_product(output, at, v)
+        v = vjp(output, at, v)
         log_growth.append(sample_norm(v).log())
     late = torch.stack(log_growth[iterations // 2 :])
     return late.mean(dim=0).exp().detach()

@@ -1,4 +1,4 @@
-"""L0: settings are frozen, keyword-only dataclasses whose fields are checked when built.
+"""Settings are frozen, keyword-only dataclasses whose fields are checked when built.
 
 Solvers and adjoints are made with `@settings`: printable, comparable, free of tensors, and exactly
 the keys of their YAML. A misspelt or out-of-range field is refused with the cure in the message.

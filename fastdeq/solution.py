@@ -1,4 +1,4 @@
-"""L0: what a solve reports. Failure is a value here, never an exception and never silent."""
+"""What a solve reports. Failure is a value here, never an exception and never silent."""
 
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -7,8 +7,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fastdeq.clock import Stopwatch
 from fastdeq.notation import State
+from fastdeq.timer import Stopwatch
 
 TraceKind: TypeAlias = Literal["residuals", "states"]
 

@@ -1,4 +1,4 @@
-"""L0: standard streams on which printing cannot fail.
+"""Standard streams on which printing cannot fail.
 
 A run must not end because of a terminal that cannot show a character or has been closed, a reader
 that has left (`| head -1`, a dead `tee`), or a disk that is full (wandb issues 1757 and 6201).

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdeq.flatten import Layout
 from fastdeq.notation import State
-from fastdeq.packing import Packing
 from fastdeq.settings import settings
 from fastdeq.solvers import (
     AbstractSolver,
@@ -73,14 +73,14 @@ class Problem:
 
     @property
     def flat_z0(self) -> Tensor:
-        return Packing.of(self.z0).pack(self.z0)
+        return Layout.of(self.z0).flatten(self.z0)
 
     def f(self, z: State) -> State:
         return self.cell(z, self.x, *self.parameters)
 
     def flat_f(self, z: Tensor) -> Tensor:
-        packing = Packing.of(self.z0)
-        return packing.pack_output(self.f(packing.unpack(z)), z)
+        layout = Layout.of(self.z0)
+        return layout.flatten_output(self.f(layout.unflatten(z)), z)
 
     def bound(self, *leaves: Tensor) -> "Problem":
         """The same problem with other values of its leaves (and an `exact` that no longer fits)."""
@@ -176,7 +176,7 @@ def _made(
 ) -> Problem:
     """Fill in the equilibrium by dense Newton (one step of which solves a linear problem)."""
     solvable = flags.pop("solvable", torch.ones(len(x), dtype=torch.bool))
-    packed = Packing.of(z0).pack(z0)
+    packed = Layout.of(z0).flatten(z0)
     leaves = [_leaf(leaf) for leaf in (x, *parameters)]
     problem = Problem(
         name=name,

@@ -31,7 +31,7 @@ FIGURES = {
 def configuration(**settings: Any) -> dict[str, Any]:
     """A resolved configuration; settings: by dotted keys, from which model and task are made."""
     config: dict[str, Any] = {
-        "arch": {"width": 128, "cell": {"_target_": "fastdeq.layers.DenseCell", "width": 128}},
+        "arch": {"width": 128, "cell": {"_target_": "fastdeq.nn.DenseCell", "width": 128}},
         "solver": {"_target_": "fastdeq.solvers.LimitedMemoryBroydenSolver", "tol": 0.005},
         "adjoint": {"_target_": "fastdeq.adjoints.Implicit"},
         "loss": {"skip": 0.0, "jacobian": 0.0, "residual": 0.0},

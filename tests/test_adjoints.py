@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdeq import GMRES, Solution, fixed_point
 from fastdeq.adjoints import AbstractAdjoint, Implicit, JacobianFree, Phantom, Unrolled
-from fastdeq.packing import Packing
+from fastdeq.flatten import Layout
 from fastdeq.solution import Status
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver, Picard
 from tests.problems import HOPELESS, SOLVERS, Problem, problem_named
@@ -61,7 +61,7 @@ def solved(problem: Problem, solver: AbstractSolver, adjoint: AbstractAdjoint) -
 
 
 def flat(problem: Problem, solution: Solution) -> Tensor:
-    return Packing.of(problem.z0).pack(solution.value)
+    return Layout.of(problem.z0).flatten(solution.value)
 
 
 def gradients(problem: Problem, solver: AbstractSolver, adjoint: AbstractAdjoint) -> Any:

@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastdeq import DeepEquilibriumNetwork, fixed_point
 from fastdeq.adjoints import Implicit
+from fastdeq.autodiff import jvp, unfused_attention
 from fastdeq.krylov import GMRES
-from fastdeq.products import forward_product, unfused_attention
 from fastdeq.regularizers import jacobian_loss
 from fastdeq.solvers import LimitedMemoryBroydenSolver, NewtonKrylov
 from tests.problems import dense_jacobian
@@ -120,7 +120,7 @@ def test_products_in_forward_mode_are_those_of_the_dense_jacobian(block, trainin
 
     z, v = (torch.randn(len(x), TOKENS * WIDTH, dtype=F64) for _ in range(2))
     with torch.no_grad(), unfused_attention():
-        product = forward_product(f, z, v)
+        product = jvp(f, z, v)
     torch.testing.assert_close(product.flatten(), dense_jacobian(f, z) @ v.flatten())
 
 

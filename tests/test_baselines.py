@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastdeq import DeepEquilibriumNetwork, DEQChain, Status
 from fastdeq.adjoints import Implicit
 from fastdeq.krylov import GMRES
-from fastdeq.layers import (
+from fastdeq.nn import (
     DenseCell,
     MultiScaleResidualCell,
     MultiScaleResidualNetwork,

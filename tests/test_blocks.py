@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdeq.layers.blocks import (
+from fastdeq.nn import MultiScaleHead, MultiScaleStem
+from fastdeq.nn.multiscale.blocks import (
     Bottleneck,
     ResidualBlock,
     convolution,
@@ -16,7 +17,6 @@ from fastdeq.layers.blocks import (
     post_fusion,
     upsample,
 )
-from fastdeq.models import MultiScaleHead, MultiScaleStem
 
 
 def count(module: nn.Module) -> int:

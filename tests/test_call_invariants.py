@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from fastdeq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork, fixed_point
 from fastdeq.adjoints import Implicit, Phantom, Unrolled
 from fastdeq.krylov import GMRES
-from fastdeq.layers import VariationalDropout, weight_norm
-from fastdeq.layers.call import CellCall
+from fastdeq.nn import VariationalDropout, weight_norm
+from fastdeq.nn.call import CellCall
 from fastdeq.solvers import LimitedMemoryBroydenSolver
 from tests.cells import EXACT, TIGHT, DenseTanh
 

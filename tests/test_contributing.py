@@ -25,8 +25,8 @@ from fastdeq.adjoints import AbstractAdjoint, Implicit
 from fastdeq.data import InMemoryDataModule
 from fastdeq.data.command import SETS
 from fastdeq.data.command import main as data_command
+from fastdeq.flatten import Layout
 from fastdeq.norms import sample_norm
-from fastdeq.packing import Packing
 from fastdeq.solution import Status
 from fastdeq.solvers import AbstractSolver, NewtonKrylov, solve
 from tests.problems import FACTORIES, Problem, problem_named, tanh
@@ -109,7 +109,7 @@ def test_the_solver_of_the_guide_keeps_samples_independent():
 def gradients(problem: Problem, adjoint: AbstractAdjoint, **options: Any) -> Any:
     solver = NewtonKrylov(tol=1e-13)
     value = fastdeq.fixed_point(problem.f, problem.z0, solver=solver, adjoint=adjoint).value
-    flat = Packing.of(problem.z0).pack(value)
+    flat = Layout.of(problem.z0).flatten(value)
     return torch.autograd.grad(flat, problem.leaves, torch.ones_like(flat), **options)
 
 

@@ -16,7 +16,7 @@ from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork
 from fastdeq.adjoints import Implicit, JacobianFree
 from fastdeq.experiment.launch import leave
 from fastdeq.krylov import GMRES
-from fastdeq.layers import VariationalDropout, weight_norm
+from fastdeq.nn import VariationalDropout, weight_norm
 from fastdeq.regularizers import skip_loss
 from fastdeq.solvers import Anderson, LimitedMemoryBroydenSolver
 

@@ -14,8 +14,13 @@ from fastdeq import (
     fixed_point,
 )
 from fastdeq.adjoints import Implicit
-from fastdeq.layers import DenseCell, MultiScaleExplicitNetwork, MultiScaleResidualCell
-from fastdeq.models import MultiScaleHead, MultiScaleStem
+from fastdeq.nn import (
+    DenseCell,
+    MultiScaleExplicitNetwork,
+    MultiScaleHead,
+    MultiScaleResidualCell,
+    MultiScaleStem,
+)
 from fastdeq.regularizers import jacobian_loss, skip_loss, spectral_radius
 from fastdeq.solvers import LimitedMemoryBroydenSolver
 from tests.problems import SOLVERS

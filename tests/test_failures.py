@@ -21,7 +21,7 @@ from fastdeq.callbacks import (
     is_sealed,
 )
 from fastdeq.data.passes import Batch
-from fastdeq.layers import DenseCell
+from fastdeq.nn import DenseCell
 from fastdeq.solution import Status
 from fastdeq.solvers import LimitedMemoryBroydenSolver
 from fastdeq.tasks import AbstractTask, ClassificationTask, Cosine, LossWeights

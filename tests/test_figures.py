@@ -10,10 +10,10 @@ from torchmetrics import Metric
 
 from benchmarks.solver_step import Operations
 from fastdeq import DeepEquilibriumNetwork, DEQChain
-from fastdeq.clock import Stopwatch
-from fastdeq.layers import DenseCell
+from fastdeq.nn import DenseCell
 from fastdeq.solution import BackwardReport, Solution, SolveStats, Status
 from fastdeq.tasks.figures import FigureMeans, backward_figures, solver_figures
+from fastdeq.timer import Stopwatch
 
 
 def values(means: FigureMeans) -> dict[str, float]:

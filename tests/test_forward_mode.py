@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdeq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork, fixed_depth, fixed_point
 from fastdeq.adjoints import AbstractAdjoint, Implicit, JacobianFree, Phantom, Unrolled
-from fastdeq.layers import DenseCell, ExplicitNetwork, UnrolledNetwork
+from fastdeq.nn import DenseCell, ExplicitNetwork, UnrolledNetwork
 from fastdeq.regularizers import jacobian_loss, spectral_radius
 from fastdeq.solvers import NewtonKrylov, Picard, solve
 from tests.cells import DenseTanh
@@ -145,7 +145,7 @@ def test_an_unrolled_network_has_forward_mode_derivatives():
 @pytest.mark.parametrize("where", ["x", "cell.state.weight", "initializer.network.weight"])
 def test_a_neural_ode_refuses_tangents(where, frozen):
     pytest.importorskip("torchdiffeq")
-    from fastdeq.layers.neural_ode import NeuralODE
+    from fastdeq.nn.neural_ode import NeuralODE
 
     start = ExplicitNetwork(nn.Linear(4, 4))
     layer = NeuralODE(DenseCell(4), initializer=start).requires_grad_(not frozen)

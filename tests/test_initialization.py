@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdeq
-from fastdeq.layers import DenseCell, Initialization, initialize, weight_norm
+from fastdeq.nn import DenseCell, Initialization, initialize, weight_norm
 
 LAYERS: dict[str, Callable[[], Any]] = {
     "linear": lambda: nn.Linear(300, 200),

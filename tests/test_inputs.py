@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork
-from fastdeq.layers import AbstractCellLayer, UnrolledNetwork, Zeros
-from fastdeq.layers.inputs import tensors_in
+from fastdeq.nn import AbstractCellLayer, UnrolledNetwork, Zeros
+from fastdeq.nn.inputs import tensors_in
 from tests.cells import EXACT, TIGHT, DenseTanh
 from tests.test_tasks import make_task, network
 
@@ -112,7 +112,7 @@ def test_a_chain_passes_a_mapping_on_to_its_equilibrium():
 @pytest.mark.parametrize("kind", INPUTS)
 def test_a_neural_ode_sends_gradients_to_the_tensors_of_a_structured_input(kind):
     pytest.importorskip("torchdiffeq")
-    from fastdeq.layers.neural_ode import NeuralODE
+    from fastdeq.nn.neural_ode import NeuralODE
 
     torch.manual_seed(0)
     layer = NeuralODE(Reads(), tol=1e-9, initializer=Zeros(WIDTH))
@@ -136,7 +136,7 @@ class Summed(nn.Module):
 
 def test_a_neural_ode_refuses_inputs_whose_gradients_it_would_count_twice():
     pytest.importorskip("torchdiffeq")
-    from fastdeq.layers.neural_ode import NeuralODE
+    from fastdeq.nn.neural_ode import NeuralODE
 
     cell, x = Summed(), image().requires_grad_()
     layer, weight = NeuralODE(cell, initializer=Zeros(WIDTH)), cell.cell.state.weight
@@ -152,7 +152,7 @@ def test_a_neural_ode_refuses_inputs_whose_gradients_it_would_count_twice():
 
 def test_outputs_of_one_operation_are_independent_inputs_of_a_neural_ode():
     pytest.importorskip("torchdiffeq")
-    from fastdeq.layers.neural_ode import NeuralODE
+    from fastdeq.nn.neural_ode import NeuralODE
 
     torch.manual_seed(0)
     layer = NeuralODE(Summed(), tol=1e-9, initializer=Zeros(WIDTH))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastdeq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork, Status
-from fastdeq.layers import Zeros
+from fastdeq.nn import Zeros
 from fastdeq.regularizers import jacobian_loss, skip_loss
 from fastdeq.solvers import (
     Anderson,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastdeq import DeepEquilibriumNetwork, DEQChain, Status
 from fastdeq.adjoints import Implicit, JacobianFree, Phantom, Unrolled
-from fastdeq.layers import DenseCell, VariationalDropout, weight_norm
+from fastdeq.nn import DenseCell, VariationalDropout, weight_norm
 from fastdeq.solvers import (
     Anderson,
     Picard,

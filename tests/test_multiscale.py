@@ -16,7 +16,8 @@ from fastdeq import (
 )
 from fastdeq.adjoints import Implicit, JacobianFree
 from fastdeq.callbacks import Pretraining
-from fastdeq.layers import (
+from fastdeq.flatten import Layout
+from fastdeq.nn import (
     DenseCell,
     MultiScaleCell,
     MultiScaleExplicitNetwork,
@@ -24,7 +25,6 @@ from fastdeq.layers import (
     VariationalDropout,
     image_scales,
 )
-from fastdeq.packing import Packing
 from fastdeq.regularizers import skip_loss
 from fastdeq.solvers import Anderson, LimitedMemoryBroydenSolver
 from tests.problems import dense_jacobian
@@ -149,10 +149,10 @@ def test_the_published_cell_keeps_its_scales_and_every_scale_sees_every_other(no
 def test_packing_takes_the_scales_of_a_cell_and_gives_them_back():
     cell = conv_cell("group")
     z = tuple(torch.randn(3, *shape) for shape in cell.scales)
-    packing = Packing.of(z)
-    flat = packing.pack(z)
+    layout = Layout.of(z)
+    flat = layout.flatten(z)
     assert flat.shape == (3, 2 * 16 + 4 * 4)
-    again = packing.unpack(flat)
+    again = layout.unflatten(flat)
     assert all(torch.equal(one, other) for one, other in zip(z, again, strict=True))
 
 
@@ -236,14 +236,14 @@ def test_the_gradient_is_that_of_dense_algebra(normalization):
     layer = MultiScaleDeepEquilibriumNetwork(cell, **settings(per_sample, 1e-12, 400))
     y, solution = layer(x)
     assert solution.converged.all()
-    packing = Packing.of(y)
-    exact = packing.pack(y).detach()
+    layout = Layout.of(y)
+    exact = layout.flatten(y).detach()
     w = torch.randn_like(exact)
     leaves = [x, *cell.parameters()]
-    got = torch.autograd.grad(packing.pack(y), leaves, w)
+    got = torch.autograd.grad(layout.flatten(y), leaves, w)
 
     def flat_f(z: Tensor) -> Tensor:
-        return packing.pack_output(cell(packing.unpack(z), x), z)
+        return layout.flatten_output(cell(layout.unflatten(z), x), z)
 
     jacobian = dense_jacobian(flat_f, exact)
     eye = torch.eye(len(jacobian), dtype=torch.float64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeq import DEQChain, Status
-from fastdeq.layers import (
+from fastdeq.nn import (
     DenseCell,
     ExplicitNetwork,
     MultiScaleResidualCell,
@@ -23,7 +23,7 @@ from tests.test_tasks import CLASSES, FEATURES, make_task, samples, train_figure
 
 pytest.importorskip("torchdiffeq")
 
-from fastdeq.layers.neural_ode import NeuralODE
+from fastdeq.nn.neural_ode import NeuralODE
 
 
 class Linear(nn.Module):

@@ -197,5 +197,8 @@ def test_a_run_is_trained_with_it_and_keeps_it(command: CommandLine):
 
 def test_a_wrong_value_is_named_with_its_key(command: CommandLine):
     answer = command(*SHORT, "data.normalization={mean: 0.5, std: -1}")
-    assert answer.err == "error: data: normalization.std must be above 0, not -1\n"
+    typed = "data.normalization={mean: 0.5, std: -1}"
+    assert answer.err == (
+        f"error: data: normalization.std must be above 0, not -1 (given {typed})\n"
+    )
     assert answer.files == []

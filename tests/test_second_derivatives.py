@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdeq import GMRES, DeepEquilibriumNetwork, fixed_depth, fixed_point
 from fastdeq.adjoints import AbstractAdjoint, Implicit, JacobianFree, Phantom, Unrolled
-from fastdeq.layers import DenseCell, ExplicitNetwork, UnrolledNetwork
+from fastdeq.nn import DenseCell, ExplicitNetwork, UnrolledNetwork
 from fastdeq.regularizers import jacobian_loss
 from fastdeq.solvers import Picard
 from tests.problems import SOLVERS, problem_named
@@ -199,7 +199,7 @@ def test_a_gradient_of_a_neural_ode_can_be_used_in_a_graph_but_not_differentiate
     loss, starts_at_the_input
 ):
     pytest.importorskip("torchdiffeq")
-    from fastdeq.layers.neural_ode import NeuralODE
+    from fastdeq.nn.neural_ode import NeuralODE
 
     x = torch.randn(3, 4, dtype=F64, requires_grad=True)
     layer = (

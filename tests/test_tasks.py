@@ -16,7 +16,7 @@ from fastdeq.adjoints import AbstractAdjoint, JacobianFree
 from fastdeq.callbacks import StepTimer
 from fastdeq.data.batches import Batches
 from fastdeq.data.passes import Batch
-from fastdeq.layers import DenseCell
+from fastdeq.nn import DenseCell
 from fastdeq.regularizers import residual_loss, skip_loss
 from fastdeq.tasks import AbstractTask, ClassificationTask, LossWeights, RegressionTask
 

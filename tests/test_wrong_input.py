@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdeq import GMRES, DeepEquilibriumNetwork, Status, fixed_depth, fixed_point, gmres
 from fastdeq.adjoints import Implicit, JacobianFree, Phantom, Unrolled
-from fastdeq.layers import (
+from fastdeq.nn import (
     DenseCell,
     ExplicitNetwork,
     SkipDeepEquilibriumNetwork,

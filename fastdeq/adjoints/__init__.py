@@ -1,4 +1,4 @@
-"""L2: how an equilibrium is differentiated; any of them goes with any solver that it can serve."""
+"""How an equilibrium is differentiated; any of them goes with any solver that it can serve."""
 
 from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium
 from fastdeq.adjoints.implicit import Implicit

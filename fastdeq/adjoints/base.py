@@ -1,4 +1,4 @@
-"""L2: what an adjoint is: how z* is found and how its gradient is attached."""
+"""What an adjoint is: how z* is found and how its gradient is attached."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastdeq.autodiff import carries_tangent
 from fastdeq.notation import FlatMap
-from fastdeq.products import carries_tangent
 from fastdeq.settings import settings
 from fastdeq.solution import BackwardReport, SolveResult, TraceKind
 from fastdeq.solvers import AbstractSolver, solve

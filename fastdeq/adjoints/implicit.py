@@ -1,4 +1,4 @@
-"""L2: implicit differentiation: the exact gradient of the equilibrium, from one linear solve."""
+"""Implicit differentiation: the exact gradient of the equilibrium, from one linear solve."""
 
 import warnings
 from typing import Any
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium, solve_without_graph
 from fastdeq.adjoints.once import differentiable_once
+from fastdeq.autodiff import edges_behind, vjp
 from fastdeq.krylov import GMRES
 from fastdeq.notation import FlatMap
-from fastdeq.products import edges_behind, transposed_product
 from fastdeq.settings import setting, settings
 from fastdeq.solution import BackwardReport, Status, TraceKind
 from fastdeq.solvers import AbstractSolver, solve
@@ -105,7 +105,7 @@ def _solve_transposed(
     """Solve (I − Jᵀ) v = w and record how it went."""
 
     def product(v: Tensor) -> Tensor:
-        return transposed_product(output, z_in, v)
+        return vjp(output, z_in, v)
 
     with torch.no_grad():
         if isinstance(solver, GMRES):

@@ -1,4 +1,4 @@
-"""L2: the Jacobian-free gradient."""
+"""The Jacobian-free gradient."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""L2: gradients that can be used in a graph, but not differentiated."""
+"""Gradients that can be used in a graph, but not differentiated."""
 
 from collections.abc import Iterable
 from typing import Any

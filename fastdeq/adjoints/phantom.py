@@ -1,4 +1,4 @@
-"""L2: the phantom gradient."""
+"""The phantom gradient."""
 
 import torch
 from torch import Tensor

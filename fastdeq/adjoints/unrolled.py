@@ -1,4 +1,4 @@
-"""L2: backpropagation through the solver, as a reference and a baseline."""
+"""Backpropagation through the solver, as a reference and a baseline."""
 
 import warnings
 

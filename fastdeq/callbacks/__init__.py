@@ -1,4 +1,4 @@
-"""L7: what watches a training run."""
+"""What watches a training run."""
 
 from fastdeq.callbacks.carrying import CarryingDDP, carrying
 from fastdeq.callbacks.checkpoints import BEST, LAST, checkpoints

@@ -1,4 +1,4 @@
-"""L7: data parallelism in which the averaging of gradients is all that a step exchanges."""
+"""Data parallelism in which the averaging of gradients is all that a step exchanges."""
 
 from collections.abc import Callable
 from inspect import signature

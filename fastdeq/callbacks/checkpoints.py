@@ -1,4 +1,4 @@
-"""L7: which states of a run are kept."""
+"""Which states of a run are kept."""
 
 from pathlib import Path
 

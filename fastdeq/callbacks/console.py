@@ -1,4 +1,4 @@
-"""L7: what a person sees while a model trains: a line an epoch, and a bar on a terminal."""
+"""What a person sees while a model trains: a line an epoch, and a bar on a terminal."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""L7: how a training step went: how its solves ended, whether it is finite, and what helps."""
+"""How a training step went: how its solves ended, whether it is finite, and what helps."""
 
 import math
 from collections.abc import Iterable, Sequence

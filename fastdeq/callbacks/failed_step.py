@@ -1,4 +1,4 @@
-"""L7: an optimizer step that waits for its verdict, and the file that keeps a failed one."""
+"""An optimizer step that waits for its verdict, and the file that keeps a failed one."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

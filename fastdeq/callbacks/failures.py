@@ -1,4 +1,4 @@
-"""L7: training steps that fail: told, left out, or the end of the run; the first is kept."""
+"""Training steps that fail: told, left out, or the end of the run; the first is kept."""
 
 import logging
 from contextlib import suppress

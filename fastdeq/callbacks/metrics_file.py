@@ -1,4 +1,4 @@
-"""L7: metrics.csv, of runs that may be interrupted."""
+"""Metrics.csv, of runs that may be interrupted."""
 
 import csv
 from pathlib import Path

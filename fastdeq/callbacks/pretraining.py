@@ -1,4 +1,4 @@
-"""L7: the first steps of a run without a solver."""
+"""The first steps of a run without a solver."""
 
 from typing import Any
 

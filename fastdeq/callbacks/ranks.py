@@ -1,4 +1,4 @@
-"""L7: what each process has of its own: its random numbers, and how all get to know of them."""
+"""What each process has of its own: its random numbers, and how all get to know of them."""
 
 import random
 from typing import Any

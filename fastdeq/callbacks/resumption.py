@@ -1,4 +1,4 @@
-"""L7: a run that ends before its time, and goes on as if it had not."""
+"""A run that ends before its time, and goes on as if it had not."""
 
 import signal
 import time

@@ -1,4 +1,4 @@
-"""L7: batches and optimizer steps: with accumulated gradients several batches make one step."""
+"""Batches and optimizer steps: with accumulated gradients several batches make one step."""
 
 from pytorch_lightning import Trainer
 

@@ -1,4 +1,4 @@
-"""L7: checkpoint files that are whole or not there, and prove it."""
+"""Checkpoint files that are whole or not there, and prove it."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""L7: what a training step costs."""
+"""What a training step costs."""
 
 import statistics
 import time
@@ -7,8 +7,8 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from fastdeq.callbacks.steps import completes_step
-from fastdeq.clock import Stopwatch
 from fastdeq.tasks import AbstractTask
+from fastdeq.timer import Stopwatch
 
 _WARM_UP = 5  # steps that allocate and tune; not in the median
 

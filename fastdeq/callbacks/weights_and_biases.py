@@ -1,4 +1,4 @@
-"""L7: Weights & Biases by choice (conf/logger/wandb.yaml); needs the extra `wandb`.
+"""Weights & Biases by choice (conf/logger/wandb.yaml); needs the extra `wandb`.
 
 Not imported by the package itself: who does not choose it need not have it.
 """

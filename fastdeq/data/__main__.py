@@ -1,4 +1,4 @@
-"""L7: ``python -m fastdeq.data NAME key=value ...``: prepare a data set and show what it holds."""
+"""``python -m fastdeq.data NAME key=value ...``: prepare a data set and show what it holds."""
 
 from fastdeq.data.command import main
 from fastdeq.streams import run_command

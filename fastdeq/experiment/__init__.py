@@ -1,4 +1,4 @@
-"""L8: experiments; the only room that knows Hydra.
+"""Experiments; the only room that knows Hydra.
 
 `command_line` and `job` are what train.py is made of. `run` is one experiment: it checks a composed
 configuration (`checks`), makes the run folder (`folder`), and starts the processes (`launch`) that

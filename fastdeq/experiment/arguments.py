@@ -1,4 +1,4 @@
-"""L8: a configuration's values against the annotations of the arguments that they fill.
+"""A configuration's values against the annotations of the arguments that they fill.
 
 Nothing is built. A value that arrives by interpolation is named by the key where it stands.
 """

@@ -1,4 +1,4 @@
-"""L8: an error of a part, under the key of the configuration that it comes from."""
+"""An error of a part, under the key of the configuration that it comes from."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""L8: weights from a checkpoint of another run."""
+"""Weights from a checkpoint of another run."""
 
 import pickle
 from pathlib import Path

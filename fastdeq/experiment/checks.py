@@ -1,4 +1,4 @@
-"""L8: what is refused before anything is built or written."""
+"""What is refused before anything is built or written."""
 
 from dataclasses import fields
 from itertools import product

@@ -1,4 +1,4 @@
-"""L8: values that are typed for the groups of a configuration."""
+"""Values that are typed for the groups of a configuration."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

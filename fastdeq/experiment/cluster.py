@@ -1,4 +1,4 @@
-"""L8: a process that Slurm's `srun` has started as one of several: a rank of the run, no parent of
+"""A process that Slurm's `srun` has started as one of several: a rank of the run, no parent of
 some. How the ranks find each other, and in which order they end.
 """
 

@@ -1,4 +1,4 @@
-"""L8: the command line around Hydra: errors in a line, runs that start from others, sweeps."""
+"""The command line around Hydra: errors in a line, runs that start from others, sweeps."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""L8: an exception as one line for the person who typed the command."""
+"""An exception as one line for the person who typed the command."""
 
 import difflib
 import re

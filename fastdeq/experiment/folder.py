@@ -1,4 +1,4 @@
-"""L8: the run folder: made exclusively, and what is written about where the figures come from."""
+"""The run folder: made exclusively, and what is written about where the figures come from."""
 
 import json
 import logging

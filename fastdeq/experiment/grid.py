@@ -1,4 +1,4 @@
-"""L8: the jobs of a sweep, from the arguments that `train.py -m` takes, without starting them."""
+"""The jobs of a sweep, from the arguments that `train.py -m` takes, without starting them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""L8: one run, on every process that takes part: seed, build, fit, test, record.
+"""One run, on every process that takes part: seed, build, fit, test, record.
 
 Everything here works from a plain, resolved configuration: a process that trains never composes
 one, so that nothing (a sweep, the clock in a name) can come out differently on another rank.

@@ -1,4 +1,4 @@
-"""L8: the keys at the top of a configuration (conf/train.yaml), and what each must be.
+"""The keys at the top of a configuration (conf/train.yaml), and what each must be.
 
 Everything below a `_target_` is declared by the class or function that it names.
 """

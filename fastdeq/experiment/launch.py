@@ -1,4 +1,4 @@
-"""L8: the processes of a job: this one, or one for each device, started here.
+"""The processes of a job: this one, or one for each device, started here.
 
 Lightning would start ranks by running the command line again, and with it Hydra: under a sweep,
 every child would begin the whole sweep (Lightning issue 11300). These children get a resolved

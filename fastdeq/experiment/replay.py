@@ -1,4 +1,4 @@
-"""L8: a failed training step once more (mode=replay), as it was or with other settings."""
+"""A failed training step once more (mode=replay), as it was or with other settings."""
 
 import warnings
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from fastdeq.experiment.checkpoint import load_weights, read_checkpoint
 from fastdeq.experiment.checks import check_values, count_ranks
 from fastdeq.experiment.job import make_trainer
 from fastdeq.experiment.keys import RunSettings
-from fastdeq.layers import DeepEquilibriumNetwork
+from fastdeq.nn import DeepEquilibriumNetwork
 from fastdeq.solution import Solution, Trace
 from fastdeq.tasks import AbstractTask
 

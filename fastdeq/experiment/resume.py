@@ -1,4 +1,4 @@
-"""L8: a run folder that is there already: whose it is, and from where it can go on."""
+"""A run folder that is there already: whose it is, and from where it can go on."""
 
 import fcntl
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""L8: from a composed configuration to a finished run folder."""
+"""From a composed configuration to a finished run folder."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""L8: the signals that ask a run to stop. Imports nothing heavy: a signal may come at once."""
+"""The signals that ask a run to stop. Imports nothing heavy: a signal may come at once."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""L8: the arguments of constructors and functions, and their annotations."""
+"""The arguments of constructors and functions, and their annotations."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""L8: what a run folder says of its run while nobody looks: status.json."""
+"""What a run folder says of its run while nobody looks: status.json."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""L8: what is checked before a job waits in a queue for hours, only to fail at its start."""
+"""What is checked before a job waits in a queue for hours, only to fail at its start."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""L8: around the jobs of a sweep: a check before the first, a record of each, a table after."""
+"""Around the jobs of a sweep: a check before the first, a record of each, a table after."""
 
 import sys
 import warnings

@@ -1,1 +1,1 @@
-"""L9: the jobs of a sweep in Slurm's queue: submitted, looked at, cancelled, collected."""
+"""The jobs of a sweep in Slurm's queue: submitted, looked at, cancelled, collected."""

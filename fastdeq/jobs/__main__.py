@@ -1,4 +1,4 @@
-"""L9: ``python -m fastdeq.jobs ACTION ...``: the jobs of a sweep in Slurm's queue."""
+"""``python -m fastdeq.jobs ACTION ...``: the jobs of a sweep in Slurm's queue."""
 
 import sys
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""L9: the command ``python -m fastdeq.jobs``: a sweep in Slurm's queue, without waiting for it."""
+"""The command ``python -m fastdeq.jobs``: a sweep in Slurm's queue, without waiting for it."""
 
 import difflib
 import shlex

@@ -1,4 +1,4 @@
-"""L9: ``python patient.py ARGUMENTS`` is ``python ARGUMENTS``, and lets SIGUSR1 and SIGUSR2 wait.
+"""``python patient.py ARGUMENTS`` is ``python ARGUMENTS``, and lets SIGUSR1 and SIGUSR2 wait.
 
 A job may be preempted in its first second. The signal would end Python, which takes some seconds
 to load torch and has nobody to listen before; so it waits, through the exec, until the run listens

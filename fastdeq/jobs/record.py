@@ -1,4 +1,4 @@
-"""L9: what has been submitted, and what has become of it: submission.json and the run folders."""
+"""What has been submitted, and what has become of it: submission.json and the run folders."""
 
 import json
 from dataclasses import dataclass

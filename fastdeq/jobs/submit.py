@@ -1,4 +1,4 @@
-"""L9: a sweep put into the queue as one array of jobs, after all of it has been checked."""
+"""A sweep put into the queue as one array of jobs, after all of it has been checked."""
 
 import os
 import shlex

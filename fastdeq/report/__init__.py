@@ -1,4 +1,4 @@
-"""L7: tables about runs. Reads run folders and never trains."""
+"""Tables about runs. Reads run folders and never trains."""
 
 from fastdeq.report.columns import Group, groups, heading, row
 from fastdeq.report.rows import Row, make_rows

@@ -1,4 +1,4 @@
-"""L7: ``python -m fastdeq.report PATH ... key=value ...``: a table of runs."""
+"""``python -m fastdeq.report PATH ... key=value ...``: a table of runs."""
 
 from fastdeq.report.command import main
 from fastdeq.streams import run_command

@@ -1,4 +1,4 @@
-"""L7: the columns that every run prints: those of the first release, for training, evaluation and
+"""The columns that every run prints: those of the first release, for training, evaluation and
 the explicit prediction.
 """
 

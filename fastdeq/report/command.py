@@ -1,4 +1,4 @@
-"""L7: the command ``python -m fastdeq.report``: a table of runs beside the published figures."""
+"""The command ``python -m fastdeq.report``: a table of runs beside the published figures."""
 
 import difflib
 import sys

@@ -1,4 +1,4 @@
-"""L7: what tells the configurations of runs apart: labels for columns, settings for the rest."""
+"""What tells the configurations of runs apart: labels for columns, settings for the rest."""
 
 import json
 from collections.abc import Hashable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""L7: the one way in which tables of text become Markdown."""
+"""The one way in which tables of text become Markdown."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""L7: what must be said below a table of runs."""
+"""What must be said below a table of runs."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""L7: rows of a report: runs that differ in their seeds alone, and their figures over the seeds."""
+"""Rows of a report: runs that differ in their seeds alone, and their figures over the seeds."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""L7: run folders: found below paths and through the records of sweeps, and read."""
+"""Run folders: found below paths and through the records of sweeps, and read."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""L7: the table at the end of a sweep: mean ± standard deviation over seeds, a row a setting."""
+"""The table at the end of a sweep: mean ± standard deviation over seeds, a row a setting."""
 
 import csv
 import json

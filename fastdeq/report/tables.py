@@ -1,4 +1,4 @@
-"""L7: rows of a report as Markdown, CSV and JSON."""
+"""Rows of a report as Markdown, CSV and JSON."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""L7: where a measured figure stands beside the published one, and what forbids to say so."""
+"""Where a measured figure stands beside the published one, and what forbids to say so."""
 
 import math
 from collections.abc import Mapping, Sequence

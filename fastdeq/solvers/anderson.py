@@ -1,4 +1,4 @@
-"""L1: Anderson acceleration."""
+"""Anderson acceleration."""
 
 from dataclasses import dataclass
 

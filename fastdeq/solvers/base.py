@@ -1,4 +1,4 @@
-"""L1: what a solver is: settings, a state, and a step. The loop around them stands in `loop.py`."""
+"""What a solver is: settings, a state, and a step. The loop around them stands in `loop.py`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastdeq.flatten import check_floating
 from fastdeq.norms import Pooling, finite, pooling, sample_norm
 from fastdeq.notation import FlatMap
-from fastdeq.packing import check_floating
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.termination import Iterate, Termination, TerminationMode
 

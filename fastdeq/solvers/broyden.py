@@ -1,4 +1,4 @@
-"""L1: good Broyden with the dense inverse Jacobian, for small D."""
+"""Good Broyden with the dense inverse Jacobian, for small D."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""L1: limited-memory good Broyden, the solver of the published discrete runs."""
+"""Limited-memory good Broyden, the solver of the published discrete runs."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""L1: the derivative-free norm-descent line search of Li & Fukushima (2000), per sample."""
+"""The derivative-free norm-descent line search of Li & Fukushima (2000), per sample."""
 
 import torch
 from torch import Tensor

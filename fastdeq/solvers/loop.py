@@ -1,4 +1,4 @@
-"""L1: the one loop. It counts, tests, freezes and keeps the best iterate; methods only step.
+"""The one loop. It counts, tests, freezes and keeps the best iterate; methods only step.
 
 Departures from a plain `while residual > tol`:
 1. Every sample ends on its own and its state is frozen from then on, so a batch gives what its
@@ -15,14 +15,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdeq.clock import Stopwatch
+from fastdeq.autocast import full_precision
+from fastdeq.flatten import check_floating
 from fastdeq.norms import finite
 from fastdeq.notation import FlatMap
-from fastdeq.packing import check_floating
-from fastdeq.precision import full_precision
 from fastdeq.solution import SolveResult, Status, Trace, TraceKind
 from fastdeq.solvers.base import AbstractSolver, Problem
 from fastdeq.solvers.termination import Iterate, Measures, Progress, ratio
+from fastdeq.timer import Stopwatch
 
 _RUNNING = -1  # a status that no finished sample has
 

@@ -1,11 +1,11 @@
-"""L1: Newton's method with matrix-free GMRES."""
+"""Newton's method with matrix-free GMRES."""
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from fastdeq.autodiff import jvp, unfused_attention
 from fastdeq.krylov import GMRES
-from fastdeq.products import forward_product, unfused_attention
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.line_search import norm_descent
@@ -56,7 +56,7 @@ class NewtonKrylov(AbstractSolver):
         )
 
         def matvec(v: Tensor) -> Tensor:
-            product = v - forward_product(problem.f, problem.hold, v)
+            product = v - jvp(problem.f, problem.hold, v)
             # NaN of a lost sample would spread through a Krylov space that the batch shares.
             return torch.where(problem.active[:, None], product, v)
 

@@ -1,4 +1,4 @@
-"""L1: Picard iteration, the plain one."""
+"""Picard iteration, the plain one."""
 
 import torch
 

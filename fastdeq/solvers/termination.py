@@ -1,4 +1,4 @@
-"""L1: the nine termination modes, per sample or over the whole batch.
+"""The nine termination modes, per sample or over the whole batch.
 
 With du = f(z) − z and u = z, over one sample or the whole batch vector:
 

@@ -1,4 +1,4 @@
-"""L6: what is trained: thin LightningModules around built parts."""
+"""What is trained: thin LightningModules around built parts."""
 
 from fastdeq.tasks.base import AbstractTask
 from fastdeq.tasks.classification import ClassificationTask

@@ -1,4 +1,4 @@
-"""L6: what all tasks share: the training step, the evaluation, and the figures they log."""
+"""What all tasks share: the training step, the evaluation, and the figures they log."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -8,9 +8,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from fastdeq.clock import Stopwatch
-from fastdeq.layers import ExplicitNetwork
-from fastdeq.models import DEQChain
+from fastdeq.nn import DEQChain, ExplicitNetwork
 from fastdeq.solution import Solution
 from fastdeq.tasks.figures import (
     Figure,
@@ -21,6 +19,7 @@ from fastdeq.tasks.figures import (
 )
 from fastdeq.tasks.objective import LossWeights
 from fastdeq.tasks.schedules import AbstractSchedule, Constant
+from fastdeq.timer import Stopwatch
 
 Batch: TypeAlias = tuple[Tensor, Tensor, float]
 """Inputs, targets, and what this process's mean counts for (0: the batch only stands in)."""

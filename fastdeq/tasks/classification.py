@@ -1,4 +1,4 @@
-"""L6: image classification with an equilibrium model."""
+"""Image classification with an equilibrium model."""
 
 from typing import Literal
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fastdeq.models import DEQChain
-from fastdeq.precision import at_least_float32
+from fastdeq.autocast import at_least_float32
+from fastdeq.nn import DEQChain
 from fastdeq.tasks.base import AbstractTask, OptimizerFactory
 from fastdeq.tasks.objective import LossWeights
 from fastdeq.tasks.schedules import AbstractSchedule

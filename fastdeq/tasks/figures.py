@@ -1,4 +1,4 @@
-"""L6: means of named figures, exact over any number of batches and processes."""
+"""Means of named figures, exact over any number of batches and processes."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence

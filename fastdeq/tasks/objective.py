@@ -1,4 +1,4 @@
-"""L6: the regularizers' part of the loss."""
+"""The regularizers' part of the loss."""
 
 import random
 

@@ -1,11 +1,11 @@
-"""L6: regression with an equilibrium model."""
+"""Regression with an equilibrium model."""
 
 from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from fastdeq.precision import at_least_float32
+from fastdeq.autocast import at_least_float32
 from fastdeq.tasks.base import AbstractTask
 
 

@@ -1,4 +1,4 @@
-"""L6: how the learning rate moves over a run: settings that build torch's schedulers.
+"""How the learning rate moves over a run: settings that build torch's schedulers.
 
 Lengths are shares of the run, so that a shorter run keeps the shape of a published one.
 """

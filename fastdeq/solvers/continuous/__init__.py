@@ -1,4 +1,4 @@
-"""L1: continuous solvers."""
+"""Continuous solvers."""
 
 from fastdeq.solvers.continuous.solver import ContinuousSolver
 

@@ -1,4 +1,4 @@
-"""L1: the variable-coefficient Adams–Bashforth method of order 3."""
+"""The variable-coefficient Adams–Bashforth method of order 3."""
 
 from dataclasses import dataclass
 

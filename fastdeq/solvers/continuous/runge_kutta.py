@@ -1,4 +1,4 @@
-"""L1: one trial step of an explicit Runge–Kutta pair."""
+"""One trial step of an explicit Runge–Kutta pair."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""L1: continuous equilibrium models: dz/dt = f(z) − z, integrated until it rests."""
+"""Continuous equilibrium models: dz/dt = f(z) − z, integrated until it rests."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

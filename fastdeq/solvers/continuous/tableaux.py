@@ -1,4 +1,4 @@
-"""L1: Runge–Kutta methods are tables of coefficients; the machinery stands in `runge_kutta.py`."""
+"""Runge–Kutta methods are tables of coefficients; the machinery stands in `runge_kutta.py`."""
 
 from dataclasses import dataclass
 

@@ -1,12 +1,12 @@
-"""L4: the explicit baseline: a cell repeated a set number of times."""
+"""The explicit baseline: a cell repeated a set number of times."""
 
 from typing import Any
 
 from torch import nn
 
 from fastdeq.fixed_point import fixed_depth
-from fastdeq.layers.base import AbstractCellLayer
-from fastdeq.layers.initializers import AbstractInitializer
+from fastdeq.nn.base import AbstractCellLayer
+from fastdeq.nn.initializers import AbstractInitializer
 from fastdeq.notation import State, StateMap
 from fastdeq.solution import Solution
 

@@ -1,4 +1,4 @@
-"""L4: where the solver starts: what tells DEQ, Skip DEQ and Skip Reg. DEQ apart."""
+"""Where the solver starts: what tells DEQ, Skip DEQ and Skip Reg. DEQ apart."""
 
 from abc import abstractmethod
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdeq.layers.inputs import tensors_in
+from fastdeq.nn.inputs import tensors_in
 from fastdeq.notation import State, StateMap
 
 

@@ -1,4 +1,4 @@
-"""L0: how long a device takes, without waiting for it until somebody asks."""
+"""How long a device takes, without waiting for it until somebody asks."""
 
 import time
 

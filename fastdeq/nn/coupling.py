@@ -1,4 +1,4 @@
-"""L4: cells that couple the samples of a batch, and the settings that they need."""
+"""Cells that couple the samples of a batch, and the settings that they need."""
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm

@@ -1,4 +1,4 @@
-"""L0: a tuple of scales ↔ one flat (B, D) tensor.
+"""A tuple of scales ↔ one flat (B, D) tensor.
 
 The solvers see one (B, D) tensor and the cell sees its scales as views of it, so the concatenation
 of the cell's outputs is the only copy an evaluation makes. States in half precision are widened to
@@ -14,7 +14,7 @@ from fastdeq.notation import State
 
 
 @dataclass(frozen=True)
-class Packing:
+class Layout:
     """The shapes and dtypes of a state, and the way to its flat form and back."""
 
     shapes: tuple[torch.Size, ...]
@@ -22,7 +22,7 @@ class Packing:
     single: bool
 
     @staticmethod
-    def of(z0: State, name: str = "z0") -> "Packing":
+    def of(z0: State, name: str = "z0") -> "Layout":
         """Read the layout off a start, or off another state, which errors then call `name`.
 
         Raises: TypeError for what is no floating-point tensor; ValueError for an empty batch, an
@@ -38,7 +38,7 @@ class Packing:
             raise ValueError(f"the scales of {name} are on different devices: move them to one")
         shapes = tuple(scale.shape[1:] for scale in scales)
         dtypes = tuple(scale.dtype for scale in scales)
-        return Packing(shapes, dtypes, single=isinstance(z0, Tensor))
+        return Layout(shapes, dtypes, single=isinstance(z0, Tensor))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,14 +48,14 @@ class Packing:
             wide = torch.promote_types(wide, dtype)
         return wide
 
-    def pack(self, state: State) -> Tensor:
+    def flatten(self, state: State) -> Tensor:
         """(B, D) from a state of this layout; a single scale is only reshaped."""
         flat = [
             scale.reshape(len(scale), -1).to(self.dtype) for scale in _as_tuple(state, "the state")
         ]
         return flat[0] if self.single else torch.cat(flat, dim=1)
 
-    def pack_output(self, output: State, z: Tensor) -> Tensor:
+    def flatten_output(self, output: State, z: Tensor) -> Tensor:
         """The same for what f returned at the flat state `z`.
 
         Raises: TypeError or ValueError where f(z) is not of the kind and shape of z: its imaginary
@@ -74,9 +74,9 @@ class Packing:
             )
         for scale in scales:
             check_floating(scale, "f(z)")
-        return self.pack(output)
+        return self.flatten(output)
 
-    def unpack(self, flat: Tensor) -> State:
+    def unflatten(self, flat: Tensor) -> State:
         """The scales as views of the flat tensor (copies only where the dtype differs)."""
         if self.single:  # one plain view; those of split() refuse to be written to, with a riddle
             return flat.view(len(flat), *self.shapes[0]).to(self.dtypes[0])

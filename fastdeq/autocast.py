@@ -1,4 +1,4 @@
-"""L0: the precision of what is computed around f: never below that of the states."""
+"""The precision of what is computed around f: never below that of the states."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,11 +1,12 @@
-"""L5: an equilibrium layer between ordinary ones."""
+"""An equilibrium layer between ordinary ones."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from fastdeq.layers import AbstractCellLayer, Initialization, initialize
+from fastdeq.nn.base import AbstractCellLayer
+from fastdeq.nn.initialization import Initialization, initialize
 from fastdeq.solution import Solution
 
 
@@ -15,7 +16,7 @@ class DEQChain(nn.Module):
     layers: modules in order, given by position or by name (`stem=..., deq=..., head=...`); names
         show in the state_dict. An equilibrium layer is a `DeepEquilibriumNetwork`, plain or skip,
         or what stands in its place: any `AbstractCellLayer`.
-    initialization: draws all weights again, see `fastdeq.layers.initialize`; None keeps those that
+    initialization: draws all weights again, see `fastdeq.nn.initialize`; None keeps those that
         the layers have.
 
     Raises: TypeError for what is no module, ValueError for none or several equilibrium layers, and

@@ -1,4 +1,4 @@
-"""L4: weight norm, and parametrizations that are computed once a call."""
+"""Weight norm, and parametrizations that are computed once a call."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm as _torch_weight_norm
 
-from fastdeq.layers.initialization import WEIGHTED
+from fastdeq.nn.initialization import WEIGHTED
 
 
 def weight_norm(module: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""L4: dropout for cells: one mask a call, kept through all evaluations of that call."""
+"""Dropout for cells: one mask a call, kept through all evaluations of that call."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

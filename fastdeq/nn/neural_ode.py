@@ -1,5 +1,5 @@
-"""L4: the neural ODE baseline. Needs torchdiffeq (the extra `ode`), so nothing in fastdeq
-imports this module: import `fastdeq.layers.neural_ode` itself, or use model=neural_ode."""
+"""The neural ODE baseline. Needs torchdiffeq (the extra `ode`), so nothing in fastdeq
+imports this module: import `fastdeq.nn.neural_ode` itself, or use model=neural_ode."""
 
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from fastdeq.adjoints.once import differentiable_once
-from fastdeq.clock import Stopwatch
+from fastdeq.autodiff import carries_tangent, edges_behind
 from fastdeq.fixed_point import unsolved
-from fastdeq.layers.base import AbstractCellLayer
-from fastdeq.layers.call import CellCall
-from fastdeq.layers.initializers import AbstractInitializer
-from fastdeq.layers.inputs import tensors_in
+from fastdeq.flatten import Layout
+from fastdeq.nn.base import AbstractCellLayer
+from fastdeq.nn.call import CellCall
+from fastdeq.nn.initializers import AbstractInitializer
+from fastdeq.nn.inputs import tensors_in
 from fastdeq.notation import State, StateMap
-from fastdeq.packing import Packing
-from fastdeq.products import carries_tangent, edges_behind
 from fastdeq.solution import BackwardReport, Solution, SolveStats, Status
+from fastdeq.timer import Stopwatch
 
 try:
     from torchdiffeq import odeint_adjoint
@@ -80,9 +80,9 @@ class NeuralODE(AbstractCellLayer):
 
     def evolve(self, f: StateMap, z0: State) -> Solution:
         """Raises: as the class."""
-        packing = Packing.of(z0)
-        flow = _Flow(f, packing)
-        start = packing.pack(z0)
+        layout = Layout.of(z0)
+        flow = _Flow(f, layout)
+        start = layout.flatten(z0)
         leaves = _leaves(f)
         _check_mode(start, *leaves)
         _check_independent(leaves)
@@ -114,7 +114,7 @@ class NeuralODE(AbstractCellLayer):
         z, report = path[-1], _watched(path, flow, (start, *leaves))
         steps = torch.full((len(z),), flow.steps, device=z.device)
         nfe = torch.full_like(steps, flow.evaluations + 1)  # the closing one
-        solution = unsolved(packing, z0, z, flow(None, z), steps=steps, nfe=nfe)
+        solution = unsolved(layout, z0, z, flow(None, z), steps=steps, nfe=nfe)
         return replace(solution, elapsed=watch, backward=report)
 
     @property
@@ -126,13 +126,13 @@ class _Flow:
     """f on flat states as torchdiffeq calls it; counts evaluations and (attempted) steps, in both
     directions."""
 
-    def __init__(self, f: StateMap, packing: Packing) -> None:
-        self.f, self.packing = f, packing
+    def __init__(self, f: StateMap, layout: Layout) -> None:
+        self.f, self.layout = f, layout
         self.evaluations = self.steps = 0
 
     def __call__(self, t: Any, z: Tensor) -> Tensor:
         self.evaluations += 1
-        return self.packing.pack_output(self.f(self.packing.unpack(z)), z)
+        return self.layout.flatten_output(self.f(self.layout.unflatten(z)), z)
 
     def callback_step(self, t: Tensor, z: Tensor, dt: Tensor) -> None:
         """Called by torchdiffeq before every step."""

@@ -1,4 +1,4 @@
-"""L4: several equilibria beside each other, as one."""
+"""Several equilibria beside each other, as one."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeq.adjoints import AbstractAdjoint
-from fastdeq.layers.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
+from fastdeq.nn.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
 from fastdeq.solvers import AbstractSolver
 
 

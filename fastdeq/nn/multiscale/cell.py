@@ -1,4 +1,4 @@
-"""L4: a cell whose state has several scales (Bai et al. 2020, arXiv 2006.08656, §3)."""
+"""A cell whose state has several scales (Bai et al. 2020, arXiv 2006.08656, §3)."""
 
 from collections.abc import Sequence
 

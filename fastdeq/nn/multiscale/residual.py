@@ -1,4 +1,4 @@
-"""L4: the published convolutional cell of several scales, and the network that predicts its
+"""The published convolutional cell of several scales, and the network that predicts its
 equilibrium (arXiv 2006.08656, §3; arXiv 2201.12240, §4)."""
 
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fastdeq.layers.blocks import (
+from fastdeq.nn.multiscale.blocks import (
     Normalization,
     ResidualBlock,
     check_channels,
@@ -16,7 +16,7 @@ from fastdeq.layers.blocks import (
     post_fusion,
     upsample,
 )
-from fastdeq.layers.multiscale_cell import MultiScaleCell
+from fastdeq.nn.multiscale.cell import MultiScaleCell
 
 
 def image_scales(

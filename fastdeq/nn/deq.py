@@ -1,4 +1,4 @@
-"""L4: the equilibrium layer, and its two skip variants as compositions."""
+"""The equilibrium layer, and its two skip variants as compositions."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from torch import nn
 from fastdeq.adjoints import AbstractAdjoint, Implicit
 from fastdeq.fixed_point import check_settings, fixed_point
 from fastdeq.krylov import GMRES
-from fastdeq.layers.base import AbstractCellLayer
-from fastdeq.layers.coupling import check_coupling, coupling
-from fastdeq.layers.initializers import (
+from fastdeq.nn.base import AbstractCellLayer
+from fastdeq.nn.coupling import check_coupling, coupling
+from fastdeq.nn.initializers import (
     AbstractInitializer,
     ExplicitNetwork,
     FirstEvaluation,

@@ -1,4 +1,4 @@
-"""L4: what all layers around a cell share: equilibria, unrolled networks, neural ODEs."""
+"""What all layers around a cell share: equilibria, unrolled networks, neural ODEs."""
 
 from abc import abstractmethod
 from dataclasses import replace
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdeq.fixed_point import fixed_depth
-from fastdeq.layers.call import CellCall, check_cell
-from fastdeq.layers.initializers import AbstractInitializer, zeros_of
-from fastdeq.layers.weight_norm import parametrizations_cached
+from fastdeq.nn.call import CellCall, check_cell
+from fastdeq.nn.initializers import AbstractInitializer, zeros_of
+from fastdeq.nn.weight_norm import parametrizations_cached
 from fastdeq.notation import State, StateMap
 from fastdeq.regularizers import jacobian_loss as hutchinson
 from fastdeq.solution import Solution
@@ -38,7 +38,7 @@ class AbstractCellLayer(nn.Module):
         check_cell(cell)
         if not isinstance(initializer, AbstractInitializer | None):
             raise TypeError(
-                f"the initializer is a {type(initializer).__name__}: give one of fastdeq.layers, "
+                f"the initializer is a {type(initializer).__name__}: give one of fastdeq.nn, "
                 "or an explicit network to SkipDeepEquilibriumNetwork"
             )
         self.cell = cell

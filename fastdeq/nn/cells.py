@@ -1,4 +1,4 @@
-"""L4: ready-made cells f(z, x)."""
+"""Ready-made cells f(z, x)."""
 
 from typing import Literal
 

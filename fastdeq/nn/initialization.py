@@ -1,4 +1,4 @@
-"""L4: how the weights of linear and convolutional layers are drawn."""
+"""How the weights of linear and convolutional layers are drawn."""
 
 import math
 from typing import Literal, TypeAlias, get_args

@@ -1,4 +1,4 @@
-"""L4: one call of an equilibrium layer: the cell with its input bound and everything random held
+"""One call of an equilibrium layer: the cell with its input bound and everything random held
 fixed."""
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fastdeq.layers.variational_dropout import Masks, VariationalDropout, masks_of_call
+from fastdeq.nn.dropout import Masks, VariationalDropout, masks_of_call
 from fastdeq.notation import State
 
 
@@ -87,5 +87,5 @@ def check_cell(cell: nn.Module) -> None:
             raise ValueError(
                 f"the cell contains {type(module).__name__} ('{name}'), which draws a new mask at "
                 "every evaluation, so that no equilibrium exists: "
-                "use fastdeq.layers.VariationalDropout"
+                "use fastdeq.nn.VariationalDropout"
             )

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastdeq import fixed_point
-from fastdeq.clock import Stopwatch
 from fastdeq.solution import SolveStats
+from fastdeq.timer import Stopwatch
 
 CPU = torch.device("cpu")
 on_a_gpu = [

@@ -1,4 +1,4 @@
-"""L0: products with the Jacobian of f and its transpose, exact and matrix-free, and what they need
+"""Products with the Jacobian of f and its transpose, exact and matrix-free, and what they need
 to know of autograd's graphs and kernels."""
 
 from collections.abc import Iterator
@@ -13,9 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastdeq.notation import FlatMap
 
 
-def transposed_product(
-    output: Tensor, z: Tensor, v: Tensor, *, create_graph: bool = False
-) -> Tensor:
+def vjp(output: Tensor, z: Tensor, v: Tensor, *, create_graph: bool = False) -> Tensor:
     """Jᵀ v, (B, D), through the graph from z to output = f(z), which is kept for the next product.
 
     Differentiates with respect to z alone: parameters are not reached.
@@ -29,7 +27,7 @@ def transposed_product(
     return product
 
 
-def forward_product(f: FlatMap, z: Tensor, v: Tensor) -> Tensor:
+def jvp(f: FlatMap, z: Tensor, v: Tensor) -> Tensor:
     """J v at z, (B, D), by forward-mode differentiation of f; call within `unfused_attention`.
 
     Raises: NotImplementedError for operations in f that have no forward mode.

@@ -1,10 +1,10 @@
-"""L4: the published names of equilibria of several scales (Bai et al. 2020, arXiv 2006.08656)."""
+"""The published names of equilibria of several scales (Bai et al. 2020, arXiv 2006.08656)."""
 
 from torch import nn
 
 from fastdeq.adjoints import AbstractAdjoint
-from fastdeq.layers.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
-from fastdeq.layers.multiscale_cell import MultiScaleCell
+from fastdeq.nn.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
+from fastdeq.nn.multiscale.cell import MultiScaleCell
 from fastdeq.solvers import AbstractSolver
 
 

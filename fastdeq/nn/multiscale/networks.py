@@ -1,4 +1,4 @@
-"""L5: what stands before and after a multiscale equilibrium in the published classifiers.
+"""What stands before and after a multiscale equilibrium in the published classifiers.
 
 A classifier is DEQChain(MultiScaleStem(...), MultiScaleDeepEquilibriumNetwork(cell) or
 MultiScaleSkipDeepEquilibriumNetwork(cell, explicit), MultiScaleHead(...)); its sizes stand in
@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fastdeq.layers.blocks import (
+from fastdeq.nn.multiscale.blocks import (
     Bottleneck,
     check_channels,
     convolution,

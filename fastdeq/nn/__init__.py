@@ -1,34 +1,36 @@
-"""L4: equilibrium layers, and what may stand inside a cell."""
+"""Equilibrium layers, cells, whole networks, and what stands in their place as a baseline."""
 
-from fastdeq.layers.base import AbstractCellLayer
-from fastdeq.layers.cells import DenseCell, TwoLayerCell
-from fastdeq.layers.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
-from fastdeq.layers.initialization import Initialization, initialize
-from fastdeq.layers.initializers import (
+from fastdeq.nn.base import AbstractCellLayer
+from fastdeq.nn.cells import DenseCell, TwoLayerCell
+from fastdeq.nn.chain import DEQChain
+from fastdeq.nn.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
+from fastdeq.nn.dropout import VariationalDropout
+from fastdeq.nn.initialization import Initialization, initialize
+from fastdeq.nn.initializers import (
     AbstractInitializer,
     ExplicitNetwork,
     FirstEvaluation,
     Zeros,
 )
-from fastdeq.layers.multiscale import (
+from fastdeq.nn.multiscale import (
+    MultiScaleCell,
     MultiScaleDeepEquilibriumNetwork,
-    MultiScaleSkipDeepEquilibriumNetwork,
-)
-from fastdeq.layers.multiscale_cell import MultiScaleCell
-from fastdeq.layers.residual import (
     MultiScaleExplicitNetwork,
+    MultiScaleHead,
     MultiScaleResidualCell,
     MultiScaleResidualNetwork,
+    MultiScaleSkipDeepEquilibriumNetwork,
+    MultiScaleStem,
     image_scales,
 )
-from fastdeq.layers.side_by_side import SideBySideCell, WidthStackedDEQ
-from fastdeq.layers.unrolled import UnrolledNetwork
-from fastdeq.layers.variational_dropout import VariationalDropout
-from fastdeq.layers.weight_norm import weight_norm
+from fastdeq.nn.side_by_side import SideBySideCell, WidthStackedDEQ
+from fastdeq.nn.unrolled import UnrolledNetwork
+from fastdeq.nn.weight_norm import weight_norm
 
 __all__ = [
     "AbstractCellLayer",
     "AbstractInitializer",
+    "DEQChain",
     "DeepEquilibriumNetwork",
     "DenseCell",
     "ExplicitNetwork",
@@ -37,9 +39,11 @@ __all__ = [
     "MultiScaleCell",
     "MultiScaleDeepEquilibriumNetwork",
     "MultiScaleExplicitNetwork",
+    "MultiScaleHead",
     "MultiScaleResidualCell",
     "MultiScaleResidualNetwork",
     "MultiScaleSkipDeepEquilibriumNetwork",
+    "MultiScaleStem",
     "SideBySideCell",
     "SkipDeepEquilibriumNetwork",
     "TwoLayerCell",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastdeq import fixed_depth, fixed_point
-from fastdeq.packing import Packing
+from fastdeq.flatten import Layout
 from fastdeq.solvers import Picard
 
 STATES: dict[str, Any] = {
@@ -30,9 +30,9 @@ def scales_of(state: Any) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("name", STATES)
 def test_packing_and_unpacking_give_the_state_back(name):
     state = STATES[name]()
-    packing = Packing.of(state)
-    flat = packing.pack(state)
-    again = packing.unpack(flat)
+    layout = Layout.of(state)
+    flat = layout.flatten(state)
+    again = layout.unflatten(flat)
     assert flat.shape == (3, sum(scale[0].numel() for scale in scales_of(state)))
     assert isinstance(again, Tensor) == isinstance(state, Tensor)
     for one, other in zip(scales_of(state), scales_of(again), strict=True):
@@ -58,10 +58,10 @@ def test_a_state_of_any_layout_is_solved_for_and_unrolled(name):
 
 @pytest.mark.parametrize("name", ["dense", "conv", "one scale", "scales", "scalar"])
 def test_the_scales_of_a_flat_state_are_views_of_it(name):
-    packing = Packing.of(STATES[name]())
-    flat = packing.pack(STATES[name]())
+    layout = Layout.of(STATES[name]())
+    flat = layout.flatten(STATES[name]())
     offset = 0
-    for scale in scales_of(packing.unpack(flat)):
+    for scale in scales_of(layout.unflatten(flat)):
         assert scale.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
         assert scale.data_ptr() == flat.data_ptr() + offset * flat.element_size()
         offset += scale[0].numel()
@@ -69,7 +69,7 @@ def test_the_scales_of_a_flat_state_are_views_of_it(name):
 
 def test_a_single_contiguous_scale_is_not_copied_on_the_way_in():
     state = torch.randn(3, 2, 4, 4)
-    assert Packing.of(state).pack(state).data_ptr() == state.data_ptr()
+    assert Layout.of(state).flatten(state).data_ptr() == state.data_ptr()
 
 
 def test_the_cell_sees_views_of_one_flat_state():
@@ -110,14 +110,14 @@ def test_half_precision_is_widened_for_the_solver_and_restored_for_the_cell(dtyp
 )
 def test_the_flat_state_has_the_widest_dtype_and_at_least_float32(dtypes, wide):
     state = tuple(torch.randn(3, 2).to(dtype) for dtype in dtypes)
-    packing = Packing.of(state)
-    assert packing.dtype == packing.pack(state).dtype == wide
+    layout = Layout.of(state)
+    assert layout.dtype == layout.flatten(state).dtype == wide
 
 
 def test_gradients_pass_through_packing_and_unpacking():
     state = tuple(scale.double().requires_grad_() for scale in STATES["scales"]())
-    packing = Packing.of(state)
-    again = packing.unpack(packing.pack(state))
+    layout = Layout.of(state)
+    again = layout.unflatten(layout.flatten(state))
     sum((i + 1) * scale.sum() for i, scale in enumerate(again)).backward()
     for i, scale in enumerate(state):
         assert torch.equal(scale.grad, torch.full_like(scale, i + 1.0))

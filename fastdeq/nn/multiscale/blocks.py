@@ -1,4 +1,4 @@
-"""L4: the convolutional pieces that multiscale networks are made of (Bai et al. 2020, arXiv
+"""The convolutional pieces that multiscale networks are made of (Bai et al. 2020, arXiv
 2006.08656, §3 and appendix; sizes and initialization of Pal et al. 2022, arXiv 2201.12240).
 
 All take and return images (B, C, H, W).
@@ -11,9 +11,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastdeq.layers.initialization import STD
-from fastdeq.layers.variational_dropout import VariationalDropout
-from fastdeq.layers.weight_norm import weight_norm as normalize_weights
+from fastdeq.nn.dropout import VariationalDropout
+from fastdeq.nn.initialization import STD
+from fastdeq.nn.weight_norm import weight_norm as normalize_weights
 
 Normalization: TypeAlias = Literal["batch", "group"]
 """`batch`: the batch's own statistics, in evaluation too: the samples of a batch are coupled, and

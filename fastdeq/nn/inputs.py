@@ -1,4 +1,4 @@
-"""L4: the tensors of an input, whatever its structure."""
+"""The tensors of an input, whatever its structure."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
