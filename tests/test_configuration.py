@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fastdeq.adjoints import Implicit
+from fastdeq.experiment.checks import check_values
 from fastdeq.experiment.explain import explain
 from fastdeq.solvers import Anderson
 from fastdeq.tasks import RegressionTask
@@ -114,6 +115,7 @@ def test_every_choice_of_every_group_composes_and_resolves(choice: str) -> None:
     cfg = composed(choice, *GOES_WITH.get(choice, ()))
     assert not OmegaConf.missing_keys(cfg)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check_values(cfg)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
