@@ -304,7 +304,7 @@ REFUSALS = {
     "hydra.launcher.timeout_min=2": "give the job more time, or a shorter delay",
     "hydra.launcher.partition=gold": "hydra.launcher.partition is gold, but there are high, normal",
     "hydra.launcher.nodes=2": "hydra.launcher.nodes is 2, but trainer.num_nodes is 1",
-    "solver.tol=1e-3,-1": "LimitedMemoryBroydenSolver.tol is -1",
+    "solver.tol=1e-3,-1": "solver.tol is -1",
     "model=deq,no": "there is no model=no",
     "paths.outputs=/proc/here": "paths.outputs: no folder can be made in",
 }
