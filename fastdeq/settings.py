@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 _NAMES: dict[Any, str] = {
     **{float: "a number", int: "a whole number", bool: "true or false", str: "text"},
-    Callable: "a partial call",
+    Callable: "a partial call (_partial_: true)",
 }
 
 
@@ -156,6 +156,8 @@ def describe(hint: Any) -> str:
         return "None"
     if isinstance(origin, type) and _is_sequence(origin):
         inner = [describe(kind) for kind in arguments if kind is not Ellipsis]
+        if len(inner) == 1:
+            return f"a list, each {inner[0]}"
         return f"a list ({', '.join(inner)})" if inner else "a list"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a mapping"

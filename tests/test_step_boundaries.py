@@ -12,11 +12,14 @@ from pytorch_lightning import Callback, Trainer
 
 from fastdeq.callbacks import FAILURE, RESUME, Failures, Resumption, StepTimer, TrainingFailed
 from fastdeq.callbacks import timing as timing_module
+from fastdeq.experiment.optimization import check_optimizer
 from fastdeq.experiment.replay import replay
 from fastdeq.experiment.sweep import RESUMABLE
+from tests.commands import SHORT as COMMAND_SHORT
 from tests.commands import CommandLine
 from tests.test_configuration import composed
 from tests.test_failures import EARLY, GOOD, NAN, OTHER, assert_equal, kept, task_of
+from tests.test_refusals import refused
 from tests.test_replay import gradients
 from tests.test_resumption import AT_ONCE, SHORT, assert_same, rows, run, run_in_pieces
 from tests.test_tasks import figures_of, make_task, samples, trained
@@ -263,3 +266,135 @@ def test_two_processes_that_accumulate_stop_resume_and_replay_as_one(command: Co
     ended = command(*two, "paths.run=pieces")
     assert ended.status == 0, ended.err
     assert_same(command.folder / "whole", command.folder / "pieces")
+
+
+# Optimizers that evaluate their loss several times in a step
+
+LBFGS = (
+    *("optimizer._target_=torch.optim.LBFGS", "optimizer.lr=0.5", "~optimizer.weight_decay"),
+    *("+optimizer.max_iter=3", "data.batch_size=720", "trainer.max_epochs=2"),
+)
+
+
+def test_lbfgs_trains_and_each_optimizer_step_is_recorded_once(tmp_path: Path) -> None:
+    """Lightning 246. The metrics of a step are those before it moves anything."""
+    folder = run(tmp_path / "run", "model=deq", LOGGED, *LBFGS)
+    found = [row for row in rows(folder) if row["step/loss"]]
+    assert [row["step"] for row in found] == ["0", "1", "2", "3"]
+    losses = [float(row["step/loss"]) for row in found]
+    assert losses[-1] < 0.5 * losses[0]
+    epochs = [float(row["train/loss"]) for row in rows(folder) if row["train/loss"]]
+    # Two batches an epoch, of 720 and 717 samples.
+    means = [(720 * a + 717 * b) / 1437 for a, b in (losses[:2], losses[2:])]
+    assert epochs == pytest.approx(means, rel=1e-6)
+
+
+def test_a_run_with_lbfgs_resumes_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", "model=deq", LOGGED, *LBFGS)
+    assert run_in_pieces(tmp_path / "pieces", "model=deq", LOGGED, *LBFGS) == 3
+    assert_same(whole, tmp_path / "pieces")
+
+
+@pytest.mark.parametrize("on_failure", ["warn", "skip_step"])
+def test_of_several_evaluations_the_first_is_judged_and_skipped_with_all_others(
+    tmp_path: Path, lines: list[str], on_failure: Any
+) -> None:
+    task, plain = task_of(), task_of()
+    for each in (task, plain):
+        each.make_optimizer = partial(torch.optim.LBFGS, lr=0.1, max_iter=3)
+    watch = [Failures(on_failure=on_failure)]
+    bad = [NAN] if on_failure == "skip_step" else []
+    trained(task, [*bad, GOOD, OTHER], tmp_path, callbacks=watch)
+    trained(plain, [GOOD, OTHER], tmp_path)
+    assert_equal(task.state_dict(), plain.state_dict())
+    assert [line.split(":")[0] for line in lines] == ["step 0"] * len(bad)
+
+
+@pytest.mark.parametrize(
+    ("make", "several"),
+    [
+        (torch.optim.Adam, False),
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), False),
+        (torch.optim.LBFGS, True),
+        (partial(torch.optim.LBFGS, line_search_fn="strong_wolfe"), True),
+    ],
+)
+def test_several_evaluations_are_refused_where_they_cannot_be_right(
+    make: Any, several: bool
+) -> None:
+    for trainer, ranks, cure in (
+        ({"accumulate_grad_batches": 2}, 1, r"trainer\.accumulate_grad_batches=1"),
+        ({}, 2, "one device"),
+        ({"precision": "16-mixed"}, 1, r"another trainer\.precision"),
+    ):
+        check_optimizer(make, {}, 1)
+        if several:
+            with pytest.raises(ValueError, match=f"several times in a step, which needs {cure}"):
+                check_optimizer(make, trainer, ranks)
+        else:
+            check_optimizer(make, trainer, ranks)
+
+
+# Schedulers of torch
+
+TORCH = "torch.optim.lr_scheduler"
+SCHEDULERS = {
+    "plateau": (  # on which no epoch but the first is an improvement
+        *("scheduler=plateau", "scheduler.scheduler.patience=0"),
+        *("+scheduler.scheduler.threshold=100", "+scheduler.scheduler.threshold_mode=abs"),
+    ),
+    "epochs": (
+        f"+scheduler={{_target_: {TORCH}.StepLR, _partial_: true, step_size: 1, gamma: 0.5}}",
+    ),
+    "steps": (
+        "+scheduler={_target_: fastdeq.tasks.LRSchedulerConfig, interval: step, scheduler: "
+        f"{{_target_: {TORCH}.OneCycleLR, _partial_: true, max_lr: 0.01, total_steps: 20}}}}",
+    ),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_scheduler_of_torch_has_its_state_in_a_run_that_resumes(
+    tmp_path: Path, scheduler: str
+) -> None:
+    overrides = ("model=skip_deq", LOGGED, *SCHEDULERS[scheduler])
+    whole = run(tmp_path / "whole", *overrides)
+    run_in_pieces(tmp_path / "pieces", *overrides)
+    assert_same(whole, tmp_path / "pieces")
+    assert len({row["step/lr"] for row in rows(whole) if row["step/lr"]}) > 1
+    one, other = (
+        torch.load(folder / "last.ckpt", weights_only=True)["lr_schedulers"]
+        for folder in (whole, tmp_path / "pieces")
+    )
+    assert len(one) == 1
+    assert one == other
+
+
+REFUSED = {
+    "scheduler=plateau scheduler.monitor=val/los": "no metric 'val/los' to monitor; did you mean",
+    "scheduler=plateau trainer.check_val_every_n_epoch=2": "does not come every 1 epochs",
+    "scheduler=plateau trainer.limit_val_batches=0": "val/accuracy is never there to monitor",
+    "scheduler=plateau scheduler.interval=step": "use interval=epoch",
+    "scheduler=plateau scheduler.frequency=0": "frequency is 0",
+    f"scheduler={{_target_:{TORCH}.ReduceLROnPlateu,_partial_:true}}": (
+        "scheduler._target_ is 'torch.optim.lr_scheduler.ReduceLROnPlateu', but there is no such"
+    ),
+    f"scheduler={{_target_:{TORCH}.StepLR,_partial_:true}}": "scheduler: StepLR.__init__() missing",
+    f"scheduler={{_target_:{TORCH}.StepLR,_partial_:true,step_siz:2}}": (
+        "no key 'scheduler.step_siz'; did you mean 'scheduler.step_size'"
+    ),
+}
+
+
+@pytest.mark.parametrize("typed", REFUSED)
+def test_a_scheduler_that_cannot_work_is_refused_before_a_run_is_made(
+    command: CommandLine, typed: str
+) -> None:
+    answer = command("trainer.accelerator=cpu", "model=deq", *typed.split())
+    refused(answer, REFUSED[typed])
+
+
+def test_a_scheduler_is_given_on_the_command_line_as_a_mapping(command: CommandLine) -> None:
+    plateau = f"scheduler={{_target_:{TORCH}.ReduceLROnPlateau,_partial_:true,patience:3}}"
+    answer = command(*COMMAND_SHORT, plateau)
+    assert answer.status == 0, answer.err

@@ -191,7 +191,10 @@ def _target(key: str, name: Any) -> Any:
     try:
         target = _locate(name)  # as get_object of hydra.utils, which also logs the error
     except Exception as error:  # whatever a module raises that is imported for it
-        raise ValueError(f"{key} is {name!r}: {error}") from error
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(
+            f"{key} is {name!r}, but there is no such class or function ({reason})"
+        ) from error
     if not callable(target):
         raise TypeError(f"{key} is {name}, which is no class or function, but a {type(target)}")
     return target

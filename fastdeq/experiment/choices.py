@@ -1,5 +1,6 @@
 """Values that are typed for the groups of a configuration."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -8,9 +9,16 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
 import fastdeq
+from fastdeq.experiment.keys import KEYS
 
 CONF = Path(fastdeq.__file__).parents[1] / "conf"
 """Of the checkout that this package is in; an installed package alone has none."""
+
+
+def with_merged_groups(arguments: Sequence[str]) -> list[str]:
+    """`scheduler={...}` as `+scheduler={...}`: Hydra then adds keys that the chosen file lacks."""
+    mapping = re.compile(rf"({'|'.join(KEYS)})=\{{")
+    return [f"+{word}" if mapping.match(word) else word for word in arguments]
 
 
 def check_choices(arguments: Sequence[str]) -> None:
@@ -26,7 +34,7 @@ def check_choices(arguments: Sequence[str]) -> None:
         group = override.key_or_group
         names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
         for value in _values(override) if names else ():
-            if not isinstance(value, str):
+            if not isinstance(value, str | dict):  # a mapping is merged into the group
                 raise TypeError(f"{group} is {value!r}, but must be one of {', '.join(names)}")
 
 

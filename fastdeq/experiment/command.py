@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fastdeq.callbacks import Interrupted
-from fastdeq.experiment.choices import check_choices
+from fastdeq.experiment.choices import check_choices, with_merged_groups
 from fastdeq.experiment.cluster import (
     dismiss,
     end_with,
@@ -51,7 +51,7 @@ def command_line(main: Callable[[], object]) -> None:
         return
     try:
         flags, overrides, prints = _parse(sys.argv[1:])
-        overrides = with_saved_overrides(overrides)
+        overrides = with_saved_overrides(with_merged_groups(overrides))
         check_choices(overrides)
         sys.argv[1:] = [*flags, *overrides]
         try:

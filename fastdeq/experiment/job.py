@@ -122,7 +122,7 @@ def make_trainer(
         bar = [ProgressBar()] if job.interactive else []
         options = {
             "logger": loggers,
-            # The timer first: what saves a step's state has the step's figures behind it.
+            # The timer first: what other callbacks do after a batch is not part of the step.
             "callbacks": [timer, EpochLines(), *chosen, *checkpoints(job.folder, task), *bar],
             "default_root_dir": job.folder,
             "enable_progress_bar": job.interactive,

@@ -33,6 +33,7 @@ from fastdeq.experiment.folder import (
 from fastdeq.experiment.job import Job, make_trainer
 from fastdeq.experiment.keys import RunSettings
 from fastdeq.experiment.launch import interactive, launch
+from fastdeq.experiment.optimization import check_optimizer, check_scheduler
 from fastdeq.experiment.resume import check_same, held, is_done, same_run_beside, saved_state
 from fastdeq.experiment.signals import listening
 from fastdeq.experiment.status import created, recorded
@@ -228,6 +229,9 @@ def _check_parts(
         task = instantiate(parts.task, _convert_="all")
     with blamed_on(cfg, "optimizer"):
         task.make_optimizer(task.parameters())
+        check_optimizer(task.make_optimizer, cfg.trainer, ranks)
+    with blamed_on(cfg, "scheduler"):
+        check_scheduler(task, cfg.trainer)
     if config is not None:
         with blamed_on(cfg, "trainer"):
             make_trainer(config, task)

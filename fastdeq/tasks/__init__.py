@@ -4,7 +4,13 @@ from fastdeq.tasks.base import AbstractTask
 from fastdeq.tasks.classification import ClassificationTask
 from fastdeq.tasks.objective import LossWeights
 from fastdeq.tasks.regression import RegressionTask
-from fastdeq.tasks.schedules import AbstractSchedule, Constant, Cosine, Staircase
+from fastdeq.tasks.schedules import (
+    AbstractSchedule,
+    Constant,
+    Cosine,
+    LRSchedulerConfig,
+    Staircase,
+)
 
 __all__ = [
     "AbstractSchedule",
@@ -12,6 +18,7 @@ __all__ = [
     "ClassificationTask",
     "Constant",
     "Cosine",
+    "LRSchedulerConfig",
     "LossWeights",
     "RegressionTask",
     "Staircase",

@@ -18,7 +18,7 @@ from fastdeq.tasks.figures import (
     solver_figures,
 )
 from fastdeq.tasks.objective import LossWeights
-from fastdeq.tasks.schedules import AbstractSchedule, Constant
+from fastdeq.tasks.schedules import AbstractSchedule, Constant, SchedulerFactory, as_schedule
 from fastdeq.timer import Stopwatch
 
 Batch: TypeAlias = tuple[Tensor, Tensor, float]
@@ -30,7 +30,7 @@ _Recorded: TypeAlias = tuple[dict[str, Any], int, dict[str, Any]]
 """Metrics of a batch, its number of samples, and its seconds."""
 
 STAGES = ("train", "val", "test")
-_FIGURES = (
+METRICS = (
     *("loss", "loss_task", "loss_skip", "loss_jacobian", "loss_residual"),
     *("accuracy", "accuracy_top5"),
     *("nfe", "residual", "unconverged"),
@@ -44,7 +44,8 @@ class AbstractTask(LightningModule):
     """An equilibrium model, its loss and its figures.
 
     model: returns (prediction, solution). optimizer: takes the parameters, returns the optimizer.
-    weights: of the regularizers. schedule: of the learning rate, moved on at every step.
+    weights: of the regularizers. schedule: of the learning rate; or what takes the optimizer and
+    returns a scheduler of torch, to be moved on at every epoch.
     seed: of draws that all processes must agree on.
 
     Figures of an epoch are logged as `<stage>/<figure>`, stage train, val or test, those of every
@@ -73,7 +74,7 @@ class AbstractTask(LightningModule):
         model: DEQChain,
         optimizer: OptimizerFactory,
         weights: LossWeights,
-        schedule: AbstractSchedule | None = None,
+        schedule: AbstractSchedule | SchedulerFactory | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -85,9 +86,9 @@ class AbstractTask(LightningModule):
         self.model = model
         self.make_optimizer = optimizer
         self.weights = weights
-        self.schedule = Constant() if schedule is None else schedule
+        self.schedule = as_schedule(schedule)
         self.seed = seed
-        self.means = nn.ModuleDict({f"{stage}_means": FigureMeans(_FIGURES) for stage in STAGES})
+        self.means = nn.ModuleDict({f"{stage}_means": FigureMeans(METRICS) for stage in STAGES})
         self.share = 1.0
         """What this process's last batch counts for among those of all processes."""
         self._step: tuple[Solution, dict[str, Any]] | None = None  # its backward pass is to come
@@ -126,8 +127,8 @@ class AbstractTask(LightningModule):
         optimizer = self.make_optimizer(self.parameters())
         if isinstance(self.schedule, Constant):
             return optimizer
-        scheduler = self.schedule.build(optimizer, int(self.trainer.estimated_stepping_batches))
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        steps = int(self.trainer.estimated_stepping_batches)
+        return [optimizer], [self.schedule.config(optimizer, steps, f"val/{self.monitor[0]}")]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Note whether the batch begins an optimizer step, or is accumulated to one."""

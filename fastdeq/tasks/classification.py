@@ -10,7 +10,7 @@ from fastdeq.autocast import at_least_float32
 from fastdeq.nn import DEQChain
 from fastdeq.tasks.base import AbstractTask, OptimizerFactory
 from fastdeq.tasks.objective import LossWeights
-from fastdeq.tasks.schedules import AbstractSchedule
+from fastdeq.tasks.schedules import AbstractSchedule, SchedulerFactory
 
 
 class ClassificationTask(AbstractTask):
@@ -28,7 +28,7 @@ class ClassificationTask(AbstractTask):
         model: DEQChain,
         optimizer: OptimizerFactory,
         weights: LossWeights,
-        schedule: AbstractSchedule | None = None,
+        schedule: AbstractSchedule | SchedulerFactory | None = None,
         seed: int = 0,
         top5: bool = False,
     ) -> None:

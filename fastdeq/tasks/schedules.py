@@ -1,22 +1,36 @@
 """How the learning rate moves over a run: settings that build torch's schedulers.
 
-Lengths are shares of the run, so that a shorter run keeps the shape of a published one.
+Lengths of our own are shares of the run, so that a shorter run keeps the shape of a published one.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LRScheduler,
+    MultiStepLR,
+    ReduceLROnPlateau,
+)
 
 from fastdeq.settings import setting, settings
 
+SchedulerFactory: TypeAlias = Callable[..., LRScheduler]
+"""Takes the optimizer, returns a scheduler: a partial of one of torch's classes."""
+
 
 class AbstractSchedule(ABC):
-    """Builds a scheduler that is moved on after every optimizer step."""
+    """Builds a scheduler, by default one that is moved on after every optimizer step."""
 
     @abstractmethod
     def build(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         """The scheduler of a run of `steps` optimizer steps."""
+
+    def config(self, optimizer: Optimizer, steps: int, monitor: str) -> dict[str, Any]:
+        """Lightning's `lr_scheduler_config`; monitor: the metric to follow by default."""
+        return {"scheduler": self.build(optimizer, steps), "interval": "step"}
 
 
 @settings
@@ -60,3 +74,60 @@ class Staircase(AbstractSchedule):
     def build(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         milestones = [round(share * steps) for share in self.at]
         return MultiStepLR(optimizer, milestones=milestones, gamma=self.factor)
+
+
+@settings
+class LRSchedulerConfig(AbstractSchedule):
+    """Any scheduler of torch, with the keys of Lightning's `lr_scheduler_config`.
+
+    scheduler: takes the optimizer, returns the scheduler.
+    interval, frequency: it moves after every `frequency`-th epoch or optimizer step. (Lightning
+        counts the steps of each epoch anew.)
+    monitor: the metric that ReduceLROnPlateau follows, such as "val/loss"; None: the validation
+        metric that the task monitors. Its mode is "max" for an accuracy, unless it is given.
+
+    Raises: TypeError for a scheduler that is built already; ValueError for a plateau of steps.
+    """
+
+    scheduler: SchedulerFactory
+    interval: Literal["epoch", "step"] = "epoch"
+    frequency: int = setting(default=1, at_least=1)
+    monitor: str | None = None
+
+    def check_together(self) -> None:
+        if not callable(self.scheduler):
+            raise TypeError(
+                f"the scheduler is {self.scheduler!r}, but must take the optimizer: give its "
+                "_target_ with _partial_: true"
+            )
+        if self.is_plateau and self.interval == "step":
+            raise ValueError(
+                "ReduceLROnPlateau compares the metrics of epochs: use interval=epoch, with "
+                "frequency=N for every N-th"
+            )
+
+    @property
+    def is_plateau(self) -> bool:
+        """Whether it follows a metric."""
+        made = getattr(self.scheduler, "func", self.scheduler)
+        return isinstance(made, type) and issubclass(made, ReduceLROnPlateau)
+
+    def build(self, optimizer: Optimizer, steps: int) -> LRScheduler:
+        return self.scheduler(optimizer)
+
+    def config(self, optimizer: Optimizer, steps: int, monitor: str) -> dict[str, Any]:
+        kept = {"interval": self.interval, "frequency": self.frequency}
+        if not self.is_plateau:
+            return {"scheduler": self.build(optimizer, steps), **kept}
+        monitor = self.monitor or monitor
+        options = {}
+        if "mode" not in getattr(self.scheduler, "keywords", {}) and "accuracy" in monitor:
+            options["mode"] = "max"
+        return {"scheduler": self.scheduler(optimizer, **options), "monitor": monitor, **kept}
+
+
+def as_schedule(given: AbstractSchedule | SchedulerFactory | None) -> AbstractSchedule:
+    """A schedule as it is; a scheduler's factory with the defaults of `LRSchedulerConfig`."""
+    if given is None:
+        return Constant()
+    return given if isinstance(given, AbstractSchedule) else LRSchedulerConfig(scheduler=given)
