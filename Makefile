@@ -18,8 +18,9 @@ help:
 train: $(READY)
 	$(RUN) train.py $(ARGS)
 
+# One process per core, and one thread in each; the tests of a file share fixtures and stay together.
 test: $(READY)
-	$(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(READY)
 	$(RUN) -m ruff format --check .
