@@ -1,4 +1,4 @@
-"""The door. Find z = f(z) with any solver and differentiate it with any adjoint."""
+"""Find z = f(z) with any solver and differentiate it with any adjoint."""
 
 import warnings
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Experiments; the only room that knows Hydra.
+"""Experiments; the only package that imports Hydra.
 
 `command_line` and `job` are what train.py is made of. `run` is one experiment: it checks a composed
 configuration (`checks`), makes the run folder (`folder`), and starts the processes (`launch`) that
