@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -129,7 +128,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
         (("solver=newton_krylov", "adjoint=unrolled"), "use the Implicit adjoint"),
         (("model=deq", "loss=skip"), "loss=plain"),
     ):
-        with pytest.raises(InstantiationException, match=cure):
+        with pytest.raises(ValueError, match=cure):
             run(tmp_path, *overrides)
     assert not list(tmp_path.iterdir())
 
@@ -144,7 +143,7 @@ def test_sizes_that_are_not_the_datas_are_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
     cfg = composed(*SHORT, f"paths.outputs={tmp_path}", "sizes.outputs=7")
-    with pytest.raises(ValueError, match="7 outputs"):
+    with pytest.raises(ValueError, match=r"sizes\.outputs is 7, but the data has .* 10 outputs"):
         experiment.run(cfg)
     assert not list(tmp_path.iterdir())
 

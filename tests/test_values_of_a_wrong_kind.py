@@ -125,7 +125,7 @@ CASES: dict[str | None, tuple[tuple[dict[str, Any], Any], ...]] = {
     "part._args_.1 is 'a', but must be a number": (
         ({"_target_": BASE, "_args_": [[1], "a"]}, Base),
     ),
-    "part.sizes is '12', but must be a list (a whole number)": (
+    "part.sizes is '12', but must be a list, each a whole number": (
         ({"_target_": HEIR, "sizes": "12"}, Base),
     ),
     "width is 'abc', but must be a whole number": (

@@ -139,9 +139,10 @@ def _rank(rank: int, job: Job, port: int) -> None:
     speaking = logging_to(log) if rank == 0 else nullcontext()
     # A cluster may send a signal to all processes, and the parent passes it on: two, but one event.
     stops = [number for number in ASKED if number != signal.SIGINT]
-    with listening(stops, patient=True), suppress(Interrupted), speaking:
-        work(job)
-    leave()
+    with listening(stops, patient=True):
+        with suppress(Interrupted), speaking:
+            work(job)
+        leave()  # still listening: the parent may pass a signal on to a rank that has done its work
 
 
 def leave() -> None:
