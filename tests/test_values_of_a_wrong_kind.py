@@ -136,7 +136,7 @@ CASES: dict[str | None, tuple[tuple[dict[str, Any], Any], ...]] = {
     ),
     f"part is {BASE}, but must be a number": (({"_target_": BASE, "sizes": []}, float),),
     f"part is {BASE}, but must be a Path": (({"_target_": BASE, "sizes": []}, Path),),
-    f"part is {BASE}, but must be a partial call": (
+    f"part is {BASE}, but must be a partial call (_partial_: true)": (
         ({"_target_": BASE, "sizes": []}, Callable[..., Base]),
     ),
     "part.b is {'c': 1}, but must be text": (({"a": "x", "b": {"c": 1}}, dict[str, str]),),
