@@ -239,7 +239,7 @@ class Failures(Callback):
         return self._now.figures
 
     def _reading(self, step: Step, trainer: Trainer) -> Reading:
-        """The figures of a step on all processes, with the norm of its gradients."""
+        """The measures of a step on all processes, with the norm of its gradients."""
         assert self._tensors is not None
         rows = step.figures[None]
         if (strategy := carrying(trainer)) is not None:

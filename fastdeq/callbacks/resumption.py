@@ -1,4 +1,4 @@
-"""A run that ends before its time, and goes on as if it had not."""
+"""Runs that are interrupted, and resume bit for bit."""
 
 import signal
 import time

@@ -160,7 +160,7 @@ class AbstractTask(LightningModule):
 
     @property
     def step_under_way(self) -> tuple[Solution, dict[str, Any]] | None:
-        """Solution and figures of the batch whose backward pass is being made or has just been
+        """Solution and metrics of the batch whose backward pass is being made or has just been
         made; None between batches, for a batch that only stands in (weight 0), and while an
         optimizer evaluates a batch once more.
         """
@@ -181,7 +181,7 @@ class AbstractTask(LightningModule):
         self._rate = self.trainer.optimizers[0].param_groups[0]["lr"]
 
     def log_step(self, seconds: SupportsFloat) -> None:
-        """Log the figures of the optimizer step that has just ended, with its `seconds`, where it
+        """Log the metrics of the optimizer step that has just ended, with its `seconds`, where it
         is one of every `log_every_n_steps`. To be called after its last batch.
         """
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set at run time

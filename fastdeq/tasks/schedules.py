@@ -57,16 +57,15 @@ class Cosine(AbstractSchedule):
 class Staircase(AbstractSchedule):
     """The learning rate times `factor` after each share of the run that is listed in `at`.
 
-    Raises: ValueError for shares that do not lie between 0 and 1 or do not ascend.
+    Raises: TypeError for anything but a list of numbers; ValueError for shares that do not lie
+    between 0 and 1 or do not ascend.
     """
 
     at: list[float] = setting()
     factor: float = setting(default=0.1, above=0)
 
     def check_together(self) -> None:
-        listed = isinstance(self.at, list | tuple)
-        numbers = listed and all(isinstance(share, int | float) for share in self.at)
-        if not numbers or not all(0 < share < 1 for share in self.at):
+        if not all(0 < share < 1 for share in self.at):
             raise ValueError(f"Staircase.at is {self.at}, but must hold shares of the run: [0.5]")
         if list(self.at) != sorted(self.at):
             raise ValueError(f"Staircase.at is {self.at}, but must ascend")
