@@ -1,0 +1,219 @@
+"""``python -m fastdeq.data``: prepares, verifies and shows a set, and says what is wrong."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from fastdeq.data import FashionMnistDataModule, MnistDataModule
+from fastdeq.data.command import SETS, main
+from fastdeq.data.mnist import FASHION_MNIST
+from tests.data.images import (
+    idx,
+    mirror,
+    names,
+    published,
+    samples,
+    small_mnist,
+    write_files,
+    zipped,
+)
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _small_sets(monkeypatch, tmp_path):
+    """The samples play the official sets; the environment names no folder but a cache aside."""
+    monkeypatch.setattr(MnistDataModule, "source", small_mnist())
+    monkeypatch.setattr(FashionMnistDataModule, "source", published(FASHION_MNIST, samples(1)))
+    monkeypatch.setenv("FASTDEQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("FASTDEQ_DATA", raising=False)
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+    """What the command prints where all is well, by title."""
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return {line[:14].strip(): line[14:] for line in printed.out.splitlines()}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int) -> str:
+    """What the command says where something is wrong: one line on stderr, nothing on stdout."""
+    assert main(arguments) == status
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+# What it shows
+
+
+def test_mnist_is_prepared_and_shown(capsys, tmp_path):
+    write_files(tmp_path / "root", samples())
+    store = tmp_path / "store"
+    shown = told(capsys, "mnist", f"root={tmp_path / 'root'}", f"store={store}")
+    size = (store / "mnist.h5").stat().st_size
+    pixels = samples()[0] / 255
+    assert shown["set"] == "mnist"
+    assert shown["file"] == f"{store / 'mnist.h5'} ({size:,} bytes)"
+    assert shown["train"] == "30 samples of 1 × 28 × 28"
+    assert shown["test"] == "20 samples of 1 × 28 × 28"
+    assert shown["per class"] == "2 2 2 2 2 2 2 2 2 2"  # of the test split, which comes last
+    rest = "(training pixels / 255; normalized with"
+    assert shown["mean"] == f"{pixels.mean():.6f} {rest} 0.130700)"
+    assert shown["std"] == f"{pixels.std():.6f} {rest} 0.308100)"
+    assert shown["version"] == "1998"
+    assert shown["licence"].startswith("CC BY-SA 3.0")
+
+
+def test_the_second_run_needs_no_source_files_and_shows_the_same(capsys, tmp_path):
+    paths = write_files(tmp_path / "root", samples())
+    command = ("mnist", f"root={tmp_path / 'root'}")
+    first = told(capsys, *command)
+    store = tmp_path / "cache" / "mnist.h5"
+    before = store.stat()
+    for path in paths:
+        path.unlink()
+    assert told(capsys, *command) == first
+    assert store.stat() == before
+
+
+def test_digits_and_polynomial_need_nothing(capsys, tmp_path):
+    digits = told(capsys, "digits")
+    assert digits["train"] == "1,437 samples of 1 × 8 × 8"
+    assert digits["test"] == "360 samples of 1 × 8 × 8"
+    assert digits["mean"].startswith("0.304982 (training pixels / 16; ")
+    assert digits["std"].startswith("0.375789 (training pixels / 16; ")
+    line = told(capsys, "polynomial", "samples=100", "low=0.5")
+    assert line["train"] == "100 samples of 1"
+    assert line["test"] == "128 samples of 1"
+    assert line["inputs"] == "0.5 to 1"  # of the test points, which come last
+    assert "3x³/2 + x² − 5x + 2 sin x − 3" in line["function"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_set_is_downloaded_where_that_is_asked_for(capsys, monkeypatch, tmp_path):
+    files = dict(zip(names(), (zipped(idx(array)) for array in samples()), strict=True))
+    with mirror(files) as (address, _):
+        monkeypatch.setattr(MnistDataModule, "source", small_mnist(mirrors=[address]))
+        assert main(["mnist", "download=true"]) == 0
+    assert "30 samples" in capsys.readouterr().out
+    assert (tmp_path / "cache" / "mnist.h5").is_file()
+
+
+def test_the_environment_names_the_root_unless_it_is_given(capsys, monkeypatch, tmp_path):
+    write_files(tmp_path / "root", samples())
+    monkeypatch.setenv("FASTDEQ_DATA", str(tmp_path / "root"))
+    assert told(capsys, "mnist")["train"] == "30 samples of 1 × 28 × 28"
+    text = refused(capsys, "mnist", "root=/nowhere", status=1)
+    assert text.startswith("/nowhere: no such folder")
+
+
+def test_keys_may_be_written_as_for_training_and_as_the_messages_do(capsys, tmp_path):
+    write_files(tmp_path / "root", samples(2))
+    shown = told(capsys, "mnist", f"data.root={tmp_path / 'root'}", "data.verify=False")
+    assert shown["version"] == "not verified"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["mnist", "--help"]])
+def test_help_names_every_set(capsys, arguments):
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: python -m fastdeq.data NAME [key=value ...]")
+    assert all(name in printed for name in SETS)
+
+
+def test_without_arguments_it_says_how_it_is_used(capsys):
+    assert main([]) == 2
+    assert "usage: python -m fastdeq.data" in capsys.readouterr().out
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["mnits"], "unknown data set 'mnits': did you mean mnist?"),
+        (["fashion-mnist"], "unknown data set 'fashion-mnist': did you mean fashion_mnist?"),
+        (["x"], f"unknown data set 'x': choose from {', '.join(SETS)}"),
+        (["mnist", "rot=/data"], "unknown key of mnist 'rot': did you mean root?"),
+        (["mnist", "data.donwload=true"], "unknown key of mnist 'donwload': did you mean download"),
+        (["digits", "root=/data"], "unknown key of digits 'root': choose from batch_size, "),
+        (["mnist", "download"], "download has no value: write download=VALUE"),
+        (["mnist", "download=maybe"], "download must be true or false, not 'maybe'"),
+        (["mnist", "validation=many"], "validation must be an integer, not 'many'"),
+        (["mnist", "validation=1.5"], "validation must be an integer, not '1.5'"),
+        (["polynomial", "noise=loud"], "noise must be a number, not 'loud'"),
+        (["polynomial", "noise=-1"], "noise must be at least 0, not -1.0"),
+        (["mnist", "batch_size=0"], "batch_size must be an integer of at least 1, not 0"),
+        (["mnist", "verify=false"], "verify=false is for files of your own: give data.root=PATH"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_has_status_2_and_the_cure(capsys, arguments, text):
+    assert refused(capsys, *arguments, status=2).startswith(text)
+
+
+def test_wrong_data_have_status_1(capsys, tmp_path):
+    path = write_files(tmp_path / "root", samples(), compressed=False)[0]
+    path.write_bytes(path.read_bytes()[:-1])
+    text = refused(capsys, "mnist", f"root={tmp_path / 'root'}", status=1)
+    assert text.startswith(f"{path}: truncated")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_damaged_store_has_status_1_and_the_cure(capsys, tmp_path):
+    write_files(tmp_path / "root", samples())
+    command = ("mnist", f"root={tmp_path / 'root'}")
+    shown = told(capsys, *command)
+    store = tmp_path / "cache" / "mnist.h5"
+    store.write_bytes(store.read_bytes()[:-1])
+    text = refused(capsys, *command, status=1)
+    assert text.startswith(f"{store}: ")
+    assert text.endswith("delete it and it is built again")
+    store.unlink()
+    assert told(capsys, *command) == shown
+
+
+def test_data_that_are_not_there_have_status_1(capsys):
+    assert "data.download=true" in refused(capsys, "mnist", status=1)
+
+
+# Beside the rest
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_keys_are_those_of_the_configuration(name):
+    configured = OmegaConf.load(CONF / f"{name}.yaml").data
+    target = configured.pop("_target_")
+    assert target == f"fastdeq.data.{SETS[name].__name__}"
+    assert set(configured) == set(inspect.signature(SETS[name]).parameters)
+
+
+def test_every_configured_set_is_known_to_the_command():
+    assert set(SETS) == {path.stem for path in CONF.glob("*.yaml")}
+
+
+def test_it_runs_as_a_module_with_its_exit_status():
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fastdeq.data", *arguments]
+        return subprocess.run(
+            command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False
+        )
+
+    well = run("polynomial", "seed=3")
+    assert well.returncode == 0
+    assert "512 samples of 1" in well.stdout
+    wrong = run("polynomial", "sede=3")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: unknown key of polynomial 'sede': did you mean seed?\n"

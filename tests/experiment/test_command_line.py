@@ -1,0 +1,274 @@
+"""What a person can do with train.py beside a plain run: help, completion, runs from runs."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from tests.commands import ROOT, SHORT, CommandLine, a_run
+from tests.experiment.test_configuration import GROUPS
+
+
+def summary(folder: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads((folder / "summary.json").read_text())
+    return content
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """Of the final test, without what a clock says."""
+    found = summary(folder)["figures"]
+    assert isinstance(found, dict)
+    return {
+        name: value
+        for name, value in found.items()
+        if name.startswith("test/") and "seconds" not in name
+    }
+
+
+def newest(command: CommandLine, *arguments: str) -> Path:
+    """Run, and return the folder that came with it."""
+    before = set(command.folder.rglob("summary.json"))
+    answer = command(*arguments)
+    assert answer.status == 0, answer.err
+    (added,) = set(command.folder.rglob("summary.json")) - before
+    return added.parent
+
+
+def test_help_names_every_choice_of_every_group_and_leaves_nothing(command: CommandLine) -> None:
+    answer = command("--help")
+    assert answer.status == 0
+    for group, choices in GROUPS.items():
+        assert f"\n{group}: {', '.join(choices)}\n" in answer.out
+    for word in ("python train.py -m", "from_run=", "mode=test", 'eval "$(python train.py -sc'):
+        assert word in answer.out
+    lists = tuple(f"{group}: " for group in GROUPS)  # one line each, however many choices
+    assert all(len(line) <= 110 for line in answer.out.splitlines() if not line.startswith(lists))
+    assert answer.files == []
+
+
+def test_the_configuration_is_printed_without_a_run(command: CommandLine) -> None:
+    answer = command("--cfg", "job", "model=deq", "solver.tol=1e-4")
+    assert answer.status == 0
+    assert OmegaConf.create(answer.out).solver.tol == 1e-4
+    assert answer.files == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("model=skip_r", ["model=skip_reg_deq", "model=skip_reg_mdeq"]),
+        ("solver=an", ["solver=anderson"]),
+        ("solver.max_", ["solver.max_steps="]),
+        ("experiment=mnist_f", ["experiment=mnist_fc", "experiment=mnist_fc_tsit5"]),
+    ],
+)
+def test_the_shell_completes_groups_and_keys(typed: str, offered: list[str]) -> None:
+    line = f"python train.py {typed}"
+    answer = subprocess.run(
+        [sys.executable, "train.py", "-sc", "query=bash"],
+        cwd=ROOT,
+        env={**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout.split() == offered
+
+
+def test_the_completion_script_is_bash(command: CommandLine) -> None:
+    script = command("-sc", "install=bash").out
+    assert "complete " in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_the_solver_is_printed_once_with_all_its_settings(command: CommandLine) -> None:
+    out = command(*SHORT, "solver=anderson", "solver.tol=1e-4").out
+    assert out.count("Anderson(") == 1
+    for setting in ("tol=0.0001", "memory=", "max_steps=50", "termination='rel_deq_best'"):
+        assert setting in out
+
+
+def test_no_bar_is_drawn_where_nobody_watches(command: CommandLine) -> None:
+    out = command(*SHORT).out
+    assert "\r" not in out
+    assert "\x1b" not in out
+
+
+# Runs from runs
+
+
+def test_testing_a_run_gives_its_figures_again(command: CommandLine) -> None:
+    trained = a_run(command, "seed=3", "arch.width=32")
+    for weights in ((), (f"checkpoint={trained / 'last.ckpt'}",)):
+        tested = newest(command, "mode=test", f"from_run={trained}", *weights)
+        assert figures(tested) == figures(trained)
+        assert summary(tested)["mode"] == "test"
+        assert not list(tested.glob("*.ckpt"))
+        assert (tested / "test.log").exists()
+
+
+def test_a_checkpoint_is_tested_under_other_settings(command: CommandLine) -> None:
+    trained = a_run(command)
+    exact = newest(command, "mode=test", f"from_run={trained}", "solver.tol=1e-6")
+    assert figures(exact)["test/residual"] < 1e-6 < figures(trained)["test/residual"]
+    assert figures(exact)["test/nfe"] > figures(trained)["test/nfe"]
+
+
+def test_training_goes_on_from_the_weights_of_a_checkpoint(command: CommandLine) -> None:
+    first = a_run(command)
+    second = newest(command, *SHORT, f"checkpoint={first / 'last.ckpt'}", "optimizer.lr=0.0")
+    old, new = (
+        torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (first, second)
+    )
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_a_run_from_a_run_has_its_overrides_and_those_typed_now(command: CommandLine) -> None:
+    first = a_run(command, "model=deq", "solver=anderson", "solver.tol=1e-2", "seed=5")
+    second = newest(command, f"from_run={first}", "seed=6", "solver.tol=1e-3")
+    config = OmegaConf.load(second / "config.yaml")
+    assert config.solver._target_ == "fastdeq.solvers.Anderson"
+    assert (config.seed, config.solver.tol, config.trainer.max_epochs) == (6, 1e-3, 1)
+    choices = summary(second)["choices"]
+    assert isinstance(choices, dict)
+    assert choices["model"] == "deq"
+    # And a third from the second, as from any other.
+    third = newest(command, f"from_run={second}")
+    assert OmegaConf.load(third / "config.yaml").seed == 6
+
+
+def test_the_same_run_again_gives_the_same_figures(command: CommandLine) -> None:
+    first = a_run(command, "model=deq", "seed=5")
+    assert figures(newest(command, f"from_run={first}")) == figures(first)
+
+
+# What is written
+
+
+def test_every_figure_of_the_summary_is_in_the_metrics(command: CommandLine) -> None:
+    folder = a_run(command, "model=skip_deq")
+    with (folder / "metrics.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    found = summary(folder)["figures"]
+    assert isinstance(found, dict)
+    assert {name.split("/")[0] for name in found} == {"train", "val", "test"}
+    for name, value in found.items():
+        written = [row[name] for row in rows if row.get(name)]
+        assert float(written[-1]) == value, name
+
+
+def test_the_summary_says_how_the_figures_were_made(command: CommandLine) -> None:
+    folder = a_run(command, "seed=2")
+    content = summary(folder)
+    assert {"versions", "commit", "dirty", "seed", "device", "command", "host"} <= set(content)
+    command_line = content["command"]
+    assert isinstance(command_line, str)
+    assert command_line.endswith("seed=2")
+    assert content["devices"] == 1
+    for word in ("run folder", "solver", "measured"):
+        assert word in (folder / "train.log").read_text()
+
+
+@pytest.mark.parametrize("chosen", ["one_batch", "overfit"])
+def test_the_settings_for_debugging_train(command: CommandLine, chosen: str) -> None:
+    folder = newest(
+        command, f"trainer={chosen}", "trainer.accelerator=cpu", "debug=true", "model=deq"
+    )
+    content = summary(folder)
+    assert content["steps"] == (1 if chosen == "one_batch" else 100)
+    if chosen == "overfit":
+        found = content["figures"]
+        assert isinstance(found, dict)
+        assert found["train/accuracy"] == 1.0
+
+
+@pytest.mark.filterwarnings("ignore:f is not finite", "ignore:Anomaly Detection")
+def test_with_debug_a_nan_is_found_where_it_arises(command: CommandLine) -> None:
+    answer = command(*SHORT, "trainer.limit_train_batches=9", "debug=true", "optimizer.lr=1e30")
+    assert answer.status == 1
+    assert "Traceback (most recent call last)" in answer.err
+    assert "returned nan values" in answer.err.splitlines()[-1]
+
+
+# Flags, paths, and values that other libraries refuse
+
+
+@pytest.mark.parametrize(
+    "place", [("-m", "{run}", "seed=1,2"), ("{run}", "-m", "seed=1,2"), ("seed=1,2", "-m", "{run}")]
+)
+def test_flags_may_stand_anywhere_among_the_overrides(
+    command: CommandLine, place: tuple[str, ...]
+) -> None:
+    first = a_run(command, "seed=5")
+    answer = command(*(word.format(run=f"from_run={first}") for word in place))
+    assert answer.status == 0, answer.err
+    assert "mean ± standard deviation over seeds" in answer.out
+    seeds = [summary(path.parent)["seed"] for path in command.folder.rglob("summary.json")]
+    assert sorted(seeds) == [1, 2, 5]  # type: ignore[type-var]
+
+
+def test_a_flag_with_a_value_keeps_it(command: CommandLine) -> None:
+    answer = command("seed=3", "--cfg", "job", "model=deq", "--package", "solver")
+    assert answer.status == 0, answer.err
+    assert "max_steps: 50" in answer.out  # of the solver's node alone
+    assert "seed" not in answer.out
+
+
+@pytest.mark.parametrize("flags", [("hydra.run.dir=there",), ("-m", "seed=1,2")])
+def test_paths_are_relative_to_where_the_command_started_whatever_hydra_does(
+    command: CommandLine, flags: tuple[str, ...]
+) -> None:
+    weights = a_run(command).relative_to(command.folder) / "last.ckpt"
+    answer = command(
+        *(*SHORT, "hydra.job.chdir=true", *flags),
+        *("paths.outputs=outs", f"checkpoint={weights}"),
+    )
+    assert answer.status == 0, answer.err
+    assert "warning: hydra.job.chdir has no effect" in answer.out
+    shown = [line.removeprefix("see ") for line in answer.out.splitlines() if line[:4] == "see "]
+    assert len(shown) == (2 if "-m" in flags else 1)
+    for folder in shown:
+        assert (command.folder / folder / "summary.json").exists()
+    if "-m" in flags:  # the table has found its jobs
+        assert "mean ± standard deviation over seeds" in answer.out
+
+
+REFUSED = {
+    "seed=99999999999": "seed is 99999999999, but must be finite and at least 0 and at "
+    "most 4294967295",
+    "seed=4294967296": "seed is 4294967296,",
+    "optimizer.lr=-0.1": "optimizer.lr is -0.1, but must be finite and at least 0",
+    "optimizer.weight_decay=-1": "optimizer.weight_decay is -1,",
+    "+optimizer.betas=[0.9,1.5]": "optimizer.betas=[0.9,1.5]",
+    "+optimizer.betas=[0.9]": "optimizer.betas is [0.9],",
+    "+optimizer.eps=-1": "optimizer.eps=-1",
+    "optimizer=sgd optimizer.momentum=-1": "optimizer.momentum=-1",
+    "optimizer=sgd optimizer.momentum=0": "optimizer.momentum=0",
+    "optimizer=sgd optimizer.lr=-1 optimizer.momentum=-1": "optimizer.lr is -1,",
+    "+optimizer.fused=true +optimizer.foreach=true": "optimizer.fused=true",
+    "trainer.limit_val_batches=1.5": "trainer.limit_val_batches=1.5",
+    "trainer.num_nodes=0": "trainer.num_nodes is 0,",
+    "+trainer.val_check_interval=1.5": "trainer.val_check_interval=1.5",
+    "+trainer.max_time=soon": "trainer.max_time=soon",
+    "+trainer.gradient_clip_algorithm=none": "trainer.gradient_clip_algorithm=none",
+    "trainer.check_val_every_n_epoch=0": "trainer.check_val_every_n_epoch is 0,",
+    "+trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches is 0,",
+}
+"""By others (PyTorch, NumPy, Lightning), in words of their own: the line has what was typed."""
+
+
+def test_values_that_other_libraries_refuse_are_named_with_their_key(command: CommandLine) -> None:
+    for typed, wanted in REFUSED.items():
+        answer = command(*SHORT, *typed.split())
+        assert answer.status == 1, typed
+        assert answer.err.startswith("error: "), answer.err
+        assert wanted in answer.err, answer.err
+        assert answer.err.count("\n") == 1, answer.err
+        assert answer.files == []

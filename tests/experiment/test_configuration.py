@@ -1,0 +1,374 @@
+"""Every shipped YAML composes, builds what it names, and trains for a step."""
+
+import dataclasses
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from fastdeq.adjoints import Implicit
+from fastdeq.experiment.checks import check_values
+from fastdeq.experiment.explain import explain
+from fastdeq.solvers import Anderson
+from fastdeq.tasks import RegressionTask
+
+CONF = Path(__file__).parents[2] / "conf"
+GROUPS = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in CONF.iterdir()
+    if folder.is_dir() and folder.name not in ("base", "hydra")
+}
+IMAGENET = ["sizes.input=[3,64,64]"]  # 8 × 8 cannot be halved as often
+GOES_WITH = {
+    "augmentation=flip": ["data=mnist"],
+    "augmentation=flip_pad_crop": ["data=cifar10"],
+    "augmentation=flip_resize_crop": ["data=svhn"],
+    "augmentation=none": ["data=cifar10"],
+    "data=image_folder": [
+        *("arch=cifar_tiny", "data.size=32", "sizes.outputs=10", "model=skip_mdeq"),
+        *("solver.max_steps=3", "adjoint.solver.max_steps=3"),
+    ],
+    "arch=dynamics": ["data=polynomial"],
+    "arch=polynomial": ["data=polynomial"],
+    "task=regression": ["data=polynomial"],
+    "arch=fc": ["model=skip_deq"],
+    "adjoint=implicit_fixed_point": ["model=skip_deq"],  # fails on an untrained multiscale cell
+    **{  # at its own size a step takes many seconds
+        f"{group}=imagenet_small": ["data.size=64", "solver.max_steps=2", "adjoint=jfb"]
+        for group in ("experiment", "sweep")
+    },
+    **{
+        f"arch={arch}": ["model=skip_mdeq", "solver.max_steps=3", "adjoint.solver.max_steps=3"]
+        for arch in ("cifar_tiny", "mnist_conv", "digits_conv")
+    },
+    "arch=cifar_large": ["model=skip_mdeq", "adjoint=jfb", "solver.max_steps=1"],
+    "arch=imagenet_small": ["model=skip_mdeq", "adjoint=jfb", "solver.max_steps=1", *IMAGENET],
+}
+"""What a choice needs beside it to make sense; the others go with the defaults."""
+
+NEEDS = {"model=neural_ode": "torchdiffeq", "data=image_folder": "PIL"}
+"""Choices that need an extra that tests can do without."""
+
+
+def choice_of(group: str, choice: str) -> Any:
+    """As a parameter of a test, skipped where its extra is not installed."""
+    name = f"{group}={choice}"
+    missing = name in NEEDS and find_spec(NEEDS[name]) is None
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"{name} needs an extra"))
+
+
+CHOICES = [choice_of(group, choice) for group, choices in GROUPS.items() for choice in choices]
+MODELS = [choice_of("model", choice) for choice in GROUPS["model"]]
+MULTISCALE = ["mdeq", "skip_mdeq", "skip_reg_mdeq"]
+SINGLE_SCALE = ["deq", "skip_deq", "skip_reg_deq"]
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The job's configuration as train.py would see it."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    return cfg
+
+
+def one_step(cfg: DictConfig) -> None:
+    """Forward, backward and optimizer on five samples: all finite, and every parameter moves.
+
+    Five, because the signs of z₀ − z* that make the skip loss's gradient can cancel among four.
+    """
+    torch.manual_seed(0)
+    classes = cfg.sizes.outputs
+    task = instantiate(cfg.task, _convert_="all")
+    before = [parameter.detach().clone() for parameter in task.parameters()]
+    x = torch.randn(5, *cfg.sizes.input)
+    regression = isinstance(task, RegressionTask)
+    targets = torch.randn(5, classes) if regression else torch.arange(5) % classes
+    prediction, solution = task.model(x, jacobian_loss=task.weights.jacobian > 0)
+    assert prediction.shape == (5, classes)
+    task.check_fit(prediction, targets)
+    optimizer = task.make_optimizer(task.parameters())
+    loss = task.criterion(prediction, targets)
+    for part in task.weights.parts(solution).values():
+        loss = loss + part
+    loss.backward()
+    optimizer.step()
+    for old, (name, new) in zip(before, task.named_parameters(), strict=True):
+        assert torch.isfinite(new).all()
+        # Without the skip loss nothing trains the explicit network: z* does not depend on z₀.
+        idle = "initializer" in name and not task.weights.skip
+        assert torch.equal(old, new) == idle, name
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_of_every_group_composes_and_resolves(choice: str) -> None:
+    cfg = composed(choice, *GOES_WITH.get(choice, ()))
+    assert not OmegaConf.missing_keys(cfg)
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check_values(cfg)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_trains_for_a_step(choice: str) -> None:
+    one_step(composed(choice, *GOES_WITH.get(choice, ())))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("solver", ["lbroyden", "anderson", "tsit5"])
+def test_every_model_trains_with_every_kind_of_solver(model: str, solver: str) -> None:
+    beside = GOES_WITH.get(model, ())
+    one_step(composed(model, f"solver={solver}", "loss.jacobian=0.1", *beside))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("normalization", ["batch", "group"])
+def test_every_model_trains_on_several_scales_with_either_normalization(
+    model: str, normalization: str
+) -> None:
+    one_step(composed(model, "arch=digits_conv", f"arch.normalization={normalization}"))
+
+
+@pytest.mark.parametrize("model", MULTISCALE)
+@pytest.mark.parametrize("adjoint", ["implicit", "implicit_fixed_point"])
+@pytest.mark.parametrize(("normalization", "per_sample"), [("batch", False), ("group", True)])
+def test_samples_are_solved_one_by_one_where_the_normalization_lets_them(
+    model: str, adjoint: str, normalization: str, per_sample: bool
+) -> None:
+    for solver in GROUPS["solver"]:
+        cfg = composed(
+            f"model={model}",
+            f"adjoint={adjoint}",
+            f"solver={solver}",
+            "arch=digits_conv",
+            f"arch.normalization={normalization}",
+        )
+        assert cfg.solver.per_sample is per_sample
+        assert cfg.adjoint.solver.per_sample is per_sample
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["model=skip_mdeq", "arch=fc"],
+            "the cell is a DenseCell, which has no scales: give a MultiScaleCell",
+        ),
+        (["arch=cifar_tiny", "solver.per_sample=true"], "set solver.per_sample=false"),
+        (["arch=cifar_tiny", "adjoint.solver.per_sample=true"], "set adjoint.solver.per_sample"),
+        (["arch=imagenet_small"], "images of 8 × 8 cannot be halved 5 times"),
+        (["arch=cifar_tiny", "data=polynomial"], "the data are [1]"),
+        (["arch=digits_conv", "arch.channels=[8]"], "there are 1 scales, channels [8], but 2 head"),
+        (["arch=digits_conv", "arch.channels=8"], "channels is 8, but must list"),
+        (["arch=digits_conv", "arch.normalization=layer"], "arch.normalization is 'layer'"),
+        (["arch=digits_conv", "arch.expansion=0"], "expansion is 0"),
+        (["model=residual", "arch=fc"], "this arch has no 'plain': leave arch= out"),
+    ],
+)
+def test_what_does_not_fit_a_multiscale_network_is_told_in_one_line(
+    overrides: list[str], sentence: str
+) -> None:
+    chosen = [] if any("model=" in override for override in overrides) else ["model=mdeq"]
+    cfg = composed(*chosen, *overrides)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (of several kinds; the line counts)
+        instantiate(OmegaConf.to_container(cfg, resolve=True)["task"], _convert_="all")  # type: ignore[call-overload,index]
+    line = explain(caught.value)
+    assert sentence in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("group", ["solver", "adjoint", "loss"])
+def test_the_keys_of_a_file_are_exactly_the_fields_of_its_class(group: str) -> None:
+    for choice in GROUPS[group]:
+        node = composed(f"{group}={choice}")[group]
+        fields = {field.name for field in dataclasses.fields(get_class(node["_target_"]))}
+        assert set(node) - {"_target_"} == fields, choice
+
+
+@pytest.mark.parametrize("solver", GROUPS["solver"])
+def test_beside_tolerance_and_limits_the_files_hold_the_defaults_of_the_classes(
+    solver: str,
+) -> None:
+    built = instantiate(composed(f"solver={solver}").solver)
+    method = {"method": built.method} if hasattr(built, "method") else {}
+    assert built == type(built)(tol=5e-3, **method)
+
+
+ARCHS = {
+    "digits": ("fc", "digits_conv"),
+    "mnist": ("fc", "mnist_conv"),
+    "fashion_mnist": ("fc", "mnist_conv"),
+    "cifar10": ("fc", "cifar_tiny"),
+    "svhn": ("fc", "cifar_tiny"),
+}
+"""What each set of images brings for models of one scale, and of several."""
+
+
+@pytest.mark.parametrize("data", ARCHS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_fits_every_set_of_images_without_naming_a_size(data: str, model: str) -> None:
+    cfg = composed(f"data={data}", model)
+    single = model.removeprefix("model=") in ("deq", "skip_deq", "skip_reg_deq")
+    assert HydraConfig.get().runtime.choices["arch"] == ARCHS[data][0 if single else 1]
+    built = instantiate(cfg.model, _convert_="all").eval()
+    built.equilibrium.depth = 1
+    with torch.no_grad():
+        prediction, _ = built(torch.zeros(2, *cfg.sizes.input))
+    assert prediction.shape == (2, cfg.sizes.outputs)
+
+
+@pytest.mark.parametrize("data", ["cifar10", "svhn"])
+def test_colour_images_bring_settings_that_train_and_the_command_line_has_the_last_word(
+    data: str,
+) -> None:
+    cfg = composed(f"data={data}", "model=skip_mdeq")
+    assert (cfg.solver.tol, cfg.solver.max_steps) == (5e-2, 18)
+    assert (cfg.adjoint.solver.tol, cfg.adjoint.solver.max_steps) == (5e-2, 20)
+    assert cfg.callbacks.pretraining.steps == 3000
+    assert cfg.scheduler._target_.endswith("Cosine")
+    typed = ("solver=anderson", "solver.tol=1e-3", "adjoint=jfb", "callbacks.pretraining.steps=0")
+    own = composed(f"data={data}", "model=skip_mdeq", *typed)
+    assert (own.solver.tol, own.solver.max_steps) == (1e-3, 18)
+    assert own.adjoint._target_.endswith("JacobianFree")
+    assert own.callbacks.pretraining.steps == 0
+
+
+def test_the_command_line_has_the_last_word_on_the_arch() -> None:
+    for overrides in (["arch=fc"], ["arch=fc", "model=mdeq"], ["experiment=cifar10_tiny"]):
+        composed("data=mnist", *overrides)
+        wanted = "fc" if "arch=fc" in overrides else "cifar_tiny"
+        assert HydraConfig.get().runtime.choices["arch"] == wanted
+
+
+def test_the_backward_pass_takes_any_solver_from_the_command_line() -> None:
+    adjoint = instantiate(
+        composed("adjoint=implicit_fixed_point", "solver@adjoint.solver=anderson").adjoint
+    )
+    assert adjoint == Implicit(solver=Anderson(tol=5e-3))
+
+
+def test_models_bring_the_loss_that_fits_them_and_the_command_line_has_the_last_word() -> None:
+    assert composed("model=deq").loss.skip == 0
+    assert composed("model=skip_deq").loss.skip > 0
+    assert composed("model=skip_reg_deq").loss.skip > 0
+    assert composed("model=skip_deq", "loss=plain").loss.skip == 0
+
+
+@pytest.mark.parametrize("data", ["cifar10", "svhn"])
+@pytest.mark.parametrize("choice", GROUPS["augmentation"])
+def test_every_augmentation_fits_the_sets_of_colour_images(data: str, choice: str) -> None:
+    cfg = composed(f"data={data}", f"augmentation={choice}")
+    built = instantiate(cfg.data, _convert_="all")
+    assert len(built.augmentation) == {"none": 0, "flip": 1}.get(choice, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "count"), [("deq", 134_538), ("skip_reg_deq", 134_538), ("skip_deq", 151_050)]
+)
+def test_with_784_features_the_models_have_the_published_parameter_counts(
+    model: str, count: int
+) -> None:
+    cfg = composed(f"model={model}", "sizes.features=784")
+    built = instantiate(cfg.model, _convert_="all")
+    assert sum(parameter.numel() for parameter in built.parameters()) == count
+
+
+def test_the_first_layer_of_the_published_mnist_network_ends_in_a_relu() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(7, 1, 28, 28)
+    published = instantiate(composed("experiment=mnist_fc").arch.stem, _convert_="all")(x)
+    assert published.shape == (7, 128)
+    assert published.min() == 0 < published.max()
+    plain = instantiate(composed("model=deq", "sizes.features=784").arch.stem, _convert_="all")(x)
+    assert plain.min() < 0
+
+
+PUBLISHED = {
+    "cifar_tiny": ("[3,32,32]", 10, 163_546, 200_122),
+    "cifar_large": ("[3,32,32]", 10, 10_631_958, 11_186_774),
+    "imagenet_small": ("[3,224,224]", 1000, 17_912_456, 18_467_272),
+}
+"""The image, the classes, and the parameters without and with the skip network."""
+
+
+@pytest.mark.parametrize("arch", PUBLISHED)
+@pytest.mark.parametrize("model", [*MULTISCALE, "neural_ode"])
+@pytest.mark.parametrize("normalization", ["batch", "group"])
+def test_the_multiscale_models_have_the_published_parameter_counts(
+    arch: str, model: str, normalization: str
+) -> None:
+    if model == "neural_ode":
+        pytest.importorskip("torchdiffeq")
+    image, classes, plain, with_network = PUBLISHED[arch]
+    cfg = composed(
+        f"model={model}",
+        f"arch={arch}",
+        f"sizes.input={image}",
+        f"sizes.outputs={classes}",
+        f"arch.normalization={normalization}",
+    )
+    built = instantiate(cfg.model, _convert_="all")
+    wanted = with_network if model == "skip_mdeq" else plain
+    assert sum(parameter.numel() for parameter in built.parameters()) == wanted
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_arch_initialization_reaches_every_weight_of_every_model(model: str) -> None:
+    single = model.removeprefix("model=") in SINGLE_SCALE
+    for beside in (
+        [["arch=fc"], ["data=polynomial"], ["data=polynomial", "arch=dynamics"]]
+        if single
+        else [["arch=digits_conv"], ["arch=cifar_large", "sizes.input=[3,32,32]"]]  # weight norm
+    ):
+        cfg = composed(model, *beside, "arch.initialization=glorot")
+        built = instantiate(cfg.model, _convert_="all")
+        layers = [layer for layer in built.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        assert layers
+        for layer in layers:
+            size = layer.weight[0, 0].numel()
+            bound = math.sqrt(6 / (size * sum(layer.weight.shape[:2])))
+            assert 0.5 * bound < layer.weight.abs().max() <= bound * (1 + 1e-5)
+            assert layer.bias is None or not layer.bias.any()
+        parameters = sum(parameter.numel() for parameter in built.parameters())
+        cfg.arch.initialization = None
+        as_made = instantiate(cfg.model, _convert_="all")
+        assert parameters == sum(parameter.numel() for parameter in as_made.parameters())
+
+
+def test_the_size_of_the_images_and_the_classes_flow_from_one_key_each() -> None:
+    pytest.importorskip("PIL")
+    cfg = composed("data=image_folder", "data.size=64", "sizes.outputs=7")
+    data = instantiate(cfg.data, _convert_="all")
+    assert tuple(cfg.sizes.input) == data.input_shape == (3, 64, 64)
+    assert cfg.data.classes == data.outputs == 7
+    default = composed("data=image_folder", "model=skip_mdeq")
+    assert math.prod(default.sizes.input) == default.sizes.features
+    built = instantiate(default.model, _convert_="all")
+    assert sum(parameter.numel() for parameter in built.parameters()) == 18_467_272
+
+
+@pytest.mark.parametrize("arch", ["cifar_tiny", "cifar_large", "mnist_conv", "digits_conv"])
+def test_the_residual_network_has_about_as_many_parameters_as_the_cell(arch: str) -> None:
+    arch_cfg = composed("model=residual", f"arch={arch}", "sizes.input=[3,32,32]").arch
+    cell, plain = (
+        sum(p.numel() for p in instantiate(node, _convert_="all").parameters())
+        for node in (arch_cfg.cell, arch_cfg.plain)
+    )
+    assert 0.7 * cell < plain < cell
+
+
+@pytest.mark.parametrize(
+    "override", ["solver.tolerance=1", "modle=deq", "model=deqq", "trainer.epochs=3"]
+)
+def test_an_unknown_key_or_choice_is_refused_when_composing(override: str) -> None:
+    with pytest.raises(ConfigCompositionException):
+        composed(override)

@@ -1,0 +1,279 @@
+"""Every shipped experiment composes with every choice that goes with it, and trains."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from tests.commands import ROOT, CommandLine
+from tests.data.folders import images, write_images
+from tests.data.images import samples, small_mnist, write_files
+from tests.data.pictures import (
+    ARCHIVE,
+    archive,
+    cifar_files,
+    small_cifar,
+    small_svhn,
+    svhn_files,
+    write_folder,
+)
+from tests.experiment.test_configuration import GROUPS, NEEDS, composed
+
+EXPERIMENTS = GROUPS["experiment"]
+FULLY_CONNECTED = ["deq", "skip_deq", "skip_reg_deq"]
+MULTISCALE = ["mdeq", "skip_mdeq", "skip_reg_mdeq"]
+MODELS = {
+    **{experiment: [*MULTISCALE, "neural_ode"] for experiment in EXPERIMENTS},
+    **dict.fromkeys(
+        ["polynomial_fitting", "dynamics", "mnist_fc", "mnist_fc_tsit5"], FULLY_CONNECTED
+    ),
+    "imagenet_small": MULTISCALE,
+}
+"""Those that the published rows compare."""
+
+TRAINED = [(experiment, model) for experiment in EXPERIMENTS for model in MODELS[experiment]]
+VARIED = [(experiment, f"model={model}") for experiment, model in TRAINED] + [
+    (experiment, f"{group}={choice}")
+    for experiment in EXPERIMENTS
+    for group in ("solver", "adjoint", "optimizer", "scheduler", "trainer", "logger")
+    for choice in GROUPS[group]
+]
+SETTINGS: dict[str, dict[str, object]] = {
+    "mnist_fc": {
+        "arch.initialization": "glorot",
+        "arch.stem_activation": "torch.nn.ReLU",
+        "data.normalization": "none",
+        "data.batch_size": 192,
+        "solver.tol": 5e-3,
+        "solver.max_steps": 50,
+        "adjoint.solver.max_steps": 15,
+        "optimizer.lr": 1e-3,
+        "optimizer.weight_decay": 2.5e-6,
+        "trainer.max_epochs": 25,
+        "skip_weight": 5.0,
+        "scheduler._target_": "fastdeq.tasks.Cosine",
+        "solver._target_": "fastdeq.solvers.LimitedMemoryBroydenSolver",
+    },
+    "mnist_fc_tsit5": {
+        "data.batch_size": 32,
+        "arch.initialization": "glorot",
+        "solver.method": "tsit5",
+        "skip_weight": 0.01,
+        "solver.tol": 5e-3,
+        "trainer.max_epochs": 25,
+    },
+    "polynomial_fitting": {
+        "data.batch_size": 32,
+        "data.samples": 512,
+        "data.test_samples": 128,
+        "data.noise": 0.005,
+        "solver.method": "bs3",
+        "solver.tol": 1e-3,
+        "solver.max_steps": 50,
+        "optimizer.lr": 1e-3,
+        "trainer.max_epochs": 300,
+        "skip_weight": 1e-2,
+        "loss.residual": 1e-3,
+    },
+    "dynamics": {"arch.hidden": 50},
+    "cifar10_tiny": {
+        "data.batch_size": 128,
+        "data.augmentation": [],
+        "arch.channels": [24, 24],
+        "arch.dropout": 0.2,
+        "solver.tol": 5e-2,
+        "solver.max_steps": 18,
+        "solver.per_sample": False,
+        "adjoint.solver.tol": 5e-2,
+        "adjoint.solver.max_steps": 20,
+        "adjoint.solver.per_sample": False,
+        "optimizer.lr": 1e-3,
+        "optimizer.weight_decay": 2.5e-6,
+        "trainer.max_steps": 20000,
+        "skip_weight": 0.01,
+        "callbacks.pretraining.steps": 3000,
+        "callbacks.pretraining.depth": 5,
+    },
+}
+"""As published (arXiv 2201.12240 and the first release's scripts)."""
+SETTINGS["cifar10_large"] = SETTINGS["cifar10_tiny"] | {
+    "arch.channels": [32, 64, 128, 256],
+    "arch.dropout": 0.3,
+    "arch.weight_norm": True,
+    "data.augmentation": [
+        {"_target_": "fastdeq.data.RandomFlip", "share": 0.5},
+        {"_target_": "fastdeq.data.ResizeCrop", "resize": 42, "size": 32},
+    ],
+    "solver.termination": "rel_deq_best",
+    "trainer.max_steps": 90_000,
+}
+SETTINGS["imagenet_small"] = {
+    "data.batch_size": 64,
+    "arch.channels": [32, 64, 128, 256],
+    "arch.dropout": 0.0,
+    "arch.weight_norm": True,
+    "solver.max_steps": 27,
+    "solver.termination": "abs_deq_best",
+    "solver.per_sample": False,
+    "adjoint.solver.max_steps": 28,
+    "optimizer._target_": "torch.optim.SGD",
+    "optimizer.lr": 0.05,
+    "optimizer.momentum": 0.9,
+    "optimizer.nesterov": True,
+    "optimizer.weight_decay": 1e-6,
+    "scheduler.at": [0.2, 0.3, 0.5],
+    "scheduler.factor": 0.1,
+    "trainer.max_steps": 500_000,
+    "task.top5": True,
+}
+SETTINGS["mnist_mdeq"] = {
+    "data.normalization": "none",
+    "data.batch_size": 64,
+    "arch.channels": [8, 16],
+    "arch.normalization": "group",
+    "solver.tol": 1e-2,
+    "solver.max_steps": 50,
+    "solver.per_sample": True,
+    "optimizer._target_": "torch.optim.AdamW",
+    "optimizer.lr": 1e-3,
+    "optimizer.weight_decay": 2.5e-6,
+    "scheduler.minimum": 1e-6,
+    "trainer.max_epochs": 25,
+    "skip_weight": 1.0,
+    "loss.residual": 1e-3,
+}
+SETTINGS["svhn"] = {
+    "data._target_": "fastdeq.data.SvhnDataModule",
+    "data.batch_size": 32,
+    "arch.channels": [24, 24],
+    "arch.dropout": 0.25,
+    "arch.normalization": "group",
+    "solver._target_": "fastdeq.solvers.LimitedMemoryBroydenSolver",
+    "solver.tol": 5e-2,
+    "solver.max_steps": 20,
+    "solver.termination": "rel_deq_best",
+    "optimizer._target_": "torch.optim.AdamW",
+    "optimizer.lr": 1e-3,
+    "optimizer.weight_decay": 2.5e-6,
+    "scheduler.minimum": 1e-6,
+    "trainer.max_epochs": 50,
+    "callbacks.pretraining.steps": 0,
+    "skip_weight": 0.01,
+}
+TSIT5 = {
+    "data.batch_size": 64,
+    "solver._target_": "fastdeq.solvers.ContinuousSolver",
+    "solver.method": "tsit5",
+}
+SETTINGS["cifar10_mdeq"] = SETTINGS["svhn"] | {"data._target_": "fastdeq.data.Cifar10DataModule"}
+for _name in ("svhn", "cifar10_mdeq"):
+    SETTINGS[f"{_name}_tsit5"] = SETTINGS[_name] | TSIT5
+
+
+SMALLER: dict[str, tuple[str, ...]] = {
+    "imagenet_small": ("data.size=64", "sizes.outputs=5", "data.workers=0", "adjoint=jfb")
+}
+"""What makes an experiment small beside the data."""
+
+
+@pytest.fixture
+def data(command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides that make any experiment small."""
+    monkeypatch.setattr("fastdeq.data.MnistDataModule.source", small_mnist())
+    monkeypatch.setattr("fastdeq.data.Cifar10DataModule.source", small_cifar())
+    write_files(tmp_path / "data" / "mnist", samples())
+    monkeypatch.setattr("fastdeq.data.SvhnDataModule.source", small_svhn())
+    write_folder(tmp_path / "data" / "cifar10", {ARCHIVE: archive(cifar_files())})
+    write_folder(tmp_path / "data" / "svhn", svhn_files())
+    if find_spec(NEEDS["data=image_folder"]):
+        five = images(("ant", "bee", "cat", "dog", "eel"))
+        write_images(tmp_path / "data" / "image_folder", five)
+    monkeypatch.setenv("FASTDEQ_DATA", str(tmp_path / "data"))
+    return ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.accelerator=cpu"]
+
+
+@pytest.mark.parametrize(("experiment", "model"), TRAINED)
+def test_every_experiment_trains_with_every_model(
+    command: CommandLine, data: list[str], experiment: str, model: str
+) -> None:
+    if needed := NEEDS.get(f"model={model}"):
+        pytest.importorskip(needed)
+    if experiment == "imagenet_small":
+        pytest.importorskip(NEEDS["data=image_folder"])
+    smaller = SMALLER.get(experiment, ())
+    if model not in FULLY_CONNECTED:  # untrained, they would use all the evaluations they may
+        smaller = (*smaller, "solver.max_steps=3", "trainer.limit_test_batches=1")
+    words = (f"experiment={experiment}", f"model={model}", "data.batch_size=10", *smaller)
+    answer = command(*words, *data)
+    assert answer.status == 0, answer.err
+    (path,) = (path for path in answer.files if path.name == "summary.json")
+    summary = json.loads(path.read_text())
+    assert summary["steps"] == 2
+    assert path.parent.parent.name.startswith(model)
+    reference = composed(f"experiment={experiment}", f"model={model}").get("reference")
+    published = bool(reference and reference.rows)
+    assert ("published" in answer.out) == published
+    assert (summary["reference"] is not None) == published
+
+
+@pytest.mark.parametrize(("experiment", "choice"), VARIED)
+def test_every_experiment_composes_with_every_choice(experiment: str, choice: str) -> None:
+    if needed := NEEDS.get(choice):
+        pytest.importorskip(needed)
+    cfg = composed(f"experiment={experiment}", choice)
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    for key in ("solver", "adjoint", "loss", "scheduler", "data", "task"):
+        instantiate(cfg[key], _convert_="all")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_settings_are_the_published_ones(experiment: str) -> None:
+    cfg = composed(f"experiment={experiment}")
+    wanted = SETTINGS[experiment]
+    found = {key: OmegaConf.select(cfg, key) for key in wanted}
+    assert found == wanted
+
+
+def test_every_row_of_a_reference_can_be_reached_and_names_its_source() -> None:
+    for experiment in EXPERIMENTS:
+        reference = composed(f"experiment={experiment}").get("reference")
+        if not reference:
+            continue
+        assert reference.source
+        for row in reference.rows:
+            assert row.where.model in GROUPS["model"]
+            assert all(name.split("/")[0] in ("train", "test") for name in row.figures)
+            assert set(row.deviations) <= set(row.figures)
+            choices = [
+                f"{key}={value}" for key, value in row.where.items() if key in ("model", "solver")
+            ]
+            cfg = composed(f"experiment={experiment}", *choices)
+            length = cfg.trainer.max_steps if "steps" in reference else cfg.trainer.max_epochs
+            assert length == reference.get("steps", reference.get("epochs"))
+            if "parameters" in row:
+                built = instantiate(cfg.model, _convert_="all")
+                count = sum(parameter.numel() for parameter in built.parameters())
+                assert count == pytest.approx(row.parameters, rel=1e-3)  # printed as 10.63M
+
+
+@pytest.mark.parametrize(
+    ("experiment", "rows"),
+    [("mnist_fc", 6), ("cifar10_tiny", 7), ("cifar10_large", 7), ("imagenet_small", 6)],
+)
+def test_every_published_row_has_a_reference_of_its_own(experiment: str, rows: int) -> None:
+    found = composed(f"experiment={experiment}").reference.rows
+    assert len({str(row.where) for row in found}) == len(found) == rows
+    assert len({str(row.figures) for row in found}) == rows
+
+
+def test_nothing_is_claimed_of_the_published_gpu_but_what_the_scripts_assume() -> None:
+    claim = "(its cluster scripts assume V100s with 32 GB)"
+    found = 0
+    for path in [ROOT / "README.md", *(ROOT / "conf").rglob("*.yaml")]:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("V100") == text.count(claim), path
+        found += text.count(claim)
+    assert found == 5  # four experiments have published times; the README's report shows some

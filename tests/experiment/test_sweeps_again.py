@@ -1,0 +1,116 @@
+"""A sweep that is started again: what is done is skipped, what was cut off or failed goes on."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdeq.experiment.job import work
+from fastdeq.experiment.sweep import RESUMABLE
+from tests.commands import ROOT, Answer, CommandLine
+from tests.training.test_resumption import assert_same
+
+SWEEP = (
+    *("-m", "model=deq,skip_deq", "seed=1,2", "trainer.accelerator=cpu"),
+    *("trainer.max_epochs=2", "data.batch_size=720"),
+)
+"""Four jobs of four steps."""
+
+
+def folders(command: CommandLine) -> dict[str, Path]:
+    """Run folders by model and seed."""
+    found = command.folder.glob("outputs/digits/*/*/overrides.json")
+    named = {}
+    for path in found:
+        words = path.read_text()
+        model = "skip_deq" if "skip_deq" in words else "deq"
+        named[f"{model} {1 if 'seed=1' in words else 2}"] = path.parent
+    return named
+
+
+def test_a_sweep_of_interrupted_runs_is_finished_by_starting_it_again(command: CommandLine) -> None:
+    stopped = command(*SWEEP, "stop_after=1e-9")
+    assert stopped.status == RESUMABLE
+    assert stopped.err.count("was interrupted") == 4
+    assert "failed" not in stopped.err
+    assert len(folders(command)) == 4
+    ended = command(*SWEEP)
+    assert ended.status == 0, ended.err
+    assert ended.out.count("going on    from resume.ckpt") == 4
+    pieces = folders(command)
+    assert len(pieces) == 4
+    # And the same in one go, elsewhere.
+    whole = command(*SWEEP, "paths.outputs=whole")
+    assert whole.status == 0
+    for path in (command.folder / "whole" / "digits").glob("*/*/"):
+        (same,) = (folder for folder in pieces.values() if folder.name == path.name)
+        assert_same(path, same)
+
+
+def test_what_is_done_is_skipped_and_still_in_the_table(command: CommandLine) -> None:
+    first = command(*SWEEP)
+    assert first.status == 0, first.err
+    before = {path: path.stat().st_mtime_ns for path in first.files if path.name != ".lock"}
+    again = command(*SWEEP)
+    assert again.status == 0
+    assert again.out.count("done already") == 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert table(again) == table(first)
+    more = command(*SWEEP, "seed=1,2,3")
+    assert more.out.count("done already") == 4
+    assert len(runs(command)) == 6
+
+
+def runs(command: CommandLine) -> list[Path]:
+    return list(command.folder.glob("outputs/digits/*/*/summary.json"))
+
+
+def table(answer: Answer) -> list[str]:
+    return [line for line in answer.out.splitlines() if line.startswith("|")]
+
+
+def test_new_runs_are_made_where_that_is_wanted(command: CommandLine) -> None:
+    for _ in range(2):
+        assert command(*SWEEP, "resume=never").status == 0
+    assert len(runs(command)) == 8
+
+
+def test_what_failed_is_repeated_and_nothing_else(
+    command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_once(job: Any) -> None:
+        if job.config["seed"] == 2:
+            raise RuntimeError("the roof fell in")
+        work(job)
+
+    monkeypatch.setattr("fastdeq.experiment.launch.work", fails_once)
+    first = command(*SWEEP)
+    assert first.status == 1
+    assert first.err.count("the roof fell in") == 4  # as it happens, and at the end
+    monkeypatch.setattr("fastdeq.experiment.launch.work", work)
+    again = command(*SWEEP)
+    assert again.status == 0, again.err
+    assert again.out.count("done already") == 2
+    assert len(runs(command)) == 4
+
+
+@pytest.mark.slow
+def test_two_sweeps_started_at_the_same_moment_make_every_run_once(command: CommandLine) -> None:
+    line = [sys.executable, str(ROOT / "train.py"), *SWEEP]
+    both = [
+        subprocess.Popen(line, cwd=command.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    ends = [process.communicate(timeout=300) for process in both]
+    for process, (_, err) in zip(both, ends, strict=True):
+        # What the other one was at work on is named; nothing else went wrong.
+        assert process.returncode == (1 if err else 0)
+        for text in err.decode().splitlines():
+            assert "is in use: another process" in text, text
+    last = command(*SWEEP)
+    assert last.status == 0, last.err
+    assert last.out.count("done already") == 4
+    assert len(runs(command)) == 4
+    assert len(list(command.folder.glob("outputs/multirun/*/table.md"))) == 3

@@ -1,0 +1,225 @@
+"""Folders, images and settings that are not as they must be: one line with name and cure."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("PIL")
+
+from fastdeq.data import decode as decode_module
+from fastdeq.data.build import CURE
+from fastdeq.data.command import main
+from tests.data.folders import (
+    RUN,
+    SAMPLES,
+    folder,
+    noise,
+    png,
+    ready,
+    refusal,
+    stores,
+    write_images,
+)
+
+pytestmark = pytest.mark.usefixtures("cache_aside")
+
+
+def drop(*names: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        for name in names:
+            shutil.rmtree(root / name)
+
+    return change
+
+
+def put(name: str, content: bytes = b"") -> Callable[[Path], None]:
+    return lambda root: (write_images(root, {name: content}), None)[1]
+
+
+def empty_class(root: Path) -> None:
+    drop("train/dog")(root)
+    (root / "train/dog").mkdir()
+
+
+def dangling(root: Path) -> None:
+    (root / "val/cat/x.png").symlink_to(root / "nowhere")
+
+
+def bare(root: Path) -> None:
+    drop("train")(root)
+    (root / "train").mkdir()
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "no train": (
+        drop("train"),
+        ".",
+        "has no folder train: data.root is the folder with train/ and",
+    ),
+    "no val": (drop("val"), ".", "has no folder val: data.root is the folder with train/ and val/"),
+    "neither": (drop("train", "val"), ".", "has no folder train: "),
+    "only in train": (
+        drop("val/dog"),
+        ".",
+        "val has no folder for dog: both need the same classes",
+    ),
+    "only in val": (
+        drop("train/cat", "train/eel"),
+        ".",
+        "train has no folder for cat, eel: both need the same classes",
+    ),
+    "on both sides": (
+        drop("train/cat", "val/eel"),
+        ".",
+        "val has no folder for eel, and train has no folder for cat: both need the same classes",
+    ),
+    "no classes": (bare, "train", "has no images: it must have a folder of them for each class"),
+    "empty class": (empty_class, "train/dog", "has no images: add some, or remove this class"),
+    "flat": (put("val/0.JPEG"), "val/0.JPEG", "an image that is in no class: sort the images of "),
+    "nested": (put("val/cat/a/0.png"), "val/cat/a", "a folder among the images of a class"),
+    "other kind": (put("val/cat/a.gif"), "val/cat/a.gif", "no image by its name among the images"),
+    "dangling": (dangling, "val/cat/x.png", "cannot be read (No such file or directory)"),
+    "text": (
+        put("val/dog/x.png", b"<html>"),
+        "val/dog/x.png",
+        "not a readable image (neither JPEG nor PNG): replace or remove it",
+    ),
+    "empty file": (put("val/dog/x.jpg"), "val/dog/x.jpg", "not a readable image (neither JPEG"),
+    "only a header": (
+        put("train/eel/x.png", png(noise(0))[:20]),
+        "train/eel/x.png",
+        "not a readable image (",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_is_not_as_it_must_be_is_refused_in_one_line(root, tmp_path, case):
+    change, place, told = FOLDERS[case]
+    change(root)
+    assert refusal(folder(root), root / place).startswith(told)
+    assert not stores(tmp_path)
+
+
+def test_of_many_missing_classes_the_first_are_named(tmp_path):
+    contents = {f"train/{i:02}/0.png": png(noise(0)) for i in range(12)}
+    root = write_images(tmp_path / "root", contents | {"val/00/0.png": png(noise(0))})
+    told = "val has no folder for 01, 02, 03, 04, 05 and 6 more: both need the same classes"
+    assert refusal(folder(root), root) == told
+
+
+def test_a_root_that_is_missing_is_named(tmp_path):
+    assert refusal(folder(tmp_path / "x"), tmp_path / "x").startswith("no such folder: data.root")
+    with pytest.raises(FileNotFoundError, match=r"data\.root=PATH \(or FASTDEQ_DATA\)"):
+        folder(None).prepare_data()
+
+
+def test_a_file_that_is_no_store_is_no_root(tmp_path):
+    (tmp_path / "x.h5").write_text("<html>")
+    text = refusal(folder(tmp_path / "x.h5"), tmp_path / "x.h5")
+    assert text.endswith("give the folder that it was made from")
+
+
+def test_another_number_of_classes_is_refused_with_the_cure_before_anything_is_built(
+    root, tmp_path
+):
+    text = refusal(folder(root, classes=1000), root)
+    assert text == "has 3 classes, but sizes.outputs is 1,000: set sizes.outputs=3"
+    assert not stores(tmp_path)
+    assert folder(root, classes=3).outputs == 3
+    folder(root).prepare_data()
+    (path,) = stores(tmp_path)
+    assert refusal(folder(path, classes=2), path).endswith("set sizes.outputs=3")
+
+
+CUT = png(noise(7))[:-500]  # the header is whole
+
+
+def test_with_verify_an_image_is_decoded_before_it_gets_into_the_store(root, tmp_path):
+    put("train/eel/x.png", CUT)(root)
+    text = refusal(folder(root, verify=True), root / "train/eel/x.png")
+    assert text.startswith("not a readable image (")
+    assert not stores(tmp_path)
+    (root / "train/eel/x.png").unlink()
+    data = folder(root, verify=True)
+    data.load()
+    assert data.facts["checked"] == "whole images"
+    assert len(folder(root).load()[0]) == SAMPLES  # which asks for less
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_it_an_image_that_cannot_be_decoded_is_named_when_it_is_read(root, workers):
+    put("train/eel/x.png", CUT)(root)
+    data = ready(root, workers=workers)
+    with pytest.raises(ValueError, match="not a readable image") as caught:
+        list(data.train_dataloader())
+    text = str(caught.value)
+    assert text.startswith(f"{root}/train/eel/x.png: not a readable image (")
+    assert "data.verify=true" in text
+    assert "\n" not in text
+    data.teardown()
+
+
+def test_a_store_whose_images_were_not_decoded_does_not_pass_for_verified(root, tmp_path):
+    folder(root).prepare_data()
+    (path,) = stores(tmp_path)
+    told = f"was built without decoding its images: for data.verify=true {CURE}"
+    assert refusal(folder(root, verify=True), path) == told
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"size": 0}, "size must be an integer of at least 1, not 0"),
+        ({"workers": -1}, "workers must be an integer of at least 0, not -1"),
+        ({"workers": "many"}, "workers must be an integer"),
+        ({"crop_share": 0}, "crop_share must be above 0 and at most 1, not 0"),
+        ({"crop_share": 1.5}, "crop_share must be above 0 and at most 1"),
+        ({"crop_area": 0.5}, "crop_area must be two numbers"),
+        ({"crop_area": [0.5, 0.1]}, r"crop_area must rise from above 0, not \[0\.5, 0\.1\]"),
+        ({"crop_area": [0.5, 2]}, "crop_area must be at most 1"),
+        ({"crop_ratio": [0, 1]}, "crop_ratio must rise from above 0"),
+        ({"crop_ratio": ["a", 1]}, "crop_ratio must be a finite number, not 'a'"),
+        ({"flip": 2}, "flip must be from 0 to 1, not 2"),
+        ({"classes": 0}, "classes must be an integer of at least 1, not 0"),
+        ({"verify": "yes"}, "verify must be true or false, not 'yes'"),
+        ({"root": 3}, "root must be the path of a folder, not 3"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(settings, told):
+    with pytest.raises(ValueError, match=told):
+        folder(**{"root": None, **settings})
+
+
+def test_asking_for_batches_before_setup_says_what_to_do(root):
+    with pytest.raises(RuntimeError, match=r"call setup\(\) before"):
+        folder(root).train_dataloader()
+
+
+def test_without_pillow_the_cure_is_named(monkeypatch, capsys, root):
+    monkeypatch.setattr(decode_module, "_HAS_PILLOW", False)
+    with pytest.raises(ImportError, match=r"pip install pillow, or 'fastdeq\[images\]'"):
+        folder(root)
+    assert main(["image_folder", f"root={root}"]) == 1
+    assert capsys.readouterr().err.startswith("error: image folders need Pillow: pip install")
+
+
+def test_without_pillow_the_other_sets_are_there():
+    code = "import sys; sys.modules['PIL'] = None; from fastdeq.data.command import main; "
+    command = [sys.executable, "-c", code + "sys.exit(main(['digits']))"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_a_run_that_comes_to_a_bad_image_ends_with_its_name(root, command):
+    for name in ("cat", "dog", "eel"):
+        put(f"train/{name}/9.png", CUT)(root)  # after those that are tried before the run
+    answer = command.process(*RUN, "data.workers=1", "trainer.accelerator=cpu", f"data.root={root}")
+    assert answer.status == 1
+    last = answer.err.splitlines()[-1]
+    assert last.startswith(f"error: {root}/train/")
+    assert "9.png: not a readable image (" in last

@@ -1,0 +1,290 @@
+"""Runs that are killed, asked to stop, or started twice: real processes and real signals."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from fastdeq.callbacks import RESUME, is_sealed
+from fastdeq.experiment.sweep import RESUMABLE
+from tests.commands import ROOT, CommandLine, default_signals
+from tests.process.test_several_devices import children
+from tests.training.test_resumption import assert_same
+
+pytestmark = pytest.mark.slow
+
+LONG = (
+    *("model=deq", "trainer.accelerator=cpu", "trainer.max_epochs=100000"),
+    *("trainer.limit_test_batches=1", "callbacks.resumption.minutes=null"),
+)
+"""Hours, if nobody stops it."""
+LIMIT = 120.0  # seconds for anything that happens at once on an idle machine
+
+
+def until(condition: Callable[[], Any], limit: float = LIMIT) -> Any:
+    """What the condition gives, once it gives something."""
+    end = time.monotonic() + limit
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+def train(folder: Path, *overrides: str, run: str = "run") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), f"paths.run={run}", *overrides],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
+    )
+
+
+def status(folder: Path) -> dict[str, Any]:
+    path = folder / "status.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def trains(folder: Path) -> bool:
+    """Whether an epoch is behind it: its line is in the log."""
+    return re.search(r"^\S+ \S+ 1/", read(folder / "train.log"), re.MULTILINE) is not None
+
+
+def test_a_run_that_is_killed_again_and_again_equals_the_run_that_was_not(tmp_path: Path) -> None:
+    answer = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.process.kills", "--kills", "10", "--seed", "0"),
+            *("--folder", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout.splitlines()[-1])["kills"] == 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_stops_the_run_after_its_step_and_it_goes_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = train(tmp_path, *LONG)
+    until(lambda: trains(tmp_path / "run") or process.poll() is not None)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == RESUMABLE, err
+    assert f"as {number.name} says" in out
+    assert "the same command goes on" in out
+    assert err == ""
+    assert is_sealed(tmp_path / "run" / RESUME)
+    said = status(tmp_path / "run")
+    assert said["status"] == "interrupted"
+    assert said["pid"] == process.pid
+    again = train(tmp_path, *LONG, "stop_after=1e-9")
+    out, err = again.communicate(timeout=LIMIT)
+    assert again.returncode == RESUMABLE, err
+    assert "going on    from resume.ckpt" in out
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("to", ["the parent", "everyone"])
+def test_a_signal_stops_all_processes(tmp_path: Path, to: str) -> None:
+    # A cluster or systemd sends it to all of them, and the parent passes it on as well.
+    process = train(tmp_path, *LONG, "trainer=ddp_cpu", "trainer.devices=2")
+    until(lambda: trains(tmp_path / "run") or process.poll() is not None)
+    for pid in [process.pid, *(children(process.pid) if to == "everyone" else [])]:
+        os.kill(pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == RESUMABLE, err
+    assert "as SIGTERM says" in out
+    assert is_sealed(tmp_path / "run" / RESUME)
+    assert status(tmp_path / "run")["status"] == "interrupted"
+
+
+def at_a_terminal(folder: Path, *overrides: str) -> tuple[int, int]:
+    """The command as the foreground of a terminal of its own: its process, and our end."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(folder)
+        default_signals()
+        words = [sys.executable, str(ROOT / "train.py"), "paths.run=run", *overrides]
+        os.execv(sys.executable, words)
+    return pid, terminal
+
+
+def read_until_closed(terminal: int) -> str:
+    """All that is printed from now on."""
+    printed = b""
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        if not select.select([terminal], [], [], 0.1)[0]:
+            continue
+        try:
+            chunk = os.read(terminal, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        printed += chunk
+    return printed.decode(errors="replace")
+
+
+def drained(terminal: int, condition: Callable[[], bool]) -> None:
+    """Wait for the condition, and read meanwhile: a full terminal stops who writes to it."""
+
+    def once() -> bool:
+        if select.select([terminal], [], [], 0)[0]:
+            os.read(terminal, 65536)
+        return condition()
+
+    until(once)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_once_saves_and_ends(tmp_path: Path, ranks: int) -> None:
+    # To several processes of a terminal it goes at once, and yet it must count as one signal.
+    if ranks > 1 and not dist.is_available():
+        pytest.skip("torch without distributed")
+    several = ("trainer=ddp_cpu", f"trainer.devices={ranks}") if ranks > 1 else ()
+    pid, terminal = at_a_terminal(tmp_path, *LONG, *several)
+    drained(terminal, lambda: trains(tmp_path / "run"))
+    os.write(terminal, b"\x03")
+    printed = read_until_closed(terminal)
+    _, ended = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(ended) == RESUMABLE, printed
+    assert "the same command goes on" in printed
+    assert "Traceback" not in printed
+    assert is_sealed(tmp_path / "run" / RESUME)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_terminal_that_closes_stops_the_run_with_its_state_saved(
+    tmp_path: Path, ranks: int
+) -> None:
+    # Lightning issue 1455. The kernel sends SIGHUP, and every print fails from then on (EIO).
+    if ranks > 1 and not dist.is_available():
+        pytest.skip("torch without distributed")
+    several = ("trainer=ddp_cpu", f"trainer.devices={ranks}") if ranks > 1 else ()
+    pid, terminal = at_a_terminal(tmp_path, *LONG, *several)
+    drained(terminal, lambda: trains(tmp_path / "run"))
+    os.close(terminal)
+    _, ended = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(ended) == RESUMABLE
+    assert status(tmp_path / "run")["status"] == "interrupted"
+    assert is_sealed(tmp_path / "run" / RESUME)
+    assert "as SIGHUP says" in read(tmp_path / "run" / "train.log")
+
+
+def test_ctrl_c_on_the_tool_for_a_row_stops_its_run_once(tmp_path: Path) -> None:
+    tool = str(ROOT / "tools" / "published_row.py")
+    given = ("skip_mdeq", "--experiment", "mnist_mdeq", "--outputs", "rows", *LONG[1:])
+    small = ("data=digits", "arch=digits_conv", "solver.max_steps=3")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        default_signals()
+        os.execv(
+            sys.executable, [sys.executable, tool, *given, *small, "trainer.limit_train_batches=3"]
+        )
+    run = tmp_path / "rows" / "mnist_mdeq" / "skip_mdeq_lbroyden_seed1"
+    drained(terminal, lambda: trains(run))
+    os.write(terminal, b"\x03")
+    printed = read_until_closed(terminal)
+    _, ended = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(ended) == RESUMABLE, printed
+    assert is_sealed(run / RESUME)
+
+
+def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:
+    # One step takes many seconds: the first signal has not ended the run when the second comes.
+    slow = ("model=deq", "trainer.accelerator=cpu", "solver=picard", "solver.tol=1e-30")
+    pid, terminal = at_a_terminal(tmp_path, *slow, "solver.max_steps=20000", "data.batch_size=1437")
+    drained(terminal, lambda: "residual" in read(tmp_path / "run" / "train.log"))
+
+    def pressed() -> tuple[int, int] | None:
+        # Nothing can be seen of the first one: until the second one is taken, it is pressed again.
+        with suppress(OSError):  # at its end
+            os.write(terminal, b"\x03")
+        found = os.waitpid(pid, os.WNOHANG)
+        return found if found[0] else None
+
+    _, ended = until(pressed)
+    assert os.waitstatus_to_exitcode(ended) == -signal.SIGINT
+    # Nobody was there to say so, but the lock is open.
+    assert status(tmp_path / "run")["status"] == "running"
+    assert not (tmp_path / "run" / RESUME).exists()
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def test_two_identical_commands_started_at_the_same_moment_make_one_run(tmp_path: Path) -> None:
+    settings = ("model=deq", "trainer.accelerator=cpu", "trainer.max_epochs=3")
+    both = [train(tmp_path, *settings) for _ in range(2)]
+    ends = [process.communicate(timeout=LIMIT) for process in both]
+    statuses = [process.returncode for process in both]
+    # The other one has found it in use, or, if it was late, done.
+    assert 0 in statuses
+    for code, (out, err) in zip(statuses, ends, strict=True):
+        if code != 0:
+            assert code == 1
+            assert "is in use: another process" in err
+            assert len(err.splitlines()) == 1
+        else:
+            assert "see " in out
+    whole = train(tmp_path, *settings, run="whole")
+    whole.communicate(timeout=LIMIT)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_whose_process_was_killed_is_taken_over(tmp_path: Path) -> None:
+    process = train(tmp_path, *LONG, "callbacks.resumption.steps=5")
+    until(lambda: is_sealed(tmp_path / "run" / RESUME) or process.poll() is not None)
+    busy = train(tmp_path, *LONG)
+    _, err = busy.communicate(timeout=LIMIT)
+    assert busy.returncode == 1
+    assert f"another process ({process.pid} on " in err
+    process.kill()
+    process.communicate(timeout=LIMIT)
+    assert status(tmp_path / "run")["status"] == "running"  # nobody was left to say otherwise
+    taken = train(tmp_path, *LONG, "stop_after=1e-9")
+    out, err = taken.communicate(timeout=LIMIT)
+    assert taken.returncode == RESUMABLE, err
+    # Killed while it wrote, it has left the state before.
+    assert re.search(r"going on    from resume(\.before)?\.ckpt", out)
+
+
+def test_a_failed_run_says_why_and_a_done_one_that_it_is(
+    command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ("model=deq", "trainer.max_epochs=1", "trainer.limit_train_batches=2")
+    assert command(*short, "trainer.accelerator=cpu", "paths.run=good").status == 0
+    said = status(command.folder / "good")
+    assert said["status"] == "done"
+    assert said["error"] is None
+    assert {"identity", "host", "pid", "commit", "since", "updated"} <= set(said)
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("fastdeq.tasks.AbstractTask.training_step", fail)
+    assert command(*short, "trainer.accelerator=cpu", "paths.run=bad").status == 1
+    said = status(command.folder / "bad")
+    assert said["status"] == "failed"
+    assert said["error"] == "RuntimeError: out of luck"

@@ -1,0 +1,345 @@
+"""The package's plan, held by reading the source: layers of the architecture, imports, docstrings.
+
+python tests/project/test_architecture.py    prints the sizes of modules and functions
+"""
+
+import ast
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2] / "fastdeq"
+
+DATA, ENTRY = "data", "entry"
+"""`data` stands beside the levels; `fastdeq/__init__.py` is the entry point of the library."""
+
+LEVELS: dict[str, int | str] = {
+    "fastdeq": ENTRY,
+    **dict.fromkeys(
+        [f"fastdeq.{m}" for m in ("timer", "notation", "settings", "solution", "norms", "flatten")],
+        0,
+    ),
+    "fastdeq.autocast": 0,
+    "fastdeq.streams": 0,
+    "fastdeq.autodiff": 0,
+    "fastdeq.solvers": 1,
+    "fastdeq.krylov": 1,
+    "fastdeq.history": 1,
+    "fastdeq.adjoints": 2,
+    "fastdeq.fixed_point": 3,
+    "fastdeq.regularizers": 3,
+    "fastdeq.nn": 4,
+    "fastdeq.data.__main__": 7,  # a command around the data sets
+    "fastdeq.data": DATA,
+    "fastdeq.identity": 6,
+    "fastdeq.tasks": 6,
+    "fastdeq.callbacks": 7,
+    "fastdeq.report": 7,
+    "fastdeq.experiment": 8,
+    "fastdeq.jobs": 9,
+}
+"""A module or a package with all that is in it. A new one gets its line here."""
+
+LIBRARY = range(5)  # the levels that need torch alone
+EXTRAS = {"fastdeq.nn.neural_ode": {"torchdiffeq"}}
+"""Modules of the library that need more, and what: nothing in fastdeq imports them."""
+
+LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
+LIGHTNING_PACKAGES = ("fastdeq.tasks", "fastdeq.callbacks", "fastdeq.data", "fastdeq.experiment")
+HYDRA = {"hydra", "omegaconf"}
+HYDRA_PACKAGES = ("fastdeq.experiment",)
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A source file of the package, by its dotted name."""
+
+    name: str
+    is_package: bool
+    text: str
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def lines(self) -> int:
+        return len(self.text.splitlines())
+
+
+def read_modules(root: Path = ROOT) -> dict[str, Module]:
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = Module(name, parts[-1] == "__init__", path.read_text(encoding="utf-8"))
+    return found
+
+
+MODULES = read_modules()
+
+
+def in_package(name: str, package: str) -> bool:
+    return name == package or (package != "fastdeq" and name.startswith(package + "."))
+
+
+def level(name: str) -> int | str:
+    found = [kept for package, kept in LEVELS.items() if in_package(name, package)]
+    assert found, f"{name} has no level: add it or its package to LEVELS in {Path(__file__).name}"
+    return found[0]
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imports(tree: ast.AST, hidden: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
+    """Every import that runs, and whether it stands inside a function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node, hidden
+        elif is_type_checking(node):
+            assert isinstance(node, ast.If)
+            for other in node.orelse:
+                yield from imports(other, hidden)
+        else:
+            yield from imports(node, hidden or isinstance(node, (*FUNCTIONS, ast.Lambda)))
+
+
+def targets(module: Module, modules: dict[str, Module]) -> set[str]:
+    """Dotted names of what a module imports; `from fastdeq import nn` means fastdeq.nn."""
+    found: set[str] = set()
+    for node, _ in imports(module.tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module.name} imports relatively: write the whole name"
+            base = node.module or ""
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                found.add(inner if inner in modules else base)
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] == "fastdeq"}
+
+
+def may_import(importer: str, imported: str) -> bool:
+    """The one-way rule: the same level or an earlier one; data keeps to itself."""
+    one, other = level(importer), level(imported)
+    if DATA in (one, other):
+        # Data sets meet the levels in experiment (and in callbacks and tasks, above the library).
+        return one == other or (isinstance(one, int) and one not in LIBRARY)
+    highest = max(LIBRARY)
+    rank = {name: highest if kept == ENTRY else kept for name, kept in ((1, one), (2, other))}
+    if other == ENTRY and (one == ENTRY or one in LIBRARY):
+        return False
+    return int(rank[2]) <= int(rank[1])
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Some cycle of the graph as a path that ends where it starts; empty where there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(graph.get(name, ())):
+            if cycle := visit(target, [*path, name]):
+                return cycle
+        done.add(name)
+        return []
+
+    for name in graph:
+        if cycle := visit(name, []):
+            return cycle
+    return []
+
+
+def definitions(module: Module) -> Iterator[tuple[str, Definition]]:
+    """All functions, methods and classes with their qualified names."""
+
+    def walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, Definition]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (*FUNCTIONS, ast.ClassDef)):
+                yield f"{prefix}{child.name}", child
+                yield from walk(child, f"{prefix}{child.name}.")
+            else:
+                yield from walk(child, prefix)
+
+    return walk(module.tree, "")
+
+
+every_module = pytest.mark.parametrize("name", MODULES)
+
+
+@every_module
+def test_every_module_has_a_level(name):
+    level(name)
+
+
+@every_module
+def test_a_module_imports_only_its_own_level_and_earlier_ones(name):
+    wrong = [
+        f"{name} (level {level(name)}) imports {target} (level {level(target)})"
+        for target in sorted(own(targets(MODULES[name], MODULES)))
+        if not may_import(name, target)
+    ]
+    assert not wrong, "; ".join(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {name: own(targets(module, MODULES)) for name, module in MODULES.items()}
+    cycle = find_cycle(graph)
+    assert not cycle, " → ".join(cycle)
+
+
+@every_module
+def test_no_import_is_hidden_in_a_function(name):
+    hidden = [ast.unparse(node) for node, inside in imports(MODULES[name].tree) if inside]
+    assert not hidden, f"{name}: move to the top: {hidden}"
+
+
+@every_module
+def test_the_library_needs_torch_alone(name):
+    if level(name) not in LIBRARY and level(name) != ENTRY:
+        return
+    roots = {target.split(".")[0] for target in targets(MODULES[name], MODULES)}
+    foreign = roots - set(sys.stdlib_module_names) - {"torch", "fastdeq"} - EXTRAS.get(name, set())
+    assert not foreign, f"{name} is in the library and imports {sorted(foreign)}"
+
+
+@every_module
+def test_a_module_that_needs_an_extra_is_imported_by_nobody(name):
+    wrong = targets(MODULES[name], MODULES) & set(EXTRAS)
+    assert not wrong, f"{name} imports {sorted(wrong)}, which needs an extra"
+
+
+@every_module
+@pytest.mark.parametrize(
+    ("packages", "homes"),
+    [(LIGHTNING, LIGHTNING_PACKAGES), (HYDRA, HYDRA_PACKAGES)],
+    ids=["lightning", "hydra"],
+)
+def test_lightning_and_hydra_stay_in_their_rooms(name, packages, homes):
+    if any(in_package(name, package) for package in homes):
+        return
+    roots = {target.split(".")[0] for target in targets(MODULES[name], MODULES)}
+    assert not roots & packages, f"{name} imports {sorted(roots & packages)}: only {homes} may"
+
+
+@every_module
+def test_every_module_says_what_it_is(name):
+    assert ast.get_docstring(MODULES[name].tree), f"{name} has no docstring"
+
+
+@every_module
+def test_every_public_function_and_class_has_a_docstring(name):
+    silent = [
+        node.name
+        for node in MODULES[name].tree.body
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef))
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert not silent, f"{name}: no docstring on {silent}"
+
+
+# The rules themselves
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        ("fastdeq.nn.deq", "fastdeq.solvers", True),
+        ("fastdeq.solvers.loop", "fastdeq.solvers.base", True),
+        ("fastdeq.solvers.loop", "fastdeq.adjoints", False),
+        ("fastdeq.norms", "fastdeq", False),
+        ("fastdeq.tasks.regression", "fastdeq", True),
+        ("fastdeq", "fastdeq.nn", True),
+        ("fastdeq", "fastdeq.tasks", False),
+        ("fastdeq.data.digits", "fastdeq.data.store", True),
+        ("fastdeq.data.digits", "fastdeq.norms", False),
+        ("fastdeq.nn", "fastdeq.data", False),
+        ("fastdeq.experiment", "fastdeq.data", True),
+    ],
+)
+def test_the_one_way_rule(importer, imported, allowed):
+    assert may_import(importer, imported) == allowed
+
+
+def test_an_unknown_module_is_told_where_to_get_a_level():
+    with pytest.raises(AssertionError, match="add it or its package to LEVELS"):
+        level("fastdeq.cellar")
+
+
+def test_the_reading_finds_hidden_imports_and_skips_those_for_type_checkers():
+    source = """
+import a
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import for_types
+class C:
+    def method(self):
+        from b import c
+"""
+    found = [(ast.unparse(node), hidden) for node, hidden in imports(ast.parse(source))]
+    assert found == [
+        ("import a", False),
+        ("from typing import TYPE_CHECKING", False),
+        ("from b import c", True),
+    ]
+
+
+def test_a_circle_is_found():
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c", "b"]
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def report(modules: dict[str, Module]) -> str:
+    """Sizes of modules and functions, and the share of public definitions with a docstring."""
+    lines = {name: module.lines for name, module in modules.items()}
+    named = [
+        (f"{name}.{qualified}", node)
+        for name, module in modules.items()
+        for qualified, node in definitions(module)
+    ]
+    lengths = {
+        name: (node.end_lineno or node.lineno) - node.lineno + 1
+        for name, node in named
+        if isinstance(node, FUNCTIONS)
+    }
+    public = [node for _, node in named if not node.name.startswith("_")]
+    documented = sum(ast.get_docstring(node) is not None for node in public)
+    largest, longest = max(lines, key=lines.__getitem__), max(lengths, key=lengths.__getitem__)
+    over = sum(length > 40 for length in lengths.values())
+    return "\n".join(
+        (
+            f"{len(modules)} modules, {sum(lines.values())} lines",
+            f"lines a module     max {lines[largest]} ({largest}), "
+            f"median {statistics.median(lines.values()):g}",
+            f"lines a function   max {lengths[longest]} ({longest}), "
+            f"median {statistics.median(lengths.values()):g}, "
+            f"{over} of {len(lengths)} over 40 ({over / len(lengths):.0%})",
+            f"public functions, methods and classes with a docstring: "
+            f"{documented} of {len(public)} ({documented / len(public):.0%})",
+        )
+    )
+
+
+def test_the_report_can_be_printed():
+    assert f"{len(MODULES)} modules" in report(MODULES)
+
+
+if __name__ == "__main__":
+    print(report(MODULES))
