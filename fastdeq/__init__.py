@@ -1,7 +1,7 @@
 """fastdeq: deep equilibrium models in PyTorch — solvers × adjoints × layers.
 
-The library needs torch alone. Experiments (`fastdeq.experiment`, `fastdeq.tasks`, `fastdeq.data`)
-need the extra `experiment` and are not imported here.
+The library needs torch alone. Experiments (`fastdeq.experiment`, `fastdeq.training`,
+`fastdeq.data`) need the extra `experiment` and are not imported here.
 """
 
 from fastdeq import adjoints, nn, regularizers, solvers

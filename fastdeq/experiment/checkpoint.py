@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastdeq.tasks import AbstractTask
+from fastdeq.training import AbstractTask
 
 
 def load_weights(task: AbstractTask, path: Path) -> None:

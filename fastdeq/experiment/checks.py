@@ -9,8 +9,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig
 
 from fastdeq.experiment.arguments import check_node, named, unknown
-from fastdeq.experiment.cluster import current_step
 from fastdeq.experiment.keys import KEYS, RunSettings
+from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.signatures import signature_of
 
 

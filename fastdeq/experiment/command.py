@@ -14,9 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fastdeq.callbacks import Interrupted
 from fastdeq.experiment.choices import check_choices, with_merged_groups
-from fastdeq.experiment.cluster import (
+from fastdeq.experiment.explain import explain
+from fastdeq.experiment.folder import OVERRIDES
+from fastdeq.experiment.launch import follow
+from fastdeq.experiment.rendezvous import (
     dismiss,
     end_with,
     in_submitit,
@@ -25,14 +27,12 @@ from fastdeq.experiment.cluster import (
     preemption_signal,
     requeue,
 )
-from fastdeq.experiment.explain import explain
-from fastdeq.experiment.folder import OVERRIDES
-from fastdeq.experiment.launch import follow
 from fastdeq.experiment.replay import replay
 from fastdeq.experiment.run import read_score, run
 from fastdeq.experiment.signals import received
 from fastdeq.experiment.sweep import RESUMABLE, Refused, failed_job, quiet_hydra, record_job
 from fastdeq.streams import check_written, keep_streams
+from fastdeq.training import Interrupted
 
 quiet_hydra()  # submitit's processes load this module and compose, without anything else of it
 

@@ -20,8 +20,8 @@ from omegaconf.errors import (
 )
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from fastdeq.callbacks import TrainingFailed
-from fastdeq.experiment.cluster import RankFailed
+from fastdeq.experiment.rendezvous import RankFailed
+from fastdeq.training import TrainingFailed
 
 
 def explain(error: BaseException) -> str:

@@ -17,7 +17,8 @@ from typing import Any, TextIO
 import torch
 
 import fastdeq
-from fastdeq.callbacks import Interrupted, write_whole
+from fastdeq.runs.files import write_atomic
+from fastdeq.training import Interrupted
 
 LOG = logging.getLogger("fastdeq")
 SUMMARY, CONFIG, OVERRIDES = "summary.json", "config.yaml", "overrides.json"
@@ -63,7 +64,7 @@ def _make_folder(outputs: Path, name: str, chosen: Path | None) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """A reader never sees half of it."""
-    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def provenance(device: torch.device, command: str) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
 from fastdeq.experiment.choices import CONF
-from fastdeq.experiment.cluster import is_follower
 from fastdeq.experiment.command import follow_first, job
+from fastdeq.experiment.rendezvous import is_follower
 from fastdeq.experiment.run import Checked, check
 from fastdeq.experiment.submission import to_submit
 from fastdeq.experiment.sweep import quiet_hydra

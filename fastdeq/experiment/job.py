@@ -19,11 +19,17 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.loggers import Logger
 
-from fastdeq.callbacks import (
+from fastdeq.experiment.checkpoint import load_weights
+from fastdeq.experiment.folder import LOG, SUMMARY, peak_memory, provenance, write_json
+from fastdeq.experiment.rendezvous import current_step
+from fastdeq.experiment.signals import received
+from fastdeq.report import heading, row
+from fastdeq.training import (
     BEFORE,
     BEST,
     LAST,
     RESUME,
+    AbstractTask,
     EpochLines,
     MetricsFile,
     ProgressBar,
@@ -34,12 +40,6 @@ from fastdeq.callbacks import (
     rows_of,
     table_of,
 )
-from fastdeq.experiment.checkpoint import load_weights
-from fastdeq.experiment.cluster import current_step
-from fastdeq.experiment.folder import LOG, SUMMARY, peak_memory, provenance, write_json
-from fastdeq.experiment.signals import received
-from fastdeq.report import heading, row
-from fastdeq.tasks import AbstractTask
 
 
 @dataclass(frozen=True, kw_only=True)

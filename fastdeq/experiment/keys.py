@@ -15,7 +15,7 @@ from fastdeq.data.module import AbstractDataModule
 from fastdeq.experiment.arguments import Record
 from fastdeq.settings import setting, settings
 from fastdeq.solvers import AbstractSolver
-from fastdeq.tasks import AbstractTask
+from fastdeq.training import AbstractTask
 
 
 @settings

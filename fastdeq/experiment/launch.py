@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, ProcessRaisedException, spawn
 
-from fastdeq.callbacks import Interrupted
-from fastdeq.experiment.cluster import Meeting, RankFailed, meeting
 from fastdeq.experiment.folder import SUMMARY, logging_to
 from fastdeq.experiment.job import Job, work
+from fastdeq.experiment.rendezvous import Meeting, RankFailed, meeting
 from fastdeq.experiment.signals import ASKED, listening, received
 from fastdeq.streams import keep_streams
+from fastdeq.training import Interrupted
 
 _LOOK, _GRACE = 0.2, 2.0  # seconds: between two looks at the ranks; for them to end by themselves
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastdeq.experiment.explain import nearest
-from fastdeq.tasks import AbstractTask, LRSchedulerConfig
-from fastdeq.tasks.base import METRICS, OptimizerFactory
+from fastdeq.training import AbstractTask, LRSchedulerConfig
+from fastdeq.training.task import METRICS, OptimizerFactory
 
 
 def check_optimizer(make: OptimizerFactory, trainer: Mapping[str, Any], ranks: int) -> None:

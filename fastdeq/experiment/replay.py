@@ -11,26 +11,25 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from fastdeq.callbacks import (
-    FAILURE,
-    Diagnosis,
-    Failures,
-    course_of,
-    ends,
-    is_sealed,
-    joined,
-    measure,
-    seal_of,
-    set_random_state,
-    with_norm,
-)
 from fastdeq.experiment.checkpoint import load_weights, read_checkpoint
 from fastdeq.experiment.checks import check_values, count_ranks
 from fastdeq.experiment.job import make_trainer
 from fastdeq.experiment.keys import RunSettings
 from fastdeq.nn import DeepEquilibriumNetwork
+from fastdeq.runs.files import is_sealed, seal_of
 from fastdeq.solution import Solution, Trace
-from fastdeq.tasks import AbstractTask
+from fastdeq.training import (
+    FAILURE,
+    AbstractTask,
+    Diagnosis,
+    Failures,
+    course_of,
+    ends,
+    joined,
+    measure,
+    set_random_state,
+    with_norm,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fastdeq.callbacks import BEFORE, RESUME, is_sealed
 from fastdeq.experiment.folder import CONFIG, LOG, SUMMARY
 from fastdeq.experiment.status import read_status
-from fastdeq.identity import Leaf, identity
+from fastdeq.runs.files import is_sealed
+from fastdeq.runs.identity import Leaf, identity
+from fastdeq.training import BEFORE, RESUME
 
 _LOCK = ".lock"
 

@@ -18,7 +18,6 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fastdeq.callbacks import LAST, write_whole
 from fastdeq.experiment.blame import blamed_on
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.checks import check_values, count_ranks
@@ -37,7 +36,9 @@ from fastdeq.experiment.optimization import check_optimizer, check_scheduler
 from fastdeq.experiment.resume import check_same, held, is_done, same_run_beside, saved_state
 from fastdeq.experiment.signals import listening
 from fastdeq.experiment.status import created, recorded
-from fastdeq.identity import digest, identity
+from fastdeq.runs.files import write_atomic
+from fastdeq.runs.identity import digest, identity
+from fastdeq.training import LAST
 
 
 def run(cfg: DictConfig) -> Path:
@@ -169,7 +170,7 @@ def _folder(
 def _describe(folder: Path, config: dict[str, Any], identity: str) -> None:
     created(folder, identity)
     write_json(folder / OVERRIDES, list(HydraConfig.get().overrides.task))
-    write_whole(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+    write_atomic(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
 
 
 def read_score(folder: Path) -> float:

@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastdeq.callbacks import Interrupted
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.folder import commit, write_json
+from fastdeq.training import Interrupted
 
 STATUS = "status.json"
 CREATED, RUNNING, INTERRUPTED, FAILED, DONE = "created", "running", "interrupted", "failed", "done"

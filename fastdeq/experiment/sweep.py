@@ -15,8 +15,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fastdeq.experiment.cluster import current_step
 from fastdeq.experiment.folder import write_json
+from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.submission import check_queue, check_tasks, to_submit
 from fastdeq.report import SweepTable, job_records, read_jobs
 

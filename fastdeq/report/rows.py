@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdeq.identity import digest, without_seeds
 from fastdeq.report.configuration import Label, differences, label
 from fastdeq.report.runs import Run
 from fastdeq.report.sweeps import mean_and_deviation
 from fastdeq.report.verdict import Figure, Verdict, judge
+from fastdeq.runs.identity import digest, without_seeds
 
 TIMES = ("train/seconds", "train/backward_seconds", "test/seconds", "training_minutes")
 FIGURES = ("test/accuracy", "test/accuracy_top5", "test/loss", "test/nfe", *TIMES)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fastdeq.identity import Leaf, identity, leaves
+from fastdeq.runs.identity import Leaf, identity, leaves
 
 SUMMARY, CONFIG, OVERRIDES = "summary.json", "config.yaml", "overrides.json"
 

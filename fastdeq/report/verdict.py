@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdeq.identity import Leaf
 from fastdeq.report.runs import Run
+from fastdeq.runs.identity import Leaf
 
 QUALITY = ("test/accuracy", "test/accuracy_top5", "test/loss")
 """What a verdict is about: the first of these that is published."""

@@ -21,7 +21,7 @@ from fastdeq.data import (
 )
 from fastdeq.data.mnist import FASHION_MNIST
 from fastdeq.data.records import Records
-from fastdeq.identity import digest, identity
+from fastdeq.runs.identity import digest, identity
 from tests.commands import SHORT, CommandLine, a_run
 from tests.data.folders import CLASSES, noise, png, write_images
 from tests.data.images import published, samples, small_mnist, write_files

@@ -70,7 +70,7 @@ def configuration(**settings: Any) -> dict[str, Any]:
         "deq": {"cell": config["arch"]["cell"], "solver": config["solver"]},
     }
     parts = {"model": config["model"], "weights": config["loss"], "seed": config["seed"]}
-    config["task"] = {"_target_": "fastdeq.tasks.ClassificationTask", **parts}
+    config["task"] = {"_target_": "fastdeq.training.ClassificationTask", **parts}
     return config
 
 

@@ -19,7 +19,7 @@ from fastdeq.adjoints import Implicit
 from fastdeq.experiment.checks import check_values
 from fastdeq.experiment.explain import explain
 from fastdeq.solvers import Anderson
-from fastdeq.tasks import RegressionTask
+from fastdeq.training import RegressionTask
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = {

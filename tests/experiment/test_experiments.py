@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         "optimizer.weight_decay": 2.5e-6,
         "trainer.max_epochs": 25,
         "skip_weight": 5.0,
-        "scheduler._target_": "fastdeq.tasks.Cosine",
+        "scheduler._target_": "fastdeq.training.Cosine",
         "solver._target_": "fastdeq.solvers.LimitedMemoryBroydenSolver",
     },
     "mnist_fc_tsit5": {

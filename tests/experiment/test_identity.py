@@ -8,8 +8,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from fastdeq.experiment.resume import check_same, same_run_beside
-from fastdeq.identity import FREE, digest, identity, leaves
 from fastdeq.report import Run, make_rows
+from fastdeq.runs.identity import FREE, digest, identity, leaves
 from tests.commands import SHORT, CommandLine
 from tests.experiment.run_folders import summary
 from tests.experiment.test_configuration import composed
@@ -160,3 +160,12 @@ def test_a_sweep_that_an_earlier_version_has_made_is_done(command: CommandLine) 
     assert again.status == 0, again.err
     assert "done already" in again.out
     assert sum(path.name == "config.yaml" for path in again.files) == 1
+
+
+def test_a_run_of_an_earlier_version_is_the_same_run_though_its_classes_have_moved():
+    config = composed("data=digits")
+    text = OmegaConf.to_yaml(OmegaConf.create(plain(config)))
+    for name, place in (("Failures", "callbacks"), ("ClassificationTask", "tasks")):
+        assert f"fastdeq.training.{name}" in text
+        text = text.replace(f"fastdeq.training.{name}", f"fastdeq.{place}.{name}")
+    assert identity(plain(OmegaConf.create(text))) == identity(plain(config))

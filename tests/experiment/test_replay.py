@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fastdeq import experiment
-from fastdeq.callbacks import FAILURE, TrainingFailed, is_sealed, seal_of
 from fastdeq.experiment.replay import replay
+from fastdeq.runs.files import is_sealed, seal_of
+from fastdeq.training import FAILURE, TrainingFailed
 from tests.commands import CommandLine
 from tests.experiment.test_configuration import composed
 from tests.experiment.test_refusals import cut, empty, flip, refused, replace

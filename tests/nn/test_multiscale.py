@@ -15,7 +15,6 @@ from fastdeq import (
     Status,
 )
 from fastdeq.adjoints import Implicit, JacobianFree
-from fastdeq.callbacks import Pretraining
 from fastdeq.flatten import Layout
 from fastdeq.nn import (
     DenseCell,
@@ -27,6 +26,7 @@ from fastdeq.nn import (
 )
 from fastdeq.regularizers import skip_loss
 from fastdeq.solvers import Anderson, LimitedMemoryBroydenSolver
+from fastdeq.training import Pretraining
 from tests.problems import dense_jacobian
 
 WIDTHS = (4, 3, 2, 1)

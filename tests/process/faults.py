@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from fastdeq import DeepEquilibriumNetwork
 from fastdeq.experiment.signals import received
-from fastdeq.tasks import AbstractTask
+from fastdeq.training import AbstractTask
 
 
 class FailingRank(Callback):

@@ -1,5 +1,5 @@
 """Runs and sweeps on a real Slurm of two nodes: ranks, interruptions, failures, and the command
-``python -m fastdeq.jobs``.
+``python -m fastdeq.cluster``.
 
 A run waits in its ninth step for a signal (tests.process.faults.Waiting), so that what is
 interrupted is known; then it must end as the run that was not.
@@ -22,7 +22,7 @@ import pytest
 pytest.importorskip("submitit")
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 
-from fastdeq.jobs.command import main
+from fastdeq.cluster.command import main
 from tests.commands import ROOT, CommandLine
 from tests.process import slurm
 from tests.process.slurm import Slurm, wait_for
@@ -70,7 +70,7 @@ class Cluster:
         return self(sys.executable, str(ROOT / "train.py"), *arguments, status=status)
 
     def jobs(self, *arguments: str, status: int = 0) -> str:
-        """Likewise ``python -m fastdeq.jobs``, without its start: in this process."""
+        """Likewise ``python -m fastdeq.cluster``, without its start: in this process."""
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
             for name, value in self.slurm.environment.items():
                 patch.setenv(name, value)

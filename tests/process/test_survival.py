@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fastdeq.callbacks import RESUME, is_sealed
 from fastdeq.experiment.sweep import RESUMABLE
+from fastdeq.runs.files import is_sealed
+from fastdeq.training import RESUME
 from tests.commands import ROOT, CommandLine, default_signals
 from tests.process.test_several_devices import children
 from tests.training.test_resumption import assert_same
@@ -283,7 +284,7 @@ def test_a_failed_run_says_why_and_a_done_one_that_it_is(
     def fail(*arguments: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("fastdeq.tasks.AbstractTask.training_step", fail)
+    monkeypatch.setattr("fastdeq.training.AbstractTask.training_step", fail)
     assert command(*short, "trainer.accelerator=cpu", "paths.run=bad").status == 1
     said = status(command.folder / "bad")
     assert said["status"] == "failed"

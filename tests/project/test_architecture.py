@@ -35,12 +35,11 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.nn": 4,
     "fastdeq.data.__main__": 7,  # a command around the data sets
     "fastdeq.data": DATA,
-    "fastdeq.identity": 6,
-    "fastdeq.tasks": 6,
-    "fastdeq.callbacks": 7,
-    "fastdeq.report": 7,
+    "fastdeq.runs": 5,
+    "fastdeq.report": 6,
+    "fastdeq.training": 7,
     "fastdeq.experiment": 8,
-    "fastdeq.jobs": 9,
+    "fastdeq.cluster": 9,
 }
 """A module or a package with all that is in it. A new one gets its line here."""
 
@@ -49,7 +48,7 @@ EXTRAS = {"fastdeq.nn.neural_ode": {"torchdiffeq"}}
 """Modules of the library that need more, and what: nothing in fastdeq imports them."""
 
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
-LIGHTNING_PACKAGES = ("fastdeq.tasks", "fastdeq.callbacks", "fastdeq.data", "fastdeq.experiment")
+LIGHTNING_PACKAGES = ("fastdeq.training", "fastdeq.data", "fastdeq.experiment")
 HYDRA = {"hydra", "omegaconf"}
 HYDRA_PACKAGES = ("fastdeq.experiment",)
 
@@ -136,7 +135,7 @@ def may_import(importer: str, imported: str) -> bool:
     """The one-way rule: the same level or an earlier one; data keeps to itself."""
     one, other = level(importer), level(imported)
     if DATA in (one, other):
-        # Data sets meet the levels in experiment (and in callbacks and tasks, above the library).
+        # Data sets meet the levels in experiment (and in training, above the library).
         return one == other or (isinstance(one, int) and one not in LIBRARY)
     highest = max(LIBRARY)
     rank = {name: highest if kept == ENTRY else kept for name, kept in ((1, one), (2, other))}
@@ -265,9 +264,9 @@ def test_every_public_function_and_class_has_a_docstring(name):
         ("fastdeq.solvers.loop", "fastdeq.solvers.base", True),
         ("fastdeq.solvers.loop", "fastdeq.adjoints", False),
         ("fastdeq.norms", "fastdeq", False),
-        ("fastdeq.tasks.regression", "fastdeq", True),
+        ("fastdeq.training.regression", "fastdeq", True),
         ("fastdeq", "fastdeq.nn", True),
-        ("fastdeq", "fastdeq.tasks", False),
+        ("fastdeq", "fastdeq.training", False),
         ("fastdeq.data.digits", "fastdeq.data.store", True),
         ("fastdeq.data.digits", "fastdeq.norms", False),
         ("fastdeq.nn", "fastdeq.data", False),

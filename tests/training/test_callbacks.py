@@ -10,19 +10,21 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
-from fastdeq.callbacks import (
+from fastdeq.report import heading, row
+from fastdeq.solution import Solution, Status
+from fastdeq.training import (
     BEST,
     LAST,
+    AbstractTask,
+    ClassificationTask,
     EpochLines,
     Pretraining,
     ProgressBar,
+    RegressionTask,
     StepTimer,
     checkpoints,
     table_of,
 )
-from fastdeq.report import heading, row
-from fastdeq.solution import Solution, Status
-from fastdeq.tasks import AbstractTask, ClassificationTask, RegressionTask
 from tests.training.test_tasks import Listed, figures_of, make_task, make_trainer, samples
 
 BATCHES = 2  # an epoch

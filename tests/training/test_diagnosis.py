@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdeq.callbacks import Diagnosis, course_of, measure, with_norm
 from fastdeq.solution import Status, Trace
+from fastdeq.training import Diagnosis, course_of, measure, with_norm
 from tests.training.test_failures import EARLY, GOOD, task_of
 
 

@@ -13,18 +13,21 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from fastdeq import DeepEquilibriumNetwork, DEQChain
-from fastdeq.callbacks import (
-    FAILURE,
-    Failures,
-    Pretraining,
-    TrainingFailed,
-    is_sealed,
-)
 from fastdeq.data.passes import Batch
 from fastdeq.nn import DenseCell
+from fastdeq.runs.files import is_sealed
 from fastdeq.solution import Status
 from fastdeq.solvers import LimitedMemoryBroydenSolver
-from fastdeq.tasks import AbstractTask, ClassificationTask, Cosine, LossWeights
+from fastdeq.training import (
+    FAILURE,
+    AbstractTask,
+    ClassificationTask,
+    Cosine,
+    Failures,
+    LossWeights,
+    Pretraining,
+    TrainingFailed,
+)
 from tests.training.test_tasks import FEATURES, WIDTH, Listed, make_trainer, samples, trained
 
 GOOD, OTHER = samples(5), samples(6)

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from fastdeq import experiment
-from fastdeq.callbacks import Interrupted
-from fastdeq.tasks import AbstractTask
+from fastdeq.training import AbstractTask, Interrupted
 from tests.experiment.test_configuration import composed
 
 SHORT = (
@@ -105,7 +104,7 @@ def kept(folder: Path) -> Path:
 def test_without_a_login_each_run_is_kept_in_its_folder_and_nothing_is_sent_or_asked(
     tmp_path, stranger, runs, monkeypatch, capfd
 ):
-    from fastdeq.callbacks.weights_and_biases import WeightsAndBiases
+    from fastdeq.training.loggers.weights_and_biases import WeightsAndBiases
 
     monkeypatch.setattr("builtins.input", refuse)
     monkeypatch.setattr("getpass.getpass", refuse)
@@ -175,7 +174,7 @@ def test_a_run_that_fails_is_closed_too(tmp_path, stranger, runs, monkeypatch):
 def test_the_mode_is_online_only_where_a_login_is_known_or_where_it_is_asked_for(
     chosen, variable, key, mode, tmp_path, stranger, monkeypatch
 ):
-    from fastdeq.callbacks.weights_and_biases import WeightsAndBiases
+    from fastdeq.training.loggers.weights_and_biases import WeightsAndBiases
 
     monkeypatch.setenv("WANDB_SILENT", "true")  # else a login greets by name, which it asks for
     for name, value in (("WANDB_MODE", variable), ("WANDB_API_KEY", key)):

@@ -13,17 +13,10 @@ import pytest
 import torch
 
 from fastdeq import experiment
-from fastdeq.callbacks import (
-    BEFORE,
-    FAILURE,
-    RESUME,
-    Interrupted,
-    TrainingFailed,
-    is_sealed,
-    seal_of,
-)
 from fastdeq.experiment.resume import held
 from fastdeq.experiment.sweep import RESUMABLE
+from fastdeq.runs.files import is_sealed, seal_of
+from fastdeq.training import BEFORE, FAILURE, RESUME, Interrupted, TrainingFailed
 from tests.commands import ROOT, CommandLine
 from tests.experiment.test_configuration import composed
 

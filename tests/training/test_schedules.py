@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
-from fastdeq.tasks import (
+from fastdeq.training import (
     AbstractSchedule,
     ClassificationTask,
     Constant,
@@ -20,7 +20,7 @@ from fastdeq.tasks import (
     RegressionTask,
     Staircase,
 )
-from fastdeq.tasks.objective import LossWeights
+from fastdeq.training.loss import LossWeights
 from tests.training.test_tasks import Listed, make_trainer, network, samples
 
 LR = 0.5

@@ -10,11 +10,18 @@ import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from fastdeq.callbacks import FAILURE, RESUME, Failures, Resumption, StepTimer, TrainingFailed
-from fastdeq.callbacks import timing as timing_module
 from fastdeq.experiment.optimization import check_optimizer
 from fastdeq.experiment.replay import replay
 from fastdeq.experiment.sweep import RESUMABLE
+from fastdeq.training import (
+    FAILURE,
+    RESUME,
+    Failures,
+    Resumption,
+    StepTimer,
+    TrainingFailed,
+)
+from fastdeq.training import timing as timing_module
 from tests.commands import SHORT as COMMAND_SHORT
 from tests.commands import CommandLine
 from tests.experiment.test_configuration import composed
@@ -347,7 +354,7 @@ SCHEDULERS = {
         f"+scheduler={{_target_: {TORCH}.StepLR, _partial_: true, step_size: 1, gamma: 0.5}}",
     ),
     "steps": (
-        "+scheduler={_target_: fastdeq.tasks.LRSchedulerConfig, interval: step, scheduler: "
+        "+scheduler={_target_: fastdeq.training.LRSchedulerConfig, interval: step, scheduler: "
         f"{{_target_: {TORCH}.OneCycleLR, _partial_: true, max_lr: 0.01, total_steps: 20}}}}",
     ),
 }

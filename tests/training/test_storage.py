@@ -11,15 +11,8 @@ import pytest
 import torch
 
 from fastdeq import experiment
-from fastdeq.callbacks import (
-    BEFORE,
-    LAST,
-    RESUME,
-    Interrupted,
-    SealedCheckpointIO,
-    is_sealed,
-    seal_of,
-)
+from fastdeq.runs.files import is_sealed, seal_of
+from fastdeq.training import BEFORE, LAST, RESUME, Interrupted, SealedCheckpointIO
 from tests.commands import SHORT, CommandLine
 from tests.experiment.test_configuration import composed
 from tests.training.test_resumption import assert_same

@@ -13,12 +13,17 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork
 from fastdeq.adjoints import AbstractAdjoint, JacobianFree
-from fastdeq.callbacks import StepTimer
 from fastdeq.data.batches import Batches
 from fastdeq.data.passes import Batch
 from fastdeq.nn import DenseCell
 from fastdeq.regularizers import residual_loss, skip_loss
-from fastdeq.tasks import AbstractTask, ClassificationTask, LossWeights, RegressionTask
+from fastdeq.training import (
+    AbstractTask,
+    ClassificationTask,
+    LossWeights,
+    RegressionTask,
+    StepTimer,
+)
 
 CLASSES, FEATURES, WIDTH = 3, 2, 4
 KINDS = (ClassificationTask, RegressionTask)

@@ -11,9 +11,9 @@ from typing import Any
 import submitit
 from submitit.helpers import Checkpointable
 
+from fastdeq.cluster.record import Submitted, write_submission
 from fastdeq.experiment.grid import Grid, check_job, read_grid, run_job
 from fastdeq.experiment.submission import check_queue, check_tasks
-from fastdeq.jobs.record import Submitted, write_submission
 
 
 def submit(arguments: Sequence[str]) -> tuple[Path, list[Submitted]]:

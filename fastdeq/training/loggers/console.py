@@ -6,7 +6,8 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 
 from fastdeq.report.columns import Group, groups, heading, row
-from fastdeq.tasks import AbstractTask, RegressionTask
+from fastdeq.training.regression import RegressionTask
+from fastdeq.training.task import AbstractTask
 
 log = logging.getLogger("fastdeq")
 

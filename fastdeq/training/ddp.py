@@ -13,7 +13,7 @@ from torch.futures import Future
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdeq.tasks import AbstractTask
+from fastdeq.training.task import AbstractTask
 
 Offer: TypeAlias = Callable[[], Tensor]
 
@@ -143,7 +143,7 @@ def carrying(trainer: Trainer) -> CarryingDDP | None:
         return strategy if trainer.world_size > 1 else None
     if trainer.world_size > 1:
         raise TypeError(
-            f"several processes need trainer.strategy._target_=fastdeq.callbacks.CarryingDDP, as "
+            f"several processes need trainer.strategy._target_=fastdeq.training.CarryingDDP, as "
             f"trainer=ddp and trainer=ddp_cpu have it, not {type(strategy).__name__}"
         )
     return None

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from fastdeq.callbacks.carrying import carrying
-from fastdeq.callbacks.diagnosis import Reading
-from fastdeq.callbacks.metrics_file import MetricsFile
-from fastdeq.callbacks.ranks import gathered, random_state, set_random_state
-from fastdeq.callbacks.steps import completes_step
-from fastdeq.callbacks.storage import seal_of
-from fastdeq.tasks import AbstractTask
+from fastdeq.runs.files import seal_of
+from fastdeq.training.ddp import carrying
+from fastdeq.training.diagnosis import Reading
+from fastdeq.training.loggers.metrics_file import MetricsFile
+from fastdeq.training.random_state import gathered, random_state, set_random_state
+from fastdeq.training.steps import completes_step
+from fastdeq.training.task import AbstractTask
 
 RESUME, BEFORE = "resume.ckpt", "resume.before.ckpt"
 _KEY = "fastdeq"

@@ -25,6 +25,12 @@ machines, until when, and what is seen of it.
 COPIES = {"optimizer": "optimizer", "model": "model", "weights": "loss", "schedule": "scheduler"}
 """Arguments of the task, and the keys at the top that they repeat."""
 
+RENAMED = {
+    "fastdeq.tasks.": "fastdeq.training.",
+    "fastdeq.callbacks.": "fastdeq.training.",
+}
+"""Prefixes of `_target_` in configurations of earlier versions, and what they are now."""
+
 COUNTED = ("trainer.limit_", "trainer.overfit_batches", "trainer.val_check_interval")
 """Where the whole number 1 is one batch, and the number 1.0 is all of them."""
 
@@ -74,6 +80,11 @@ def _below(key: str, nodes: tuple[str, ...]) -> bool:
 
 
 def _plain(key: str, value: Leaf) -> Leaf:
+    if isinstance(value, str) and key.endswith("_target_"):
+        return next(
+            (new + value[len(old) :] for old, new in RENAMED.items() if value.startswith(old)),
+            value,
+        )
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if key.startswith(COUNTED):

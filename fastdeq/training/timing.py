@@ -6,9 +6,9 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 
-from fastdeq.callbacks.steps import completes_step
-from fastdeq.tasks import AbstractTask
 from fastdeq.timer import Stopwatch
+from fastdeq.training.steps import completes_step
+from fastdeq.training.task import AbstractTask
 
 _WARM_UP = 5  # steps that allocate and tune; not in the median
 

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from fastdeq.nn import DEQChain, ExplicitNetwork
 from fastdeq.solution import Solution
-from fastdeq.tasks.figures import (
+from fastdeq.timer import Stopwatch
+from fastdeq.training.loss import LossWeights
+from fastdeq.training.metrics import (
     Figure,
     FigureMeans,
     backward_figures,
     mean_metrics,
     solver_figures,
 )
-from fastdeq.tasks.objective import LossWeights
-from fastdeq.tasks.schedules import AbstractSchedule, Constant, SchedulerFactory, as_schedule
-from fastdeq.timer import Stopwatch
+from fastdeq.training.schedules import AbstractSchedule, Constant, SchedulerFactory, as_schedule
 
 Batch: TypeAlias = tuple[Tensor, Tensor, float]
 """Inputs, targets, and what this process's mean counts for (0: the batch only stands in)."""

@@ -1,4 +1,4 @@
-"""The command ``python -m fastdeq.jobs``: a sweep in Slurm's queue, without waiting for it."""
+"""The command ``python -m fastdeq.cluster``: a sweep in Slurm's queue, without waiting for it."""
 
 import difflib
 import shlex
@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastdeq.cluster.record import OPEN, Submitted, newest, read_submission, slurm_states
+from fastdeq.cluster.submit import submit
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.grid import read_grid
 from fastdeq.experiment.sweep import RESUMABLE
-from fastdeq.jobs.record import OPEN, Submitted, newest, read_submission, slurm_states
-from fastdeq.jobs.submit import submit
 from fastdeq.report import SweepTable, read_jobs
 from fastdeq.report.markdown import aligned
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 def usage() -> str:
     """Return what the command says when it is asked for help."""
     return (
-        "usage: python -m fastdeq.jobs ACTION ...\n\n"
+        "usage: python -m fastdeq.cluster ACTION ...\n\n"
         "A sweep as one array of Slurm jobs, which this command does not wait for.\n\n"
         "  submit key=value ...  what train.py -m takes, and hydra.launcher.timeout_min=MINUTES;\n"
         "                        conf/hydra/launcher/submitit_slurm.yaml explains its other keys\n"
@@ -98,7 +98,7 @@ def _submit(arguments: Sequence[str]) -> int:
     folder, jobs = submit(_overrides(arguments))
     first = jobs[0].slurm.partition("_")[0]
     print(f"{len(jobs)} jobs are in the queue, as {first}: see {folder}")
-    print(f"python -m fastdeq.jobs status sweep={shlex.quote(str(folder))}")
+    print(f"python -m fastdeq.cluster status sweep={shlex.quote(str(folder))}")
     return 0
 
 
@@ -125,7 +125,7 @@ def _status(arguments: Sequence[str]) -> int:
 def _logs(arguments: Sequence[str]) -> int:
     request = parse(arguments)
     if request.number is None:
-        raise UsageError("logs needs the number of a job: python -m fastdeq.jobs logs 0")
+        raise UsageError("logs needs the number of a job: python -m fastdeq.cluster logs 0")
     (job,) = request.jobs()
     if not job.log.exists():
         state = slurm_states([job])[job.number]

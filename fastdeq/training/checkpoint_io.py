@@ -1,6 +1,5 @@
-"""Checkpoint files that are whole or not there, and prove it."""
+"""Checkpoint files that are complete or absent, with a SHA-256 to prove it."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from fastdeq.runs.files import flush_folder, seal_of, sha256_of, write_atomic
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
@@ -28,7 +29,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            seal = _digest(aside)
+            seal = sha256_of(aside)
             # No seal for a moment, rather than the old file's seal beside the new file.
             seal_of(target).unlink(missing_ok=True)
             aside.replace(target)
@@ -39,8 +40,8 @@ class SealedCheckpointIO(TorchCheckpointIO):
                 f"no checkpoint can be written to {target} ({str(error).splitlines()[0]}): make "
                 "room, or choose another place (paths.outputs); the one before it is intact"
             ) from error
-        write_whole(seal_of(target), f"{seal}  {target.name}\n")
-        _flush_folder(target.parent)
+        write_atomic(seal_of(target), f"{seal}  {target.name}\n")
+        flush_folder(target.parent)
 
     def load_checkpoint(
         self,
@@ -55,41 +56,3 @@ class SealedCheckpointIO(TorchCheckpointIO):
         """Remove the file and its seal."""
         for each in (Path(path), seal_of(Path(path))):
             each.unlink(missing_ok=True)
-
-
-def seal_of(path: Path) -> Path:
-    """Where a file's SHA-256 stands, in the form that `sha256sum --check` reads."""
-    return path.with_name(f"{path.name}.sha256")
-
-
-def is_sealed(path: Path) -> bool:
-    """Whether the file is exactly what was written: it is there, with a seal that fits."""
-    try:
-        noted = seal_of(path).read_text(encoding="utf-8").split()
-        return bool(noted) and noted[0] == _digest(path)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write aside, flush and rename: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Let the renames themselves reach the disk."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

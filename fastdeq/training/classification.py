@@ -8,9 +8,9 @@ from torch.nn.functional import cross_entropy
 
 from fastdeq.autocast import at_least_float32
 from fastdeq.nn import DEQChain
-from fastdeq.tasks.base import AbstractTask, OptimizerFactory
-from fastdeq.tasks.objective import LossWeights
-from fastdeq.tasks.schedules import AbstractSchedule, SchedulerFactory
+from fastdeq.training.loss import LossWeights
+from fastdeq.training.schedules import AbstractSchedule, SchedulerFactory
+from fastdeq.training.task import AbstractTask, OptimizerFactory
 
 
 class ClassificationTask(AbstractTask):

@@ -13,9 +13,9 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from fastdeq.callbacks import CarryingDDP, Failures, Resumption, carrying
 from fastdeq.data.passes import Batch
 from fastdeq.experiment.launch import free_port, leave
+from fastdeq.training import CarryingDDP, Failures, Resumption, carrying
 from tests.training.test_failures import NAN, task_of
 from tests.training.test_tasks import make_trainer, samples, trained
 

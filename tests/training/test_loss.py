@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdeq import fixed_point
-from fastdeq.tasks import LossWeights
+from fastdeq.training import LossWeights
 
 STEPS = 10_000
 

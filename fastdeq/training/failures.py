@@ -9,11 +9,11 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from fastdeq.callbacks.carrying import carrying
-from fastdeq.callbacks.diagnosis import Diagnosis, Reading, with_norm
-from fastdeq.callbacks.failed_step import Step, StepBatch, save_failure
-from fastdeq.callbacks.ranks import taken_random_state
-from fastdeq.tasks import AbstractTask
+from fastdeq.training.ddp import carrying
+from fastdeq.training.diagnosis import Diagnosis, Reading, with_norm
+from fastdeq.training.failed_step import Step, StepBatch, save_failure
+from fastdeq.training.random_state import taken_random_state
+from fastdeq.training.task import AbstractTask
 
 log = logging.getLogger("fastdeq")
 

@@ -8,11 +8,11 @@ import torch
 from pytorch_lightning import Trainer
 from torch import Tensor
 
-from fastdeq.callbacks.diagnosis import Diagnosis, joined, measure
-from fastdeq.callbacks.ranks import as_plain, gathered
-from fastdeq.callbacks.storage import SealedCheckpointIO
 from fastdeq.solution import Solution
-from fastdeq.tasks import AbstractTask
+from fastdeq.training.checkpoint_io import SealedCheckpointIO
+from fastdeq.training.diagnosis import Diagnosis, joined, measure
+from fastdeq.training.random_state import as_plain, gathered
+from fastdeq.training.task import AbstractTask
 
 FAILURE = "failure.ckpt"
 

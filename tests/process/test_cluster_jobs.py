@@ -1,4 +1,4 @@
-"""``python -m fastdeq.jobs`` where no Slurm is needed, and what Slurm's variables mean to a run."""
+"""``python -m fastdeq.cluster`` without a Slurm, and what Slurm's variables mean to a run."""
 
 import json
 import shlex
@@ -10,11 +10,11 @@ import pytest
 pytest.importorskip("submitit")
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 
+from fastdeq.cluster.command import ACTIONS, main
+from fastdeq.cluster.record import newest, read_submission
 from fastdeq.experiment.checks import count_ranks
-from fastdeq.experiment.cluster import current_step, is_follower, meeting
+from fastdeq.experiment.rendezvous import current_step, is_follower, meeting
 from fastdeq.experiment.submission import check_tasks
-from fastdeq.jobs.command import ACTIONS, main
-from fastdeq.jobs.record import newest, read_submission
 from tests.commands import SHORT, CommandLine
 
 STEP = {
@@ -106,8 +106,8 @@ def test_a_shipped_grid_is_listed_and_can_be_narrowed(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        ([], 2, "usage: python -m fastdeq.jobs"),
-        (["--help"], 0, "usage: python -m fastdeq.jobs"),
+        ([], 2, "usage: python -m fastdeq.cluster"),
+        (["--help"], 0, "usage: python -m fastdeq.cluster"),
         (["statu"], 2, "unknown action 'statu': did you mean status?"),
         (["status", "sweeps=x"], 2, "unknown key 'sweeps': did you mean sweep?"),
         (["status", "sweep="], 2, "sweep has no value: write sweep=FOLDER"),

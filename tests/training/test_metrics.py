@@ -12,8 +12,8 @@ from benchmarks.solver_step import Operations
 from fastdeq import DeepEquilibriumNetwork, DEQChain
 from fastdeq.nn import DenseCell
 from fastdeq.solution import BackwardReport, Solution, SolveStats, Status
-from fastdeq.tasks.figures import FigureMeans, backward_figures, solver_figures
 from fastdeq.timer import Stopwatch
+from fastdeq.training.metrics import FigureMeans, backward_figures, solver_figures
 
 
 def values(means: FigureMeans) -> dict[str, float]:

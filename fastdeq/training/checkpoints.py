@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from fastdeq.tasks import AbstractTask
+from fastdeq.training.task import AbstractTask
 
 BEST, LAST = "best.ckpt", "last.ckpt"
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from fastdeq.autocast import at_least_float32
-from fastdeq.tasks.base import AbstractTask
+from fastdeq.training.task import AbstractTask
 
 
 class RegressionTask(AbstractTask):

@@ -1,0 +1,1 @@
+"""Loggers: metrics.csv, the console, Weights & Biases."""
