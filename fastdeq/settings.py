@@ -49,7 +49,7 @@ def setting(
 def settings(cls: type[_T]) -> type[_T]:
     """Class decorator: a frozen keyword-only dataclass that checks names, types and ranges.
 
-    A method `check_together` is called last, for what single fields cannot tell.
+    A method `validate` is called last, for what single fields cannot tell.
 
     Raises (at construction): TypeError for an unknown field or a value of the wrong type,
     ValueError for a value out of range.
@@ -61,8 +61,8 @@ def settings(cls: type[_T]) -> type[_T]:
         _check_names(type(self), args, given)
         plain_init(self, **given)
         _check_values(self)
-        if hasattr(self, "check_together"):
-            self.check_together()
+        if hasattr(self, "validate"):
+            self.validate()
 
     made.__init__ = __init__  # type: ignore[method-assign]
     return made

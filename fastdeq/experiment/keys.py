@@ -33,7 +33,7 @@ class RunSettings:
     debug: bool = setting()
     skip_weight: float = setting(at_least=0)
 
-    def check_together(self) -> None:
+    def validate(self) -> None:
         path = PurePosixPath(self.name)
         if path.is_absolute() or ".." in path.parts or not self.name:
             raise ValueError(f"name is {self.name!r}, but must be a folder below paths.outputs")

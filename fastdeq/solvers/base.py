@@ -97,7 +97,7 @@ class AbstractSolver(ABC):
     per_sample: bool = setting(default=True)
     check_every: int = setting(default=1, at_least=1)
 
-    def check_together(self) -> None:
+    def validate(self) -> None:
         """Refuse a tolerance that the termination mode would never look at."""
         for name, mode, other in (("abstol", "rel", "reltol"), ("reltol", "abs", "abstol")):
             alone = getattr(self, name) is not None and getattr(self, other) is None

@@ -64,7 +64,7 @@ class Staircase(AbstractSchedule):
     at: list[float] = setting()
     factor: float = setting(default=0.1, above=0)
 
-    def check_together(self) -> None:
+    def validate(self) -> None:
         if not all(0 < share < 1 for share in self.at):
             raise ValueError(f"Staircase.at is {self.at}, but must hold shares of the run: [0.5]")
         if list(self.at) != sorted(self.at):
@@ -93,7 +93,7 @@ class LRSchedulerConfig(AbstractSchedule):
     frequency: int = setting(default=1, at_least=1)
     monitor: str | None = None
 
-    def check_together(self) -> None:
+    def validate(self) -> None:
         if not callable(self.scheduler):
             raise TypeError(
                 f"the scheduler is {self.scheduler!r}, but must take the optimizer: give its "
