@@ -17,7 +17,7 @@ from fastdeq.solution import Solution
 
 
 class AbstractCellLayer(nn.Module):
-    """From x to a state, by evaluations of one cell from z₀; `evolve` says how.
+    """From x to a state, by evaluations of one cell from z₀; `solve` says how.
 
     cell: f, an nn.Module called as cell(z, x), that returns a state of the shape of z.
     initializer: makes z₀; by default zeros, of the cell's scales or else of the input's shape.
@@ -46,13 +46,13 @@ class AbstractCellLayer(nn.Module):
         self.depth = depth
 
     @abstractmethod
-    def evolve(self, f: StateMap, z0: State) -> Solution:
+    def solve(self, f: StateMap, z0: State) -> Solution:
         """The state and what is known about it, from the cell with its input bound."""
 
     @property
     @abstractmethod
     def method(self) -> dict[str, Any]:
-        """The settings of `evolve` by name, to be shown."""
+        """The settings of `solve` by name, to be shown."""
 
     def forward(self, x: Any, *, jacobian_loss: bool = False) -> tuple[State, Solution]:
         """(z, solution) from the input x, (B, ...) or whatever the cell takes.
@@ -60,13 +60,13 @@ class AbstractCellLayer(nn.Module):
         jacobian_loss: also estimate ‖J‖²_F / D at z, as `solution.jacobian_loss`; see
             `fastdeq.regularizers`.
 
-        Raises and warns as `evolve`.
+        Raises and warns as `solve`.
         """
         with parametrizations_cached(self):
             f = CellCall(self.cell, x)
             z0 = _widened_in_autocast(self.initializer(f, x))
             if self.depth is None:
-                solution = self.evolve(f, z0)
+                solution = self.solve(f, z0)
             else:
                 solution = fixed_depth(f, z0, depth=self.depth)
             if jacobian_loss:

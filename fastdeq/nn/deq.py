@@ -56,7 +56,7 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         check_coupling(cell, self.solver, self.adjoint)
         self.trace: TraceKind | None = None
 
-    def evolve(self, f: StateMap, z0: State) -> Solution:
+    def solve(self, f: StateMap, z0: State) -> Solution:
         """Raises and warns as `fixed_point`."""
         return fixed_point(f, z0, solver=self.solver, adjoint=self.adjoint, trace=self.trace)
 

@@ -78,7 +78,7 @@ class NeuralODE(AbstractCellLayer):
             raise ValueError(f"tol ({tol}) must be above 0, max_steps ({max_steps}) at least 1")
         self.integrator, self.tol, self.max_steps = method, tol, max_steps
 
-    def evolve(self, f: StateMap, z0: State) -> Solution:
+    def solve(self, f: StateMap, z0: State) -> Solution:
         """Raises: as the class."""
         layout = Layout.of(z0)
         flow = _Flow(f, layout)

@@ -35,7 +35,7 @@ class UnrolledNetwork(AbstractCellLayer):
             raise ValueError(f"steps is {steps!r}, but must be a whole number of at least 1")
         self.steps = steps
 
-    def evolve(self, f: StateMap, z0: State) -> Solution:
+    def solve(self, f: StateMap, z0: State) -> Solution:
         """Raises as `fixed_depth`."""
         return fixed_depth(f, z0, depth=self.steps)
 
