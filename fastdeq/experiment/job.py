@@ -242,8 +242,8 @@ def _announce(task: AbstractTask, trainer: lightning.Trainer, job: Job) -> None:
         LOG.info("going on    from %s", job.resume.name)
     LOG.info("device      %s%s", device, f" × {job.ranks}" if job.ranks > 1 else "")
     LOG.info("parameters  %s", f"{_count_parameters(task):,}")
-    for name, settings in layer.method.items():
-        LOG.info("%-11s %s", name, settings)
+    for name, value in layer.settings.items():
+        LOG.info("%-11s %s", name, value)
     LOG.info("loss        %s", task.weights)
 
 

@@ -51,7 +51,7 @@ class AbstractCellLayer(nn.Module):
 
     @property
     @abstractmethod
-    def method(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """The settings of `solve` by name, to be shown."""
 
     def forward(self, x: Any, *, jacobian_loss: bool = False) -> tuple[State, Solution]:
@@ -89,7 +89,7 @@ class AbstractCellLayer(nn.Module):
             return z0
 
     def extra_repr(self) -> str:
-        shown = {**self.method, "depth": self.depth}
+        shown = {**self.settings, "depth": self.depth}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 

@@ -61,7 +61,7 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         return fixed_point(f, z0, solver=self.solver, adjoint=self.adjoint, trace=self.trace)
 
     @property
-    def method(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return {"solver": self.solver, "adjoint": self.adjoint}
 
 

@@ -118,7 +118,7 @@ class NeuralODE(AbstractCellLayer):
         return replace(solution, elapsed=watch, backward=report)
 
     @property
-    def method(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return {"integrator": f"{self.integrator}(tol={self.tol}, max_steps={self.max_steps})"}
 
 

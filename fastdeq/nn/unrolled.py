@@ -40,5 +40,5 @@ class UnrolledNetwork(AbstractCellLayer):
         return fixed_depth(f, z0, depth=self.steps)
 
     @property
-    def method(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return {"steps": self.steps}
