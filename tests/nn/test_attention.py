@@ -15,6 +15,7 @@ from fastdeq.autodiff import jvp, unfused_attention
 from fastdeq.krylov import GMRES
 from fastdeq.regularizers import jacobian_loss
 from fastdeq.solvers import LimitedMemoryBroydenSolver, NewtonKrylov
+from tests.loops import each
 from tests.problems import dense_jacobian
 
 F64 = torch.float64
@@ -65,8 +66,8 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 everywhere = [
-    pytest.mark.parametrize("training", [True, False]),
-    pytest.mark.parametrize("block", BLOCKS),
+    each("training", [True, False]),
+    each("block", BLOCKS),
 ]
 
 
@@ -109,7 +110,7 @@ def test_a_layer_is_trained_with_the_jacobian_loss(block, training):
 
 
 @on_every_block
-@pytest.mark.parametrize("frozen", [True, False])
+@each("frozen", [True, False])
 def test_products_in_forward_mode_are_those_of_the_dense_jacobian(block, training, frozen):
     cell, x = make(block, training)
     cell.requires_grad_(not frozen)
@@ -125,7 +126,7 @@ def test_products_in_forward_mode_are_those_of_the_dense_jacobian(block, trainin
 
 
 @on_every_block
-@pytest.mark.parametrize("grad", [True, False])
+@each("grad", [True, False])
 def test_newton_krylov_finds_the_equilibrium(block, training, grad):
     cell, x = make(block, training)
     adjoint = Implicit(solver=GMRES(tol=1e-10))

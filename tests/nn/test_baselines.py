@@ -16,6 +16,7 @@ from fastdeq.nn import (
     WidthStackedDEQ,
 )
 from tests.cells import EXACT, TIGHT, DenseTanh
+from tests.loops import each
 
 # Unrolled
 
@@ -43,7 +44,7 @@ def test_a_depth_set_from_outside_goes_before_the_steps_and_leaves_them():
     assert (layer(x)[1].nfe == 3).all()
 
 
-@pytest.mark.parametrize("steps", [0, -1, True, 2.0])
+@each("steps", [0, -1, True, 2.0])
 def test_steps_below_one_are_refused(steps):
     with pytest.raises(ValueError, match=r"steps is .* whole number of at least 1"):
         UnrolledNetwork(DenseCell(4), steps=steps)
@@ -102,7 +103,7 @@ def test_branches_of_another_width_than_the_input_are_told_both():
         layer(torch.randn(4, 6))
 
 
-@pytest.mark.parametrize(("count", "widths"), [(2, [2]), (0, []), (1, [2, 3])])
+@each("count, widths", [(2, [2]), (0, []), (1, [2, 3])])
 def test_a_width_is_needed_for_each_cell(count, widths):
     with pytest.raises(ValueError, match="give one each"):
         SideBySideCell([DenseCell(2)] * count, widths)

@@ -17,6 +17,7 @@ from fastdeq.nn.multiscale.blocks import (
     post_fusion,
     upsample,
 )
+from tests.loops import each
 
 
 def count(module: nn.Module) -> int:
@@ -41,8 +42,8 @@ def test_weights_have_the_published_spread_and_biases_are_zero():
     assert convolution(3, 3).bias is None
 
 
-@pytest.mark.parametrize(
-    ("channels", "groups", "wanted"),
+@each(
+    "channels, groups, wanted",
     [(24, 8, 8), (12, 8, 6), (7, 8, 7), (11, 8, 1), (24, 4, 4), (6, 4, 3), (2, 8, 2)],
 )
 def test_group_norm_has_the_largest_number_of_groups_that_divides(channels, groups, wanted):
@@ -68,7 +69,7 @@ def test_another_normalization_is_refused_with_the_choices():
         normalization_layer("layer", 6)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["batch", "group"])
+@each("kind", ["batch", "group"])
 def test_a_residual_block_is_its_formula(kind):
     block, z, x = ResidualBlock(6, 2, normalization=kind), images(), images()
     for norm in (block.norm1, block.norm2, block.norm3):
@@ -108,8 +109,8 @@ def test_an_expansion_below_one_is_refused():
         ResidualBlock(6, 0)
 
 
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "steps", "wanted"),
+@each(
+    "inputs, outputs, steps, wanted",
     [
         (4, 16, 2, [(4, 8), (8, 16)]),  # doubling ends at the outputs
         (4, 4, 2, [(4, 4), (4, 4)]),
@@ -130,14 +131,14 @@ def test_upsampling_repeats_what_is_computed_on_the_coarse_grid():
     torch.testing.assert_close(layers(z), coarse.repeat_interleave(4, 2).repeat_interleave(4, 3))
 
 
-@pytest.mark.parametrize(("inputs", "extra"), [(8, 0), (6, 6 * 8 + 16)])
+@each("inputs, extra", [(8, 0), (6, 6 * 8 + 16)])
 def test_a_bottleneck_has_a_shortcut_convolution_where_channels_differ(inputs, extra):
     block = Bottleneck(inputs, 2)
     assert block(images(inputs)).shape == (3, 8, 8, 8)
     assert count(block) == inputs * 2 + 4 + 36 + 4 + 16 + 16 + extra
 
 
-@pytest.mark.parametrize(("times", "scales"), list(itertools.product([0, 1, 2, 3], [1, 2, 3])))
+@each("times, scales", list(itertools.product([0, 1, 2, 3], [1, 2, 3])))
 def test_the_stem_halves_as_often_as_asked(times, scales):
     stem = MultiScaleStem(3, [4] * scales, times)
     assert stem(images(3, size=16)).shape == (3, 4, 16 >> times, 16 >> times)
@@ -153,13 +154,13 @@ def test_the_head_adds_from_fine_to_coarse():
     torch.testing.assert_close(head((fine, coarse)), wanted)
 
 
-@pytest.mark.parametrize(("channels", "hidden"), [([4, 6], [1]), ([4], [1, 2])])
+@each("channels, hidden", [([4, 6], [1]), ([4], [1, 2])])
 def test_a_head_of_another_number_of_scales_is_refused(channels, hidden):
     with pytest.raises(ValueError, match="give one each"):
         MultiScaleHead(channels, hidden, 5, 7)
 
 
-@pytest.mark.parametrize("channels", [4, [], [4, 0], [4, "a"], [4, True]])
+@each("channels", [4, [], [4, 0], [4, "a"], [4, True]])
 def test_channels_that_are_no_positive_numbers_are_refused(channels):
     for make in (
         lambda: MultiScaleStem(3, channels),

@@ -17,6 +17,7 @@ from fastdeq.nn import VariationalDropout, weight_norm
 from fastdeq.nn.call import CellCall
 from fastdeq.solvers import LimitedMemoryBroydenSolver
 from tests.cells import EXACT, TIGHT, DenseTanh
+from tests.loops import each
 
 WIDTH = 6
 
@@ -68,8 +69,8 @@ def all_equal(masks: list[Tensor]) -> bool:
 # Variational dropout
 
 
-@pytest.mark.parametrize("adjoint", [Implicit(), Phantom(), Unrolled()], ids=repr)
-@pytest.mark.parametrize("depth", [None, 3])
+@each("adjoint", [Implicit(), Phantom(), Unrolled()])
+@each("depth", [None, 3])
 def test_all_evaluations_of_a_call_see_one_mask(adjoint, depth):
     dropout, x = VariationalDropout(0.5), dense_input()
     masks = recorded_masks(dropout)
@@ -106,7 +107,7 @@ def test_an_earlier_call_keeps_its_mask_after_a_later_one():
     assert not torch.equal(masks[0], masks[1])
 
 
-@pytest.mark.parametrize("adjoint", [EXACT, Phantom()], ids=repr)
+@each("adjoint", [EXACT, Phantom()])
 def test_two_calls_before_one_backward_give_the_gradients_of_both(adjoint):
     cell, x = Dense(VariationalDropout(0.5)), dense_input()
     layer = DeepEquilibriumNetwork(cell, solver=TIGHT, adjoint=adjoint)
@@ -161,14 +162,14 @@ def test_alone_every_evaluation_draws_a_new_mask():
     assert not torch.equal(dropout(x), dropout(x))
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 7), (6, 5, 3, 4)])
+@each("shape", [(6, 5), (6, 5, 7), (6, 5, 3, 4)])
 def test_whole_features_are_dropped(shape):
     kept = VariationalDropout(0.5)(torch.ones(shape)).reshape(6, 5, -1)
     assert torch.equal(kept, kept[:, :, :1].expand_as(kept))
     assert kept[:, :, 0].unique().tolist() == [0.0, 2.0]
 
 
-@pytest.mark.parametrize("p", [0.1, 0.3, 0.8])
+@each("p", [0.1, 0.3, 0.8])
 def test_dropout_keeps_the_expectation(p):
     count = 100_000
     kept = VariationalDropout(p)(torch.ones(count, 1, dtype=torch.float64))
@@ -178,7 +179,7 @@ def test_dropout_keeps_the_expectation(p):
     assert abs((kept == 0).double().mean().item() - p) < 5 * (p * (1 - p) / count) ** 0.5
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan")])
+@each("p", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_probability_out_of_range_is_refused(p):
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         VariationalDropout(p)
@@ -210,9 +211,9 @@ def count_of(layer: nn.Linear) -> list[int]:
     return counted
 
 
-@pytest.mark.parametrize("parametrized", [weight_norm, lambda cell: spectral_norm(cell.state)])
-@pytest.mark.parametrize("depth", [None, 3])
-@pytest.mark.parametrize("gradients", [True, False])
+@each("parametrized", [weight_norm, lambda cell: spectral_norm(cell.state)])
+@each("depth", [None, 3])
+@each("gradients", [True, False])
 def test_a_parametrized_weight_is_computed_once_a_call(parametrized, depth, gradients):
     cell, x = Dense(), dense_input()
     parametrized(cell)
@@ -291,9 +292,9 @@ def test_weight_norm_refuses_what_it_cannot_normalize():
 # Running statistics
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("depth", [None, 3])
-@pytest.mark.parametrize("adjoint", [Implicit(solver=GMRES(per_sample=False)), Phantom()], ids=repr)
+@each("momentum", [0.1, None])
+@each("depth", [None, 3])
+@each("adjoint", [Implicit(solver=GMRES(per_sample=False)), Phantom()])
 def test_running_statistics_move_once_a_call_to_those_at_the_equilibrium(momentum, depth, adjoint):
     norm, x = nn.BatchNorm1d(WIDTH, momentum=momentum, dtype=torch.float64), dense_input(8)
     layer = DeepEquilibriumNetwork(
@@ -314,7 +315,7 @@ def test_running_statistics_move_once_a_call_to_those_at_the_equilibrium(momentu
         assert norm.num_batches_tracked == call
 
 
-@pytest.mark.parametrize(("training", "extra"), [(True, 1), (False, 0)])
+@each("training, extra", [(True, 1), (False, 0)])
 def test_moving_the_statistics_costs_one_evaluation_and_only_in_training(training, extra):
     norm, calls = nn.BatchNorm1d(WIDTH, dtype=torch.float64), [0]
     norm.register_forward_hook(lambda *_: calls.append(1))
@@ -324,7 +325,7 @@ def test_moving_the_statistics_costs_one_evaluation_and_only_in_training(trainin
     assert sum(calls) == solution.nfe[0] + extra
 
 
-@pytest.mark.parametrize("frozen", ["layer", "norm"])
+@each("frozen", ["layer", "norm"])
 def test_running_statistics_stand_still_in_evaluation(frozen):
     norm, x = nn.BatchNorm1d(WIDTH, dtype=torch.float64), dense_input(8)
     layer = DeepEquilibriumNetwork(Dense(norm))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastdeq
 from fastdeq.nn import DenseCell, Initialization, initialize, weight_norm
+from tests.loops import each
 
 LAYERS: dict[str, Callable[[], Any]] = {
     "linear": lambda: nn.Linear(300, 200),
@@ -41,7 +42,7 @@ def assert_normal(draws: Tensor, std: float) -> None:
     assert beyond == pytest.approx(0.194, abs=5 * 0.4 / math.sqrt(n))
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@each("kind", LAYERS)
 def test_torch_is_the_distribution_of_a_new_layer(kind):
     torch.manual_seed(0)
     bound = 1 / math.sqrt(FANS[kind][0])
@@ -51,7 +52,7 @@ def test_torch_is_the_distribution_of_a_new_layer(kind):
         assert_uniform(layer.bias, bound)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@each("kind", LAYERS)
 def test_glorot_has_its_bound_and_zero_biases(kind):
     torch.manual_seed(0)
     layer = initialized(LAYERS[kind](), "glorot")
@@ -59,7 +60,7 @@ def test_glorot_has_its_bound_and_zero_biases(kind):
     assert not layer.bias.any()
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@each("kind", LAYERS)
 def test_normal_has_the_published_spread_and_zero_biases(kind):
     torch.manual_seed(0)
     layer = initialized(LAYERS[kind](), "normal")
@@ -77,7 +78,7 @@ def test_a_seed_fixes_the_weights_and_another_one_changes_them():
         assert not torch.equal(drawn(1, initialization), drawn(2, initialization))
 
 
-@pytest.mark.parametrize("initialization", ["torch", "glorot", "normal"])
+@each("initialization", ["torch", "glorot", "normal"])
 def test_a_weight_normalized_layer_gets_the_drawn_weight(initialization):
     torch.manual_seed(0)
     plain = initialized(nn.Conv2d(30, 60, 3), initialization)

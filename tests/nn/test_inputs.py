@@ -12,6 +12,7 @@ from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork
 from fastdeq.nn import AbstractCellLayer, UnrolledNetwork, Zeros
 from fastdeq.nn.inputs import tensors_in
 from tests.cells import EXACT, TIGHT, DenseTanh
+from tests.loops import each
 from tests.training.test_tasks import make_task, network
 
 F64 = torch.float64
@@ -64,7 +65,7 @@ def layers() -> list[AbstractCellLayer]:
     ]
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+@each("kind", INPUTS)
 def test_a_structured_input_gives_the_state_and_the_gradients_of_its_tensor(kind):
     for layer in layers():
         got, expected = image().requires_grad_(), image().requires_grad_()
@@ -84,7 +85,7 @@ def test_the_first_tensor_with_a_batch_axis_gives_batch_and_dtype_of_the_start()
     assert [len(scale) for scale in Zeros([[2], [1]])(lambda z: z, {"a": torch.ones(5)})] == [5, 5]
 
 
-@pytest.mark.parametrize("x", [{}, {"a": 1, "b": [2.0, "c"]}, None, "text", torch.tensor(1.0)])
+@each("x", [{}, {"a": 1, "b": [2.0, "c"]}, None, "text", torch.tensor(1.0)])
 def test_an_input_without_a_batch_is_refused_with_the_cure(x):
     for layer in layers():
         with pytest.raises(TypeError, match=f"input is a {type(x).__name__} without a tensor"):
@@ -109,7 +110,7 @@ def test_a_chain_passes_a_mapping_on_to_its_equilibrium():
     assert solution.converged.all()
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+@each("kind", INPUTS)
 def test_a_neural_ode_sends_gradients_to_the_tensors_of_a_structured_input(kind):
     pytest.importorskip("torchdiffeq")
     from fastdeq.nn.neural_ode import NeuralODE

@@ -19,6 +19,7 @@ from fastdeq.solvers import (
     Picard,
 )
 from tests.cells import EXACT, TIGHT, DenseTanh
+from tests.loops import each
 
 WIDTH = 4
 
@@ -83,13 +84,13 @@ def build(start: str, cell: nn.Module, **options: Any) -> DeepEquilibriumNetwork
     return SkipDeepEquilibriumNetwork(cell, explicit, **options)
 
 
-start = pytest.mark.parametrize("start", ["vanilla", "explicit", "skip_reg"])
+start = each("start", ["vanilla", "explicit", "skip_reg"])
 
 
 # What a call returns
 
 
-@pytest.mark.parametrize(("cell", "x"), [(Dense, dense_input), (Conv, conv_input)])
+@each("cell, x", [(Dense, dense_input), (Conv, conv_input)])
 def test_the_output_is_an_equilibrium_of_the_cell(cell, x):
     f, x = cell(), x()
     y, _ = DeepEquilibriumNetwork(f, solver=TIGHT)(x)
@@ -123,7 +124,7 @@ def test_the_jacobian_loss_comes_on_request_and_is_that_at_the_equilibrium():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # of NewtonKrylov's jvp
-@pytest.mark.parametrize(
+@each(
     "solver",
     [
         Picard(),
@@ -135,7 +136,6 @@ def test_the_jacobian_loss_comes_on_request_and_is_that_at_the_equilibrium():
         ContinuousSolver(method="bs3"),
         ContinuousSolver(method="vcab3"),
     ],
-    ids=lambda solver: getattr(solver, "method", type(solver).__name__),
 )
 @start
 def test_nfe_is_the_number_of_calls_of_the_cell(start, solver):
@@ -220,7 +220,7 @@ def test_a_state_of_several_scales():
 # Gradients
 
 
-@pytest.mark.parametrize(("cell", "x"), [(Dense, dense_input), (Conv, conv_input)])
+@each("cell, x", [(Dense, dense_input), (Conv, conv_input)])
 def test_the_gradients_of_the_layer_are_those_of_finite_differences(cell, x):
     layer = DeepEquilibriumNetwork(
         cell(), solver=LimitedMemoryBroydenSolver(tol=1e-14, max_steps=100), adjoint=EXACT

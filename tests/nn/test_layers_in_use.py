@@ -17,6 +17,7 @@ from fastdeq.solvers import (
     Picard,
 )
 from tests.cells import TIGHT
+from tests.loops import each
 from tests.nn.test_layers import WIDTH, Dense, build, dense_input, explicit_network, grad, start
 
 # Pretraining and the explicit prediction
@@ -49,7 +50,7 @@ def test_leaving_the_fixed_depth_solves_again():
     assert layer(x)[1].converged.all()
 
 
-@pytest.mark.parametrize(("start", "calls"), [("explicit", 0), ("skip_reg", 1)])
+@each("start, calls", [("explicit", 0), ("skip_reg", 1)])
 def test_the_explicit_prediction_is_z0_and_costs_no_solve(start, calls):
     cell, x = Dense(), dense_input()
     layer = build(start, cell)
@@ -94,7 +95,7 @@ def test_a_layer_of_a_chain_may_be_named_equilibrium():
     assert chain.equilibrium is deq
 
 
-@pytest.mark.parametrize("count", [0, 2])
+@each("count", [0, 2])
 def test_a_chain_holds_exactly_one_equilibrium_layer(count):
     layers = [nn.Linear(4, 4), *(DeepEquilibriumNetwork(Dense()) for _ in range(count))]
     with pytest.raises(ValueError, match=f"exactly one equilibrium layer, but got {count}"):
@@ -123,7 +124,7 @@ def same_output(one: nn.Module, other: nn.Module, x: Tensor) -> bool:
     return torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@each("variant", VARIANTS)
 def test_copies_and_loaded_states_give_the_same_output(variant):
     layer, x = build("explicit", VARIANTS[variant]()), dense_input()
     layer(x)[0].sum().backward()  # a used layer must not be harder to copy than a new one
@@ -169,7 +170,7 @@ def test_without_gradients_the_value_is_the_same_and_holds_no_graph():
     assert not solution.z0.requires_grad
 
 
-@pytest.mark.parametrize("adjoint", [Implicit(), JacobianFree(), Phantom(), Unrolled()], ids=repr)
+@each("adjoint", [Implicit(), JacobianFree(), Phantom(), Unrolled()])
 @start
 def test_under_autocast_the_state_stays_float32_and_weights_keep_their_gradients(start, adjoint):
     # Older torch reuses casts made without gradients where gradients are on (pytorch 112583).

@@ -27,13 +27,14 @@ from fastdeq.nn import (
 from fastdeq.regularizers import skip_loss
 from fastdeq.solvers import Anderson, LimitedMemoryBroydenSolver
 from fastdeq.training import Pretraining
+from tests.loops import each
 from tests.problems import dense_jacobian
 
 WIDTHS = (4, 3, 2, 1)
 STARTS = ("vanilla", "skip", "skip_reg")
 
-every_start = pytest.mark.parametrize("start", STARTS)
-every_normalization = pytest.mark.parametrize("normalization", ["batch", "group"])
+every_start = each("start", STARTS)
+every_normalization = each("normalization", ["batch", "group"])
 
 
 class Injected(nn.Module):
@@ -160,7 +161,7 @@ def test_packing_takes_the_scales_of_a_cell_and_gives_them_back():
 
 
 @every_start
-@pytest.mark.parametrize("post_fusion", [False, True])
+@each("post_fusion", [False, True])
 def test_four_dense_scales_have_an_equilibrium_and_train(start, post_fusion):
     cell, x = dense_cell(post_fusion), torch.randn(5, 4)
     layer = build(start, cell, solver=LimitedMemoryBroydenSolver(tol=1e-5))
@@ -324,8 +325,8 @@ def test_by_default_the_solves_are_those_that_the_cell_needs():
         assert layer.adjoint.solver.per_sample == per_sample
 
 
-@pytest.mark.parametrize(
-    ("solver", "adjoint", "key"),
+@each(
+    "solver, adjoint, key",
     [
         (Anderson(), JacobianFree(), "solver"),
         (Anderson(per_sample=False), Implicit(), "adjoint.solver"),
@@ -347,7 +348,7 @@ def test_a_cell_without_scales_is_told_what_to_use():
             make(DenseCell(4))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("missing", ["mappings", "row", "scales", "post_fusion", "everything"])
+@each("missing", ["mappings", "row", "scales", "post_fusion", "everything"])
 def test_parts_that_do_not_match_in_number_are_refused(missing):
     none = missing == "everything"
     branches = [] if none else [Injected(4), Injected(3)]
@@ -376,15 +377,15 @@ class Short(nn.Module):
         return (x, x[:, :3])
 
 
-@pytest.mark.parametrize("explicit", [Short(), nn.Identity()])
+@each("explicit", [Short(), nn.Identity()])
 def test_a_prediction_of_other_scales_is_told_those_of_the_cell(explicit):
     layer = MultiScaleSkipDeepEquilibriumNetwork(dense_cell(), explicit)
     with pytest.raises(ValueError, match=r"the scales of the cell are \[\(4,\), \(3,\), \(2,\)"):
         layer(torch.randn(5, 4))
 
 
-@pytest.mark.parametrize(
-    ("image", "channels", "times", "cure"),
+@each(
+    "image, channels, times, cure",
     [
         ([3, 28, 28], [4, 4, 4, 4], 0, "28 × 28 cannot be halved 3 times.*multiples of 8"),
         ([3, 32, 20], [4, 4], 2, "32 × 20 cannot be halved 3 times"),

@@ -24,6 +24,7 @@ from tests.training.test_tasks import CLASSES, FEATURES, make_task, samples, tra
 pytest.importorskip("torchdiffeq")
 
 from fastdeq.nn.neural_ode import NeuralODE
+from tests.loops import each
 
 
 class Linear(nn.Module):
@@ -48,7 +49,7 @@ def exact(a: Tensor, x: Tensor) -> Tensor:
     return z1 @ a.mT + x
 
 
-@pytest.mark.parametrize("method", ["dopri5", "bosh3", "dopri8", "adaptive_heun"])
+@each("method", ["dopri5", "bosh3", "dopri8", "adaptive_heun"])
 def test_value_and_gradients_are_those_of_the_known_solution(method):
     cell, x = Linear(3), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     tol = 1e-6 if method in ("bosh3", "adaptive_heun") else 1e-10
@@ -85,7 +86,7 @@ def test_nfe_is_the_number_of_calls_of_the_cell_and_nothing_was_solved():
     torch.testing.assert_close(cell(y - solution.defect, x), y)
 
 
-@pytest.mark.parametrize("z0_learns", [False, True])
+@each("z0_learns", [False, True])
 def test_the_backward_pass_reports_the_calls_of_the_cell_that_it_makes(z0_learns):
     cell, x = DenseTanh(4, 0.7), torch.randn(3, 4, dtype=torch.float64)
     explicit = ExplicitNetwork(nn.Linear(4, 4, dtype=torch.float64)) if z0_learns else None
@@ -210,8 +211,8 @@ def test_giving_up_says_what_to_change():
         NeuralODE(Steep(), tol=1e-6, max_steps=3)(torch.randn(3, 4))
 
 
-@pytest.mark.parametrize(
-    ("options", "cure"),
+@each(
+    "options, cure",
     [
         ({"method": "euler"}, "'euler', but must be one of dopri5"),
         ({"tol": 0.0}, "must be above 0"),

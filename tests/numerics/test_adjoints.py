@@ -15,6 +15,7 @@ from fastdeq.adjoints import AbstractAdjoint, Implicit, JacobianFree, Phantom, U
 from fastdeq.flatten import Layout
 from fastdeq.solution import Status
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver, Picard
+from tests.loops import each
 from tests.problems import HOPELESS, SOLVERS, Problem, problem_named
 
 TIGHT = 1e-13
@@ -94,7 +95,7 @@ def test_the_worst_gradient_error_of_all_combinations_is_within_the_bound(record
     assert worst[where] <= BOUND
 
 
-@pytest.mark.parametrize("backward", ["gmres", "unrolled"])
+@each("backward", ["gmres", "unrolled"])
 @pytest.mark.parametrize("problem_name", ["tanh", "two_scale"])
 def test_the_gradient_passes_gradcheck(problem_name, backward):
     problem = problem_named(problem_name).rows(torch.tensor([0, 1]))
@@ -177,7 +178,7 @@ def test_an_approximate_gradient_is_finite_and_a_descent_direction(problem_name,
 
 
 @pytest.mark.parametrize("adjoint", [*APPROXIMATE, BACKWARD["picard"]], ids=repr)
-@pytest.mark.parametrize("grad", [True, False])
+@each("grad", [True, False])
 def test_the_value_does_not_depend_on_the_adjoint(adjoint, grad):
     problem = problem_named("two_scale")
     loose = LimitedMemoryBroydenSolver(tol=1e-2)  # far from converged, where values would differ

@@ -12,6 +12,7 @@ from fastdeq.adjoints import Implicit, JacobianFree, Phantom, Unrolled
 from fastdeq.regularizers import jacobian_loss
 from fastdeq.solution import Status
 from fastdeq.solvers import LimitedMemoryBroydenSolver, NewtonKrylov, Picard
+from tests.loops import each
 from tests.numerics.test_adjoints import BACKWARD, FORWARD, cotangent, flat, gradients, solved
 from tests.problems import problem_named
 
@@ -187,8 +188,8 @@ def test_the_start_gets_a_gradient_from_unrolling_alone(adjoint, reached):
     assert (grad is not None and bool((grad != 0).any())) == reached
 
 
-@pytest.mark.parametrize("name", ["gmres", "unrolled"])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@each("name", ["gmres", "unrolled"])
+@each("mode", [torch.no_grad, torch.inference_mode])
 def test_a_forward_pass_without_gradients_works_and_gives_the_same_value(name, mode):
     problem = problem_named("two_scale")
     reference = flat(problem, solved(problem, FORWARD["lbroyden"], BACKWARD[name])).detach()

@@ -13,11 +13,12 @@ from fastdeq.notation import FlatMap
 from fastdeq.solvers import ContinuousSolver, Iterate, Picard, Problem, solve
 from fastdeq.solvers.continuous.solver import METHODS
 from fastdeq.solvers.continuous.tableaux import BS3, TSIT5, Tableau
+from tests.loops import each
 from tests.problems import CONTINUOUS, problem_named
 
 ORDERS = {"tsit5": 5, "bs3": 3, "vcab3": 3}
 every_method = pytest.mark.parametrize("name", CONTINUOUS)
-every_tableau = pytest.mark.parametrize("tableau", [BS3, TSIT5], ids=["bs3", "tsit5"])
+every_tableau = each("tableau", [BS3, TSIT5])
 
 
 def integrate(
@@ -238,15 +239,15 @@ def test_vcab3_costs_three_evaluations_while_it_starts_and_one_after():
 # What the solver spends
 
 
-@pytest.mark.parametrize(("name", "each"), [("tsit5", 6), ("bs3", 3)])
-def test_a_runge_kutta_step_costs_its_stages_less_the_first(name, each):
+@each("name, evaluations", [("tsit5", 6), ("bs3", 3)])
+def test_a_runge_kutta_step_costs_its_stages_less_the_first(name, evaluations):
     problem = problem_named("non_contractive")
     with torch.no_grad():
         result = solve(
             ContinuousSolver(method=name, max_steps=200), problem.flat_f, problem.flat_z0
         )
     assert result.converged.all()
-    assert result.nfe.tolist() == (1 + each * result.steps).tolist()
+    assert result.nfe.tolist() == (1 + evaluations * result.steps).tolist()
 
 
 def test_a_rejected_adams_step_costs_no_evaluation():

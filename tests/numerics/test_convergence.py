@@ -18,6 +18,7 @@ from fastdeq.krylov import GMRES
 from fastdeq.solution import SolveResult, Status
 from fastdeq.solvers import LimitedMemoryBroydenSolver, Picard, solve
 from fastdeq.solvers.termination import TerminationMode
+from tests.loops import each
 from tests.problems import SOLVERS
 
 MODES: tuple[TerminationMode, ...] = get_args(TerminationMode)
@@ -65,7 +66,7 @@ def test_a_pre_norm_block_is_not_converged_at_any_default():
 
 
 @every_solver
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each("dtype", [torch.float32, torch.float64])
 def test_a_constant_residual_is_no_convergence_in_any_mode(name, dtype):
     # f(z) = z + 1 has no equilibrium. For Newton, 1 − f' = 0 leaves it where it is.
     results = in_every_mode(name, lambda z: z + 1, torch.zeros(3, 4, dtype=dtype))
@@ -92,7 +93,7 @@ def can_express(where: str, dtype: torch.dtype) -> bool:
 
 
 @every_solver
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each("dtype", [torch.float32, torch.float64])
 def test_a_large_equilibrium_is_converged_in_every_mode_that_can_express_it(name, dtype):
     # vcab3 takes 63 steps at its default tolerances, others fewer than the default of 50.
     results = in_every_mode(
@@ -106,7 +107,7 @@ def test_a_large_equilibrium_is_converged_in_every_mode_that_can_express_it(name
 
 
 @every_solver
-@pytest.mark.parametrize("size", [1.0, 2e6])
+@each("size", [1.0, 2e6])
 def test_a_start_at_the_solution_is_converged_at_once_in_every_mode(name, size):
     z0 = torch.full((3, 4), size)
     for where, result in in_every_mode(name, lambda z: 0.5 * z + size / 2, z0).items():
@@ -167,11 +168,7 @@ def test_the_best_iterate_is_the_one_of_the_smallest_residual_though_a_ratio_flu
     assert float(result.residual) < 1e-8
 
 
-@pytest.mark.parametrize(
-    "solver",
-    [GMRES(), Picard(), LimitedMemoryBroydenSolver()],
-    ids=lambda s: type(s).__name__,
-)
+@each("solver", [GMRES(), Picard(), LimitedMemoryBroydenSolver()])
 def test_a_singular_backward_solve_is_not_converged(solver):
     # At an equilibrium where J = I in one direction, (I − Jᵀ) v = w has no solution for this w.
     slope = torch.tensor([1.0, 0.5, 0.2])

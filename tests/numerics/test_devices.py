@@ -23,6 +23,7 @@ from fastdeq.nn import (
 )
 from fastdeq.regularizers import jacobian_loss, skip_loss, spectral_radius
 from fastdeq.solvers import LimitedMemoryBroydenSolver
+from tests.loops import each
 from tests.problems import SOLVERS
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -60,7 +61,7 @@ def test_value_and_gradient_are_those_of_the_cpu_in_float64(name, device):
 
 
 @every_device
-@pytest.mark.parametrize("backward", ["lbroyden", "anderson", "picard"])
+@each("backward", ["lbroyden", "anderson", "picard"])
 def test_a_layer_trains_for_a_step_with_all_regularizers(backward, device):
     adjoint = Implicit(solver=SOLVERS[backward](tol=1e-4))
     deq = SkipDeepEquilibriumNetwork(DenseCell(8), nn.Linear(8, 8), adjoint=adjoint)
@@ -75,7 +76,7 @@ def test_a_layer_trains_for_a_step_with_all_regularizers(backward, device):
 
 
 @every_device
-@pytest.mark.parametrize("normalization", ["batch", "group"])
+@each("normalization", ["batch", "group"])
 def test_a_multiscale_network_trains_for_a_step(normalization, device):
     channels = [4, 8]
     cell = MultiScaleResidualCell(

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from fastdeq import fixed_depth, fixed_point
 from fastdeq.flatten import Layout
 from fastdeq.solvers import Picard
+from tests.loops import each
 
 STATES: dict[str, Any] = {
     "dense": lambda: torch.randn(3, 5),
@@ -27,7 +27,7 @@ def scales_of(state: Any) -> tuple[Tensor, ...]:
     return (state,) if isinstance(state, Tensor) else state
 
 
-@pytest.mark.parametrize("name", STATES)
+@each("name", STATES)
 def test_packing_and_unpacking_give_the_state_back(name):
     state = STATES[name]()
     layout = Layout.of(state)
@@ -40,7 +40,7 @@ def test_packing_and_unpacking_give_the_state_back(name):
         assert one.dtype == other.dtype
 
 
-@pytest.mark.parametrize("name", STATES)
+@each("name", STATES)
 def test_a_state_of_any_layout_is_solved_for_and_unrolled(name):
     z0 = STATES[name]()
 
@@ -56,7 +56,7 @@ def test_a_state_of_any_layout_is_solved_for_and_unrolled(name):
             torch.testing.assert_close(end, torch.full_like(start, 2.0), rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["dense", "conv", "one scale", "scales", "scalar"])
+@each("name", ["dense", "conv", "one scale", "scales", "scalar"])
 def test_the_scales_of_a_flat_state_are_views_of_it(name):
     layout = Layout.of(STATES[name]())
     flat = layout.flatten(STATES[name]())
@@ -84,7 +84,7 @@ def test_the_cell_sees_views_of_one_flat_state():
     assert all(first == second for first, second in seen)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@each("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_widened_for_the_solver_and_restored_for_the_cell(dtype):
     seen = set()
 
@@ -99,8 +99,8 @@ def test_half_precision_is_widened_for_the_solver_and_restored_for_the_cell(dtyp
     assert found.residual.dtype == found.defect.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("dtypes", "wide"),
+@each(
+    "dtypes, wide",
     [
         ((torch.float16,), torch.float32),
         ((torch.bfloat16, torch.float16), torch.float32),

@@ -15,6 +15,7 @@ from fastdeq.nn import DenseCell, ExplicitNetwork, UnrolledNetwork
 from fastdeq.regularizers import jacobian_loss, spectral_radius
 from fastdeq.solvers import NewtonKrylov, Picard, solve
 from tests.cells import DenseTanh
+from tests.loops import each
 from tests.numerics.test_adjoints import FORWARD, flat, solved
 from tests.problems import SOLVERS, Problem, problem_named
 
@@ -57,8 +58,8 @@ def directional(problem: Problem, tangent: Tensor) -> Tensor:
     return derivative.view_as(problem.exact)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("mode", MODES)
+@each("frozen", [True, False])
+@each("mode", MODES)
 @pytest.mark.parametrize("adjoint", WITHOUT_GRAPH, ids=repr)
 def test_an_adjoint_that_solves_without_a_graph_refuses_tangents_with_the_cure(
     adjoint, mode, frozen
@@ -70,7 +71,7 @@ def test_an_adjoint_that_solves_without_a_graph_refuses_tangents_with_the_cure(
             mode(value, problem.x.detach(), TANGENT)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "newton_krylov"])
 def test_the_forward_mode_derivative_through_unrolled_is_that_of_the_equilibrium(name, mode):
     problem = problem_named("tanh")
@@ -79,7 +80,7 @@ def test_the_forward_mode_derivative_through_unrolled_is_that_of_the_equilibrium
     torch.testing.assert_close(got, directional(problem, TANGENT), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_a_fixed_depth_has_forward_mode_derivatives(mode):
     problem = problem_named("tanh")
 
@@ -116,8 +117,8 @@ def of_layer(layer: nn.Module, where: str) -> tuple[Callable[[Tensor], Tensor], 
     return value, named[where].detach()
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("where", ["x", "cell.state.weight"])
+@each("training", [True, False])
+@each("where", ["x", "cell.state.weight"])
 def test_layers_refuse_tangents_of_the_input_and_of_parameters(where, training):
     cell = DenseCell(4)
     for layer in (
@@ -141,8 +142,8 @@ def test_an_unrolled_network_has_forward_mode_derivatives():
     torch.testing.assert_close(got, differences, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("where", ["x", "cell.state.weight", "initializer.network.weight"])
+@each("frozen", [True, False])
+@each("where", ["x", "cell.state.weight", "initializer.network.weight"])
 def test_a_neural_ode_refuses_tangents(where, frozen):
     pytest.importorskip("torchdiffeq")
     from fastdeq.nn.neural_ode import NeuralODE
@@ -163,7 +164,7 @@ def test_newton_krylov_inside_a_forward_mode_differentiation_names_the_cure():
         solve(NewtonKrylov(), lambda z: 0.5 * z + 1, torch.zeros(3, 4))
 
 
-@pytest.mark.parametrize("adjoint", [Implicit(), JacobianFree()], ids=repr)
+@each("adjoint", [Implicit(), JacobianFree()])
 def test_an_equilibrium_inside_the_f_of_newton_krylov_is_refused(adjoint):
     def f(z: Any) -> Any:
         start = torch.zeros_like(z)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdeq import GMRES, gmres
 from fastdeq.solution import Status
+from tests.loops import each
 
 
 def numbers(seed: int) -> Callable[..., Tensor]:
@@ -55,7 +56,7 @@ def counted(matvec: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tens
 # Against dense solves
 
 
-@pytest.mark.parametrize("seed", range(5))
+@each("seed", range(5))
 def test_gmres_equals_the_dense_solve_on_nonsymmetric_matrices(seed):
     draw = numbers(seed)
     a, b = torch.eye(12).double() + 0.5 * draw(6, 12, 12) / 12**0.5, draw(6, 12)
@@ -143,7 +144,7 @@ def test_every_sample_stops_at_its_own_step():
     assert calls == [7]
 
 
-@pytest.mark.parametrize("i", range(4))
+@each("i", range(4))
 def test_a_sample_does_not_depend_on_its_batch_mates(i):
     a, b = with_conditions(9, [1.0, 3.0, 30.0, 300.0], 10), numbers(10)(4, 10)
     together = gmres(times(a), b, tol=1e-8, max_steps=50, restart=6)
@@ -153,7 +154,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates(i):
     torch.testing.assert_close(alone.value[0], together.value[i], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("restart", [3, 5, None])
+@each("restart", [3, 5, None])
 def test_restarts_converge_in_the_memory_they_are_given(restart):
     draw = numbers(11)
     a, b = torch.eye(20).double() + 0.3 * draw(3, 20, 20) / 20**0.5, draw(3, 20)
@@ -170,7 +171,7 @@ def test_restarts_converge_in_the_memory_they_are_given(restart):
     assert (relative_error(result.value, torch.linalg.solve(a, b)) <= 1e-10 * condition).all()
 
 
-@pytest.mark.parametrize(("condition", "tol"), [(100, 1e-3), (1000, 0.1)])
+@each("condition, tol", [(100, 1e-3), (1000, 0.1)])
 def test_restarts_solve_a_slow_problem_at_the_rate_of_the_theory(condition, tol):
     # diag(1, κ) with b = (√κ, 1): the angle between r and A r is the largest there is, and stays
     # so: GMRES(1) reduces ‖r‖ by exactly (κ − 1)/(κ + 1) per cycle.
@@ -210,7 +211,7 @@ def test_the_identity_breaks_down_happily_after_one_step():
     torch.testing.assert_close(result.value, b, rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 4])
+@each("rank", [1, 2, 4])
 def test_identity_plus_low_rank_needs_at_most_rank_plus_one_steps(rank):
     draw = numbers(15)
     a = torch.eye(12).double() + draw(3, 12, rank) @ draw(3, rank, 12) / 12
@@ -239,7 +240,7 @@ def test_a_zero_right_hand_side_costs_nothing_and_gives_zero():
 # What cannot be solved
 
 
-@pytest.mark.parametrize("per_sample", [True, False])
+@each("per_sample", [True, False])
 def test_a_singular_inconsistent_system_does_not_claim_convergence(per_sample):
     draw = numbers(17)
     a = draw(3, 6, 5) @ draw(3, 5, 6)  # rank 5 of 6
@@ -270,7 +271,7 @@ def test_a_singular_but_consistent_system_is_solved():
     torch.testing.assert_close(result.value[0], torch.tensor([1, 1 / 2, 1 / 3, 0]).double())
 
 
-@pytest.mark.parametrize("first_bad", [0, 2])
+@each("first_bad", [0, 2])
 def test_a_sample_whose_product_is_nan_leaves_the_others_exact(first_bad):
     draw = numbers(18)
     a, b = torch.eye(8).double() + 0.4 * draw(4, 8, 8) / 8**0.5, draw(4, 8)
@@ -338,7 +339,7 @@ def test_one_space_for_the_batch_solves_an_operator_that_couples_samples():
     assert float(error) <= 1e-12 * float(torch.linalg.cond(a))
 
 
-@pytest.mark.parametrize("restart", [2, 4, None])
+@each("restart", [2, 4, None])
 def test_a_space_for_each_sample_does_not_claim_to_have_solved_a_coupled_operator(restart):
     draw = numbers(22)
     for seed in range(40):
@@ -364,7 +365,7 @@ def test_a_sample_solved_early_is_judged_by_the_final_state_of_its_batch_mates()
     torch.testing.assert_close(result.residual, true, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e25])
+@each("size", [1e-30, 1e-22, 1e25])
 def test_tiny_and_huge_right_hand_sides_are_solved_like_those_of_order_one(size):
     # In float32 the square of 1e-22 underflows: its norm would be 0, and 0 would pass for solved.
     a = torch.eye(6) + 0.5 * torch.randn(3, 6, 6) / 6**0.5
@@ -397,9 +398,7 @@ def test_what_is_no_batch_is_refused():
         gmres(lambda v: v[:, :2], torch.ones(2, 3))
 
 
-@pytest.mark.parametrize(
-    "settings", [{"tol": 0.0}, {"tol": -1.0}, {"max_steps": 0}, {"restart": 0}]
-)
+@each("settings", [{"tol": 0.0}, {"tol": -1.0}, {"max_steps": 0}, {"restart": 0}])
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         gmres(lambda v: v, torch.ones(2, 3), **settings)

@@ -15,6 +15,7 @@ from fastdeq.adjoints import Implicit, JacobianFree, Phantom
 from fastdeq.krylov import GMRES
 from fastdeq.regularizers import jacobian_loss, residual_loss, skip_loss, spectral_radius
 from fastdeq.solvers import LimitedMemoryBroydenSolver, Picard
+from tests.loops import each
 
 F64 = torch.float64
 
@@ -50,7 +51,7 @@ def conv_case() -> tuple[Any, Tensor, Tensor, Tensor]:
     return conv_cell, weight, x, z
 
 
-cases = pytest.mark.parametrize("case", [dense_case, conv_case])
+cases = each("case", [dense_case, conv_case])
 
 
 def sample_jacobians(f: Callable[[Any], Any], z: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def test_the_skip_loss_is_the_mean_distance_of_every_scale():
     assert skip_loss(single).item() == 2.0
 
 
-@pytest.mark.parametrize("adjoint", [Implicit(), JacobianFree(), Phantom()], ids=repr)
+@each("adjoint", [Implicit(), JacobianFree(), Phantom()])
 def test_the_residual_loss_is_the_norm_and_its_gradient_the_partial_derivative(adjoint):
     _, weight, x, _ = dense_case()
     weight = (0.3 * weight).requires_grad_()  # a contraction, so that the last iterate is the best
@@ -222,7 +223,7 @@ def test_the_spectral_radius_of_a_dominant_real_eigenvalue():
     torch.testing.assert_close(estimate, exact.expand(3), rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize("angle", [0.3, 1.0, math.pi / 2])
+@each("angle", [0.3, 1.0, math.pi / 2])
 def test_the_spectral_radius_of_a_dominant_complex_pair(angle):
     f, a, condition = linear_map(rotation(1.2, angle), torch.diag(torch.tensor([0.4, 0.3, -0.2])))
     exact = torch.linalg.eigvals(a).abs().max().item()
@@ -245,7 +246,7 @@ def test_the_spectral_radius_works_without_gradients_and_for_a_constant_cell():
     assert not radius.requires_grad
 
 
-@pytest.mark.parametrize("figure", [spectral_radius, jacobian_loss])
+@each("figure", [spectral_radius, jacobian_loss])
 def test_inference_mode_is_refused_and_not_answered_with_zero(figure):
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.no_grad"):
         figure(doubled, torch.ones(2, 3))

@@ -13,6 +13,7 @@ from fastdeq.adjoints import AbstractAdjoint, Implicit, JacobianFree, Phantom, U
 from fastdeq.nn import DenseCell, ExplicitNetwork, UnrolledNetwork
 from fastdeq.regularizers import jacobian_loss
 from fastdeq.solvers import Picard
+from tests.loops import each
 from tests.numerics.test_adjoints import FORWARD, flat, solved
 from tests.problems import SOLVERS, problem_named
 
@@ -58,7 +59,7 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 BACKWARD = [Implicit(solver=GMRES(tol=1e-12)), Implicit(solver=Picard(tol=1e-12, max_steps=200))]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@each("loss", LOSSES)
 @pytest.mark.parametrize("adjoint", BACKWARD, ids=repr)
 @pytest.mark.parametrize("problem_name", ["linear", "tanh", "two_scale"])
 def test_a_gradient_of_implicit_can_be_used_in_a_graph_but_not_differentiated(
@@ -164,14 +165,13 @@ def test_second_derivatives_of_phantom_tend_to_the_exact_one_with_more_steps():
     assert error(60) <= 1e-12
 
 
-@pytest.mark.parametrize(
-    ("adjoint", "documented"),
+@each(
+    "adjoint, documented",
     [
         (Phantom(), (0.803, 0.330)),
         (Phantom(steps=1, damping=1.0), (0.715, -0.042)),
         (JacobianFree(), (0.715, -0.042)),
     ],
-    ids=repr,
 )
 def test_approximate_second_derivatives_are_those_that_the_docstrings_name(adjoint, documented):
     got = first_and_second(lambda a: scalar_equilibrium(a, adjoint))
@@ -193,8 +193,8 @@ class _Constant(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("loss", ["linear in z*", "quadratic", "times the input"])
-@pytest.mark.parametrize("starts_at_the_input", [False, True])
+@each("loss", ["linear in z*", "quadratic", "times the input"])
+@each("starts_at_the_input", [False, True])
 def test_a_gradient_of_a_neural_ode_can_be_used_in_a_graph_but_not_differentiated(
     loss, starts_at_the_input
 ):

@@ -21,6 +21,7 @@ from fastdeq.solvers import (
     NewtonKrylov,
     Picard,
 )
+from tests.loops import each
 
 
 def public_settings() -> list[Any]:
@@ -45,15 +46,15 @@ NUMBERS = (float, int, float | None, int | None)
 def fields_of(*hints: Any) -> list[Any]:
     """(class, field name) wherever the field's type is one of `hints`."""
     return [
-        pytest.param(kind, name, id=f"{kind.__name__}.{name}")
+        (kind, name)
         for kind in ALL
         for name, hint in get_type_hints(kind).items()
         if hint in hints and name in {field.name for field in dataclasses.fields(kind)}
     ]
 
 
-every_kind = pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
-every_number = pytest.mark.parametrize(("kind", "name"), fields_of(*NUMBERS))
+every_kind = each("kind", ALL)
+every_number = each("kind, name", fields_of(*NUMBERS))
 
 
 def test_the_list_of_settings_is_complete():
@@ -64,8 +65,8 @@ def test_the_list_of_settings_is_complete():
 # Names
 
 
-@pytest.mark.parametrize(
-    ("kind", "given", "nearest"),
+@each(
+    "kind, given, nearest",
     [
         (Picard, "dampin", "damping"),
         (Anderson, "memmory", "memory"),
@@ -101,26 +102,26 @@ def test_positional_arguments_are_refused(kind):
 
 
 @every_number
-@pytest.mark.parametrize("value", ["abc", "1e-3", [1], True])
+@each("value", ["abc", "1e-3", [1], True])
 def test_what_is_no_number_is_refused(kind, name, value):
     with pytest.raises(TypeError, match=rf"{kind.__name__}\.{name} is .*must be a (whole )?number"):
         kind(**{name: value})
 
 
-@pytest.mark.parametrize(("kind", "name"), fields_of(int, int | None))
+@each("kind, name", fields_of(int, int | None))
 def test_a_fraction_is_no_whole_number(kind, name):
     with pytest.raises(TypeError, match="must be a whole number"):
         kind(**{name: 2.5})
 
 
-@pytest.mark.parametrize(("kind", "name"), fields_of(bool))
-@pytest.mark.parametrize("value", [1, 0, "true", None])
+@each("kind, name", fields_of(bool))
+@each("value", [1, 0, "true", None])
 def test_a_switch_is_true_or_false(kind, name, value):
     with pytest.raises(TypeError, match=rf"{name} is .*must be true or false"):
         kind(**{name: value})
 
 
-@pytest.mark.parametrize(("kind", "name"), fields_of(float, int))
+@each("kind, name", fields_of(float, int))
 def test_none_is_refused_where_a_number_is_needed(kind, name):
     with pytest.raises(TypeError, match=rf"{name} is None"):
         kind(**{name: None})
@@ -136,7 +137,7 @@ def test_a_whole_number_is_taken_where_a_number_is_wanted(kind, name):
     assert getattr(kind(**{name: 1}, **alone(name)), name) == 1
 
 
-@pytest.mark.parametrize(
+@each(
     "fields",
     [
         {"abstol": 1e-9},
@@ -153,13 +154,13 @@ def test_both_tolerances_may_be_given_for_any_mode():
     assert Picard(abstol=1e-9, reltol=1e-6).rule.threshold == 1e-6
 
 
-@pytest.mark.parametrize("value", ["gmres", GMRES, None, Phantom()])
+@each("value", ["gmres", GMRES, None, Phantom()])
 def test_the_linear_solver_of_an_adjoint_is_an_instance(value):
     with pytest.raises(TypeError, match=r"Implicit\.solver .*GMRES or .*AbstractSolver"):
         Implicit(solver=value)
 
 
-@pytest.mark.parametrize("value", ["rel_best", "ABS", 3, None])
+@each("value", ["rel_best", "ABS", 3, None])
 def test_an_unknown_termination_mode_is_refused_with_the_choices(value):
     with pytest.raises(TypeError, match=r"Picard\.termination") as refusal:
         Picard(termination=value)
@@ -176,7 +177,7 @@ def test_an_unknown_method_is_refused_with_the_choices():
 
 
 @every_number
-@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), -float("inf")])
+@each("value", [-1, float("nan"), float("inf"), -float("inf")])
 def test_no_number_may_be_negative_or_not_finite(kind, name, value):
     whole = get_type_hints(kind)[name] in (int, int | None)
     if whole and isinstance(value, float):
@@ -207,18 +208,14 @@ OUT_OF_RANGE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "value", "bound"),
-    OUT_OF_RANGE,
-    ids=[f"{kind.__name__}.{name}={value}" for kind, name, value, _ in OUT_OF_RANGE],
-)
+@each("kind, name, value, bound", OUT_OF_RANGE)
 def test_a_value_out_of_range_is_refused_with_the_bound(kind, name, value, bound):
     with pytest.raises(ValueError, match=rf"{kind.__name__}\.{name} is {value!r}.*{bound}$"):
         kind(**{name: value})
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "value"),
+@each(
+    "kind, name, value",
     [
         (Picard, "damping", 1),
         (Anderson, "ridge", 0),
@@ -254,9 +251,7 @@ def test_settings_that_differ_in_one_number_are_different(kind, name):
     assert (one == other) == (getattr(other, name) == 1)
 
 
-@pytest.mark.parametrize(
-    "record", [*(kind() for kind in ALL), Implicit(solver=Anderson(tol=1e-9, memory=2))], ids=repr
-)
+@each("record", [*(kind() for kind in ALL), Implicit(solver=Anderson(tol=1e-9, memory=2))])
 def test_settings_survive_repr_pickle_and_copies(record):
     assert eval(repr(record), NAMES) == record
     assert pickle.loads(pickle.dumps(record)) == record
@@ -269,7 +264,7 @@ def test_a_replaced_field_is_checked_like_a_new_one():
         dataclasses.replace(Picard(), tol=-1.0)
 
 
-@pytest.mark.parametrize("kind", [AbstractSolver, AbstractAdjoint])
+@each("kind", [AbstractSolver, AbstractAdjoint])
 def test_what_all_methods_share_cannot_be_built(kind):
     with pytest.raises(TypeError, match="abstract"):
         kind()

@@ -20,6 +20,7 @@ from fastdeq.solvers import (
     Picard,
     solve,
 )
+from tests.loops import each
 from tests.problems import problem_named
 
 BATCH, SIZE = 3, 400  # a state outweighs the small matrices of 15 columns
@@ -59,13 +60,13 @@ def operations_of(solver: AbstractSolver | GMRES, steps: int | None = None, ever
 # Waits
 
 
-@pytest.mark.parametrize("every", [1, 4, 12])
+@each("every", [1, 4, 12])
 @pytest.mark.parametrize("name", QUIET)
 def test_a_solve_waits_for_the_device_once_every_so_many_steps_and_never_between(name, every):
     assert operations_of(QUIET[name], every=every).waits == 12 // every
 
 
-@pytest.mark.parametrize(("every", "waits"), [(1, 1 + 12), (4, 1 + 3 + 1), (12, 1 + 1 + 1)])
+@each("every, waits", [(1, 1 + 12), (4, 1 + 3 + 1), (12, 1 + 1 + 1)])
 def test_gmres_waits_once_at_its_start_once_every_so_many_products_and_once_for_their_number(
     every, waits
 ):
@@ -104,7 +105,7 @@ def test_the_counter_sees_every_kind_of_wait():
     assert (operations.waits, operations.kernels) == (0, 3)
 
 
-@pytest.mark.parametrize("restart", [None, 3])
+@each("restart", [None, 3])
 def test_gmres_finds_the_same_however_seldom_it_looks(restart):
     draw = torch.Generator().manual_seed(0)
     a = torch.eye(12) + 0.5 * torch.randn(6, 12, 12, generator=draw) / 12**0.5
@@ -125,14 +126,13 @@ def test_gmres_finds_the_same_however_seldom_it_looks(restart):
 # Copies and kernels
 
 
-@pytest.mark.parametrize(
+@each(
     "solver",
     [
         Anderson(tol=NEVER, memory=16),
         LimitedMemoryBroydenSolver(tol=NEVER, memory=16),
         GMRES(tol=NEVER),
     ],
-    ids=["anderson", "lbroyden", "gmres"],
 )
 def test_a_step_within_the_room_of_its_history_writes_no_more_than_a_state_at_once(solver):
     before, after = (operations_of(solver, steps) for steps in (10, 15))
@@ -172,7 +172,7 @@ def test_a_step_takes_at_most_so_many_kernels(solver, most):
 # Histories
 
 
-@pytest.mark.parametrize("memory", [1, 3, 4, 9])
+@each("memory", [1, 3, 4, 9])
 def test_a_history_holds_the_newest_rows_with_and_without_gradients(memory):
     histories = History(memory), History(memory)
     assert len(histories[0]) == 0
@@ -197,7 +197,7 @@ def test_a_cleared_history_is_filled_anew():
     assert history.rows.flatten().tolist() == [4.0]
 
 
-@pytest.mark.parametrize("memory", [3, 20, 1000])
+@each("memory", [3, 20, 1000])
 def test_a_history_takes_no_more_than_twice_what_it_holds_or_four_rows(memory):
     history, row = History(memory), torch.zeros(2, 5)
     for k in range(1, 41):

@@ -17,6 +17,7 @@ from fastdeq.solvers import (
     solve,
 )
 from fastdeq.solvers.base import Problem as Evaluations
+from tests.loops import each
 from tests.numerics.test_solvers import TOL, run
 from tests.problems import Scripted, problem_named
 
@@ -57,10 +58,7 @@ def test_broyden_refuses_a_state_above_max_dim():
         run(BroydenSolver(max_dim=7), problem_named("tanh"))
 
 
-@pytest.mark.parametrize(
-    ("solver", "history"),
-    [(LimitedMemoryBroydenSolver(memory=3), "u"), (Anderson(memory=3), "dg")],
-)
+@each("solver, history", [(LimitedMemoryBroydenSolver(memory=3), "u"), (Anderson(memory=3), "dg")])
 def test_the_history_is_no_longer_than_memory(solver, history):
     problem = problem_named("nearly_singular")
     with torch.no_grad():
@@ -88,14 +86,14 @@ def test_limited_memory_broyden_steps_by_the_residual_after_a_restart():
         torch.testing.assert_close(states[k + 1], expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("solver", [LimitedMemoryBroydenSolver(memory=2), Anderson(memory=1)])
+@each("solver", [LimitedMemoryBroydenSolver(memory=2), Anderson(memory=1)])
 def test_a_short_memory_still_converges(solver):
     solver = replace(solver, tol=TOL, max_steps=200)
     result = run(solver, problem_named("tanh"))
     assert (result.status == Status.CONVERGED).all()
 
 
-@pytest.mark.parametrize("damping", [1.0, 0.5])
+@each("damping", [1.0, 0.5])
 def test_anderson_steps_by_the_least_squares_formula(damping):
     # z₊ = z + β g − (ΔZ + β ΔG) γ, γ = argmin ‖g − ΔG γ‖, by a dense least-squares solver
     problem = problem_named("tanh")
@@ -174,9 +172,7 @@ def test_a_solver_that_gives_up_makes_a_sample_stalled_unless_it_has_converged()
     assert [Status(s) for s in result.status.tolist()] == [Status.STALLED, Status.CONVERGED]
 
 
-@pytest.mark.parametrize(
-    "z0", [torch.ones(3), torch.ones(0, 2), torch.ones(2, 0), torch.ones(2, 2, 2)]
-)
+@each("z0", [torch.ones(3), torch.ones(0, 2), torch.ones(2, 0), torch.ones(2, 2, 2)])
 def test_a_start_that_is_no_batch_of_vectors_is_refused(z0):
     with pytest.raises(ValueError, match="non-empty"):
         solve(Picard(), lambda z: z, z0)

@@ -13,6 +13,7 @@ from fastdeq.solvers import (
     Picard,
     solve,
 )
+from tests.loops import each
 from tests.problems import FACTORIES, HOPELESS, SOLVERS, Problem, problem_named, tanh
 
 TOL = 1e-8
@@ -205,7 +206,7 @@ def test_a_row_of_nan_in_z0_is_given_up_at_zero(name):
 
 
 @every_solver
-@pytest.mark.parametrize("per_sample", [True, False])
+@each("per_sample", [True, False])
 def test_a_sample_that_overflows_keeps_a_finite_state_and_disturbs_nobody(name, per_sample):
     # f = 1.5 − 0.5 z for samples 0 and 2; z = z + exp(4 |z|) has no solution and soon overflows.
     def f(z: Tensor) -> Tensor:

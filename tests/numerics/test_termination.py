@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from typing import get_args
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from fastdeq.solvers.termination import (
     Termination,
     TerminationMode,
 )
+from tests.loops import each
 from tests.problems import Scripted
 
 MODES: tuple[TerminationMode, ...] = get_args(TerminationMode)
@@ -56,7 +56,7 @@ def iterates() -> list[Iterate]:
     return made
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_a_sample_is_done_exactly_when_its_definition_says(mode):
     alive = torch.ones(4, dtype=torch.bool)
     seen = set()
@@ -69,8 +69,8 @@ def test_a_sample_is_done_exactly_when_its_definition_says(mode):
     assert seen == {True, False}, "the iterates must lie on both sides"
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lost", [None, 2])
+@each("mode", MODES)
+@each("lost", [None, 2])
 def test_the_whole_batch_is_done_exactly_when_the_vector_of_its_living_samples_is(mode, lost):
     alive = torch.arange(4) != (-1 if lost is None else lost)
     seen = set()
@@ -85,7 +85,7 @@ def test_the_whole_batch_is_done_exactly_when_the_vector_of_its_living_samples_i
     assert seen == {True, False}, "the iterates must lie on both sides"
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_residuals_are_reported_per_sample_whatever_is_tested(mode):
     at = iterates()[0]
     measures = rule(mode).measure(at, WholeBatch(), torch.ones(4, dtype=torch.bool))
@@ -93,7 +93,7 @@ def test_residuals_are_reported_per_sample_whatever_is_tested(mode):
     torch.testing.assert_close(measures.relative, at.g.norm(dim=1) / (at.z + at.g).norm(dim=1))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@each("mode", MODES)
 def test_an_exact_equilibrium_at_the_origin_is_done(mode):
     zero = torch.zeros(2, 3)
     measures = rule(mode).measure(Iterate(zero, zero), PerSample(), torch.ones(2).bool())
@@ -131,14 +131,14 @@ def returned(result: SolveResult, mode: TerminationMode) -> list[float]:
     return [round(value, 9) for value in kept.tolist()]
 
 
-@pytest.mark.parametrize("mode", ["abs_norm", "rel_norm", *DEQ_MODES])
+@each("mode", ["abs_norm", "rel_norm", *DEQ_MODES])
 def test_deq_default_returns_the_last_good_iterate_and_every_other_mode_the_best(mode):
     result = play(mode, [5, 1, 3, 4], [5, 1, 3, math.nan], tol=0.1)
     assert result.status.tolist() == [Status.STEP_LIMIT, Status.DIVERGED]
     assert returned(result, mode) == ([4, 3] if mode.endswith("default") else [1, 1])
 
 
-@pytest.mark.parametrize("mode", DEQ_MODES)
+@each("mode", DEQ_MODES)
 def test_thirty_steps_within_a_factor_of_1_3_and_three_tolerances_are_a_stall(mode):
     assert (STALL_WINDOW, STALL_RATIO, STALL_SLACK, PROTECTIVE_FACTOR) == (30, 1.3, 3.0, 1e3)
     length = 45
@@ -154,13 +154,13 @@ def test_thirty_steps_within_a_factor_of_1_3_and_three_tolerances_are_a_stall(mo
     assert result.steps.tolist() == [29, length - 1, length - 1, length - 1, 31]
 
 
-@pytest.mark.parametrize("mode", ["abs_norm", "rel_norm"])
+@each("mode", ["abs_norm", "rel_norm"])
 def test_the_plain_modes_know_no_stall(mode):
     result = play(mode, [0.2] * 45, tol=0.1)
     assert result.status.tolist() == [Status.STEP_LIMIT]
 
 
-@pytest.mark.parametrize("mode", DEQ_MODES)
+@each("mode", DEQ_MODES)
 def test_growth_past_the_protective_factor_is_divergence(mode):
     # One entry: the break is at 1e3 × 1 × the first objective.
     result = play(mode, [0.5, 499, 501, 0], [0.5, 499, 499, 0.01], tol=0.1)
@@ -171,8 +171,8 @@ def test_growth_past_the_protective_factor_is_divergence(mode):
     assert returned(result, mode) == ([0.5, 0.01] if mode.endswith("best") else [last, 0.01])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("per_sample", "length"), [(True, 3), (False, 6)])
+@each("mode", MODES)
+@each("per_sample, length", [(True, 3), (False, 6)])
 def test_the_protective_factor_counts_the_entries_that_one_figure_speaks_for(
     mode, per_sample, length
 ):

@@ -12,6 +12,7 @@ import torch
 from fastdeq import fixed_point
 from fastdeq.solution import SolveStats
 from fastdeq.timer import Stopwatch
+from tests.loops import each
 
 CPU = torch.device("cpu")
 on_a_gpu = [
@@ -42,7 +43,7 @@ def test_a_running_stopwatch_is_not_read():
         _ = watch.seconds
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda watch: pickle.loads(pickle.dumps(watch))])
+@each("copied", [copy.deepcopy, lambda watch: pickle.loads(pickle.dumps(watch))])
 def test_a_copy_reads_the_same(copied, clock):
     clock += [1.0, 4.0]
     assert copied(Stopwatch(CPU).stop()).seconds == 3.0

@@ -19,6 +19,7 @@ from fastdeq.nn import (
 )
 from fastdeq.regularizers import jacobian_loss, spectral_radius
 from fastdeq.solvers import Anderson, NewtonKrylov, Picard, solve
+from tests.loops import each
 
 ADJOINTS = [Implicit(), JacobianFree(), Phantom(), Unrolled()]
 
@@ -69,30 +70,29 @@ def test_a_cell_that_drops_a_scale_is_told_all_shapes():
     both_doors(lambda z: (z[0],), z0, ValueError, "(4, 3)", "[(4, 3), (4, 2)]")
 
 
-@pytest.mark.parametrize(
-    ("f", "z0"),
+@each(
+    "f, z0",
     [
         (lambda z: (z,), torch.zeros(4, 3)),
         (lambda z: z[0], (torch.zeros(4, 3),)),
     ],
-    ids=["tuple for tensor", "tensor for tuple"],
 )
 def test_a_tuple_for_a_tensor_is_told_as_such_and_not_as_two_equal_shapes(f, z0):
     both_doors(f, z0, ValueError, "f(z)", "tuple")
 
 
-@pytest.mark.parametrize("output", [None, 3.0, "z", [torch.zeros(4, 3)]])
+@each("output", [None, 3.0, "z", [torch.zeros(4, 3)]])
 def test_a_cell_that_returns_no_tensor_is_refused(output):
     wanted = "f(z) must be a tensor or a tuple of tensors"
     both_doors(lambda z: output, torch.zeros(4, 3), TypeError, wanted)
 
 
-@pytest.mark.parametrize("z0", [None, 3.0, [torch.zeros(4, 3)], (torch.zeros(4, 3), 1)])
+@each("z0", [None, 3.0, [torch.zeros(4, 3)], (torch.zeros(4, 3), 1)])
 def test_a_start_that_is_no_tensor_is_refused(z0):
     both_doors(identity, z0, TypeError, "z0 must be a tensor or a tuple of tensors")
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+@each("dtype", [torch.int64, torch.bool, torch.uint8])
 def test_a_start_of_whole_numbers_is_refused_with_the_cure(dtype):
     both_doors(identity, torch.zeros(4, 3, dtype=dtype), TypeError, str(dtype), "z0.float()")
     mixed = (torch.zeros(4, 3), torch.zeros(4, 2, dtype=dtype))
@@ -114,7 +114,7 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("dtype", NUMBERS)
+@each("dtype", NUMBERS)
 def test_an_f_that_returns_another_kind_of_number_is_refused_with_the_cure(dtype):
     parts = (f"f(z) has dtype {dtype}", NUMBERS[dtype])
     both_doors(lambda z: z.to(dtype), torch.zeros(4, 3), TypeError, *parts)
@@ -145,21 +145,21 @@ def test_a_complex_equilibrium_is_found_by_its_real_and_imaginary_parts():
     torch.testing.assert_close(found.value, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@each("dtype", [torch.float64, torch.bfloat16])
 def test_floating_point_numbers_of_another_width_are_taken(dtype):
     found = fixed_point(lambda z: (0.5 * z + 1).to(dtype), torch.zeros(2, 3))
     assert found.converged.all()
     torch.testing.assert_close(found.value, torch.full((2, 3), 2.0), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+@each("dtype", [torch.int64, torch.complex64])
 def test_regularizers_refuse_a_state_of_another_kind_of_number_by_its_name(dtype):
     for measured in (jacobian_loss, spectral_radius):
         with refused(TypeError, f"z has dtype {dtype}"):
             measured(identity, torch.zeros(4, 3, dtype=dtype))
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (4, 0), ()])
+@each("shape", [(0, 3), (4, 0), ()])
 def test_an_empty_or_unbatched_start_is_refused(shape):
     both_doors(
         identity, torch.zeros(shape), ValueError, f"z0 has shape {shape}", "first axis is the batch"
@@ -175,7 +175,7 @@ def test_scales_that_disagree_about_the_batch_are_refused():
     both_doors(identity, z0, ValueError, "batch sizes [4, 5]", "the same")
 
 
-@pytest.mark.parametrize("depth", [0, -1])
+@each("depth", [0, -1])
 def test_a_depth_below_one_is_refused(depth):
     with refused(ValueError, f"depth is {depth}", "at least 1"):
         fixed_depth(identity, torch.zeros(4, 3), depth=depth)
@@ -186,13 +186,13 @@ def test_a_depth_below_one_is_refused(depth):
 # Solvers and adjoints
 
 
-@pytest.mark.parametrize("solver", ["anderson", None, Implicit(), GMRES()])
+@each("solver", ["anderson", None, Implicit(), GMRES()])
 def test_what_is_no_solver_is_refused_with_an_example(solver):
     with refused(TypeError, "is no AbstractSolver", "fastdeq.solvers.Anderson()"):
         fixed_point(identity, torch.zeros(4, 3), solver=solver)
 
 
-@pytest.mark.parametrize("adjoint", ["implicit", None, Anderson()])
+@each("adjoint", ["implicit", None, Anderson()])
 def test_what_is_no_adjoint_is_refused_with_an_example(adjoint):
     with refused(TypeError, "is no AbstractAdjoint", "fastdeq.adjoints.Implicit()"):
         fixed_point(identity, torch.zeros(4, 3), adjoint=adjoint)
@@ -249,7 +249,7 @@ class WithExtra(DenseCell):
         self.extra = extra
 
 
-@pytest.mark.parametrize(
+@each(
     "module",
     [
         nn.Dropout(0.1),
@@ -259,17 +259,14 @@ class WithExtra(DenseCell):
         nn.LSTM(4, 4, num_layers=2, dropout=0.1),
         nn.TransformerEncoderLayer(4, 2),
     ],
-    ids=lambda module: type(module).__name__,
 )
 def test_ordinary_dropout_in_a_cell_is_refused_with_its_name_and_the_cure(module):
     with refused(ValueError, "the cell contains", "('extra", "VariationalDropout"):
         DeepEquilibriumNetwork(WithExtra(module))
 
 
-@pytest.mark.parametrize(
-    "module",
-    [VariationalDropout(0.1), nn.Dropout(0.0), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4)],
-    ids=lambda module: type(module).__name__,
+@each(
+    "module", [VariationalDropout(0.1), nn.Dropout(0.0), nn.MultiheadAttention(4, 2), nn.LSTM(4, 4)]
 )
 def test_modules_that_draw_nothing_new_are_accepted(module):
     DeepEquilibriumNetwork(WithExtra(module))
@@ -285,7 +282,7 @@ def test_zeros_beside_an_explicit_network_are_refused():
         SkipDeepEquilibriumNetwork(DenseCell(4), nn.Linear(4, 4), zeros=Zeros([4]))
 
 
-@pytest.mark.parametrize("network", [torch.tanh, nn.Linear], ids=["function", "class"])
+@each("network", [torch.tanh, nn.Linear])
 def test_an_explicit_network_that_is_no_module_is_refused(network):
     # Taken silently, its parameters would be missing from the layer's.
     with refused(TypeError, "nn.Module"):
@@ -316,7 +313,7 @@ class _Cast(nn.Module):
         return x.to(self.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+@each("dtype", [torch.complex64, torch.int64])
 def test_a_prediction_of_another_kind_of_number_is_refused(dtype):
     layer = SkipDeepEquilibriumNetwork(DenseCell(4), _Cast(dtype))
     with refused(TypeError, f"z0 has dtype {dtype}"):
@@ -326,7 +323,7 @@ def test_a_prediction_of_another_kind_of_number_is_refused(dtype):
 # Cells that turn non-finite
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@each("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda adjoint: type(adjoint).__name__)
 def test_a_non_finite_sample_is_warned_of_and_marked_and_leaves_the_others_alone(adjoint, bad):
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -387,7 +384,7 @@ def test_a_sample_whose_backward_solve_fails_gets_the_jacobian_free_gradient_wit
     assert found.backward.stats.status[1] == Status.DIVERGED
 
 
-@pytest.mark.parametrize("entry", ["fixed_point", "fixed_depth"])
+@each("entry", ["fixed_point", "fixed_depth"])
 def test_an_f_that_writes_into_its_argument_is_refused_and_names_the_cure(entry):
     z0 = torch.ones(2, 3)
     entries: dict[str, Any] = {
