@@ -79,3 +79,13 @@ def a_run(command: CommandLine, *arguments: str) -> Path:
     answer = command(*SHORT, *arguments)
     assert answer.status == 0, answer.err
     return next(path.parent for path in answer.files if path.name == "summary.json")
+
+
+def refused(answer: Answer, *parts: str) -> None:
+    """One line on stderr that holds all parts; no file, no folder."""
+    assert answer.status == 1
+    assert answer.err.startswith("error: ")
+    assert answer.err.count("\n") == 1, answer.err
+    for part in parts:
+        assert part in answer.err
+    assert answer.files == []

@@ -23,10 +23,10 @@ from fastdeq.data.mnist import FASHION_MNIST
 from fastdeq.data.records import Records
 from fastdeq.runs.identity import digest, identity
 from tests.commands import SHORT, CommandLine, a_run
+from tests.configurations import composed
 from tests.data.folders import CLASSES, noise, png, write_images
 from tests.data.images import published, samples, small_mnist, write_files
 from tests.data.pictures import cifar_files, small_cifar, small_svhn, svhn_files, write_folder
-from tests.experiment.test_configuration import composed
 
 Images: TypeAlias = StoredDataModule | DigitsDataModule | ImageFolderDataModule
 Make: TypeAlias = Callable[..., Images]

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.commands import ROOT, SHORT, CommandLine, a_run
-from tests.experiment.test_configuration import GROUPS
+from tests.configurations import GROUPS
 
 
 def summary(folder: Path) -> dict[str, object]:

@@ -3,12 +3,10 @@
 import dataclasses
 import math
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from hydra.utils import get_class, instantiate
@@ -20,13 +18,8 @@ from fastdeq.experiment.checks import check_values
 from fastdeq.experiment.explain import explain
 from fastdeq.solvers import Anderson
 from fastdeq.training import RegressionTask
+from tests.configurations import GROUPS, NEEDS, composed
 
-CONF = Path(__file__).parents[2] / "conf"
-GROUPS = {
-    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
-    for folder in CONF.iterdir()
-    if folder.is_dir() and folder.name not in ("base", "hydra")
-}
 IMAGENET = ["sizes.input=[3,64,64]"]  # 8 × 8 cannot be halved as often
 GOES_WITH = {
     "augmentation=flip": ["data=mnist"],
@@ -55,9 +48,6 @@ GOES_WITH = {
 }
 """What a choice needs beside it to make sense; the others go with the defaults."""
 
-NEEDS = {"model=neural_ode": "torchdiffeq", "data=image_folder": "PIL"}
-"""Choices that need an extra that tests can do without."""
-
 
 def choice_of(group: str, choice: str) -> Any:
     """As a parameter of a test, skipped where its extra is not installed."""
@@ -70,16 +60,6 @@ CHOICES = [choice_of(group, choice) for group, choices in GROUPS.items() for cho
 MODELS = [choice_of("model", choice) for choice in GROUPS["model"]]
 MULTISCALE = ["mdeq", "skip_mdeq", "skip_reg_mdeq"]
 SINGLE_SCALE = ["deq", "skip_deq", "skip_reg_deq"]
-
-
-def composed(*overrides: str) -> DictConfig:
-    """The job's configuration as train.py would see it."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    return cfg
 
 
 def one_step(cfg: DictConfig) -> None:

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from tests.commands import ROOT, CommandLine
+from tests.configurations import GROUPS, NEEDS, composed
 from tests.data.folders import images, write_images
 from tests.data.images import samples, small_mnist, write_files
 from tests.data.pictures import (
@@ -20,7 +21,6 @@ from tests.data.pictures import (
     svhn_files,
     write_folder,
 )
-from tests.experiment.test_configuration import GROUPS, NEEDS, composed
 
 EXPERIMENTS = GROUPS["experiment"]
 FULLY_CONNECTED = ["deq", "skip_deq", "skip_reg_deq"]

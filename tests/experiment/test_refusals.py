@@ -8,20 +8,10 @@ import pytest
 import torch
 
 from fastdeq.data import ImageFolderDataModule
-from tests.commands import SHORT, Answer, CommandLine, a_run
+from tests.commands import SHORT, CommandLine, a_run, refused
+from tests.damage import cut, empty, flip, replace
 from tests.data.folders import images, write_images
 from tests.data.images import samples, small_mnist, write_files
-
-
-def refused(answer: Answer, *parts: str) -> None:
-    """One line on stderr that holds all parts; no file, no folder."""
-    assert answer.status == 1
-    assert answer.err.startswith("error: ")
-    assert answer.err.count("\n") == 1, answer.err
-    for part in parts:
-        assert part in answer.err
-    assert answer.files == []
-
 
 TYPOS = {
     "modle=deq": ("'modle'", "did you mean", "'model'"),
@@ -214,24 +204,6 @@ def test_settings_of_image_folders_are_refused_by_name(command: CommandLine) -> 
 def empty_folder(path: Path) -> None:
     shutil.rmtree(path)
     path.mkdir()
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    path.write_bytes(content)
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def replace(path: Path) -> None:
-    path.write_text("<html>not found</html>")
 
 
 DAMAGES = [cut, flip, empty, replace]

@@ -13,9 +13,10 @@ from fastdeq import experiment
 from fastdeq.experiment.replay import replay
 from fastdeq.runs.files import is_sealed, seal_of
 from fastdeq.training import FAILURE, TrainingFailed
-from tests.commands import CommandLine
-from tests.experiment.test_configuration import composed
-from tests.experiment.test_refusals import cut, empty, flip, refused, replace
+from tests.commands import CommandLine, refused
+from tests.configurations import composed
+from tests.damage import cut, empty, flip, replace
+from tests.process.faults import gradients
 
 SHORT = ("trainer.max_epochs=1", "trainer.accelerator=cpu", "data.batch_size=360")
 KEEP = "+callbacks.gradients._target_=tests.process.faults.Gradients"
@@ -41,11 +42,6 @@ def run(folder: Path, *overrides: str) -> Path:
 
 def kept(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(folder / FAILURE, weights_only=True)
-    return found
-
-
-def gradients(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = torch.load(folder / "gradients.pt", weights_only=True)[step]
     return found
 
 

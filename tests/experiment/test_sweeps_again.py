@@ -10,7 +10,7 @@ import pytest
 from fastdeq.experiment.job import work
 from fastdeq.experiment.sweep import RESUMABLE
 from tests.commands import ROOT, Answer, CommandLine
-from tests.training.test_resumption import assert_same
+from tests.comparisons import assert_same
 
 SWEEP = (
     *("-m", "model=deq,skip_deq", "seed=1,2", "trainer.accelerator=cpu"),

@@ -15,7 +15,7 @@ from fastdeq.experiment.arguments import check_node
 from fastdeq.experiment.checks import check_values
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.run import check
-from tests.experiment.test_configuration import composed
+from tests.configurations import composed
 
 CONFIGURATIONS = (
     ("model=skip_deq", "trainer.accelerator=cpu"),

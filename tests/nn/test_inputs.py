@@ -13,7 +13,7 @@ from fastdeq.nn import AbstractCellLayer, UnrolledNetwork, Zeros
 from fastdeq.nn.inputs import tensors_in
 from tests.cells import EXACT, TIGHT, DenseTanh
 from tests.loops import each
-from tests.training.test_tasks import make_task, network
+from tests.training.tasks import make_task, network
 
 F64 = torch.float64
 WIDTH = 4

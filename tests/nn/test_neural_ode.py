@@ -19,7 +19,7 @@ from fastdeq.nn import (
 from tests.cells import DenseTanh
 from tests.nn.test_call_invariants import recorded_masks
 from tests.nn.test_multiscale import WIDTHS, dense_cell
-from tests.training.test_tasks import CLASSES, FEATURES, make_task, samples, train_figures
+from tests.training.tasks import CLASSES, FEATURES, make_task, samples, train_figures
 
 pytest.importorskip("torchdiffeq")
 

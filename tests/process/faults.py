@@ -123,3 +123,8 @@ class StepCount(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.count = state_dict["count"]
+
+
+def gradients(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = torch.load(folder / "gradients.pt", weights_only=True)[step]
+    return found

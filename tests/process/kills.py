@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from fastdeq import experiment
-from tests.experiment.test_configuration import composed
-from tests.training.test_resumption import assert_same
+from tests.comparisons import assert_same
+from tests.configurations import composed
 
 SETTINGS = (
     *("model=skip_deq", "scheduler=cosine", "loss.jacobian=0.1", "trainer.accelerator=cpu"),

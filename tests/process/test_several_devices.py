@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.commands import ROOT, CommandLine
+from tests.processes import children, command_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -140,11 +141,3 @@ def test_a_process_that_is_killed_ends_the_run_and_the_others(command: CommandLi
     assert parent.returncode == 1
     assert "SIGKILL" in err.splitlines()[-1]
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()

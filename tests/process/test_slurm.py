@@ -24,9 +24,9 @@ pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 
 from fastdeq.cluster.command import main
 from tests.commands import ROOT, CommandLine
+from tests.comparisons import assert_same
 from tests.process import slurm
 from tests.process.slurm import Slurm, wait_for
-from tests.training.test_resumption import assert_same
 
 pytestmark = [
     pytest.mark.slow,

@@ -21,8 +21,8 @@ from fastdeq.experiment.sweep import RESUMABLE
 from fastdeq.runs.files import is_sealed
 from fastdeq.training import RESUME
 from tests.commands import ROOT, CommandLine, default_signals
-from tests.process.test_several_devices import children
-from tests.training.test_resumption import assert_same
+from tests.comparisons import assert_same
+from tests.processes import children
 
 pytestmark = pytest.mark.slow
 

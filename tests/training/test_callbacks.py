@@ -25,7 +25,7 @@ from fastdeq.training import (
     checkpoints,
     table_of,
 )
-from tests.training.test_tasks import Listed, figures_of, make_task, make_trainer, samples
+from tests.training.tasks import Listed, figures_of, make_task, make_trainer, samples
 
 BATCHES = 2  # an epoch
 

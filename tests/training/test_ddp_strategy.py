@@ -16,8 +16,8 @@ from torch.multiprocessing.spawn import spawn
 from fastdeq.data.passes import Batch
 from fastdeq.experiment.launch import free_port, leave
 from fastdeq.training import CarryingDDP, Failures, Resumption, carrying
-from tests.training.test_failures import NAN, task_of
-from tests.training.test_tasks import make_trainer, samples, trained
+from tests.training.failing import NAN, task_of
+from tests.training.tasks import make_trainer, samples, trained
 
 WORLD = 2
 WHOLE = samples(5)

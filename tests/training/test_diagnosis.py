@@ -7,7 +7,7 @@ import torch
 
 from fastdeq.solution import Status, Trace
 from fastdeq.training import Diagnosis, course_of, measure, with_norm
-from tests.training.test_failures import EARLY, GOOD, task_of
+from tests.training.failing import EARLY, GOOD, task_of
 
 
 def diagnosis(

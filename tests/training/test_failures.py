@@ -4,62 +4,30 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdeq import DeepEquilibriumNetwork, DEQChain
 from fastdeq.data.passes import Batch
-from fastdeq.nn import DenseCell
 from fastdeq.runs.files import is_sealed
 from fastdeq.solution import Status
-from fastdeq.solvers import LimitedMemoryBroydenSolver
 from fastdeq.training import (
     FAILURE,
-    AbstractTask,
-    ClassificationTask,
-    Cosine,
     Failures,
-    LossWeights,
     Pretraining,
     TrainingFailed,
 )
-from tests.training.test_tasks import FEATURES, WIDTH, Listed, make_trainer, samples, trained
-
-GOOD, OTHER = samples(5), samples(6)
-NAN = Batch(torch.full((5, FEATURES), torch.nan), GOOD.targets)
-EARLY = LimitedMemoryBroydenSolver(tol=1e-9, max_steps=1)
+from tests.comparisons import assert_equal
+from tests.training.failing import EARLY, GOOD, NAN, OTHER, kept, task_of
+from tests.training.tasks import WIDTH, Listed, make_trainer, trained
 
 # A batch of NaN makes the solver and the adjoint tell, once each.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:f is not finite:RuntimeWarning", "ignore:backward solve failed:RuntimeWarning"
 )
-
-
-def chain(solver: LimitedMemoryBroydenSolver | None = None) -> DEQChain:
-    """With running statistics in the stem."""
-    torch.manual_seed(0)
-    return DEQChain(
-        stem=nn.Sequential(nn.Linear(FEATURES, 2 * WIDTH), nn.BatchNorm1d(2 * WIDTH)),
-        deq=DeepEquilibriumNetwork(DenseCell(2 * WIDTH), solver=solver),
-        head=nn.Linear(2 * WIDTH, 3),
-    )
-
-
-def task_of(
-    solver: LimitedMemoryBroydenSolver | None = None, *, cosine: bool = False, lr: float = 0.1
-) -> AbstractTask:
-    """With an optimizer that has a state."""
-    return ClassificationTask(
-        model=chain(solver),
-        optimizer=partial(torch.optim.AdamW, lr=lr, weight_decay=0.1),
-        weights=LossWeights(),
-        schedule=Cosine() if cosine else None,
-    )
 
 
 class States(Callback):
@@ -72,17 +40,6 @@ class States(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.before.append({name: t.clone() for name, t in pl_module.state_dict().items()})
-
-
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], rtol=0, atol=0, equal_nan=True, msg=name)
-
-
-def kept(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(folder / FAILURE, weights_only=True)
-    return found
 
 
 # warn

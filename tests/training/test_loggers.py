@@ -11,7 +11,7 @@ import pytest
 
 from fastdeq import experiment
 from fastdeq.training import AbstractTask, Interrupted
-from tests.experiment.test_configuration import composed
+from tests.configurations import composed
 
 SHORT = (
     "trainer.max_epochs=1",

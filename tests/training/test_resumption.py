@@ -1,9 +1,5 @@
 """A run that is interrupted and goes on is the run that was not."""
 
-import csv
-import io
-import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +12,12 @@ from fastdeq import experiment
 from fastdeq.experiment.resume import held
 from fastdeq.experiment.sweep import RESUMABLE
 from fastdeq.runs.files import is_sealed, seal_of
-from fastdeq.training import BEFORE, FAILURE, RESUME, Interrupted, TrainingFailed
+from fastdeq.training import BEFORE, RESUME, Interrupted, TrainingFailed
 from tests.commands import ROOT, CommandLine
-from tests.experiment.test_configuration import composed
+from tests.comparisons import assert_same, kept_step, summary, told
+from tests.configurations import composed
+from tests.runs import AT_ONCE, SHORT, run, run_in_pieces
 
-SHORT = ("trainer.max_epochs=3", "trainer.accelerator=cpu", "data.batch_size=360")
-"""Twelve steps: three epochs of four."""
-AT_ONCE = "stop_after=1e-9"  # after every step, but for the last of the run
 NOT_FINITE = ("optimizer.lr=1e30", "callbacks.pretraining.steps=99")
 """Every step but the first."""
 NETWORKS = {
@@ -45,81 +40,6 @@ NETWORKS = {
         *("model=skip_reg_deq", "trainer.check_val_every_n_epoch=2", "logger=tensorboard"),
     ),
 }
-
-
-def run(folder: Path, *overrides: str) -> Path:
-    return experiment.run(composed(*SHORT, f"paths.run={folder}", *overrides))
-
-
-def run_in_pieces(folder: Path, *overrides: str, most: int = 40) -> int:
-    """Start the run again whenever it stops; how often that was."""
-    for pieces in range(most):
-        try:
-            run(folder, AT_ONCE, *overrides)
-        except Interrupted:
-            assert is_sealed(folder / RESUME)
-            continue
-        return pieces
-    raise AssertionError(f"not done after {most} pieces")
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    """Of metrics.csv, without what a clock says."""
-    with (folder / "metrics.csv").open() as lines:
-        return [
-            {name: text for name, text in row.items() if "seconds" not in name}
-            for row in csv.DictReader(lines)
-        ]
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    figures = found["figures"].items()
-    found["figures"] = {name: value for name, value in figures if "seconds" not in name}
-    return found
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = torch.load(folder / "last.ckpt", weights_only=True)[
-        "state_dict"
-    ]
-    return found
-
-
-def told(folder: Path) -> list[str]:
-    """What train.log says of steps that failed, without the time and the folder."""
-    lines = (folder / "train.log").read_text().splitlines()
-    found = [
-        line.split(" ", 2)[2] for line in lines if re.match(r".{20}steps? [\d,]+( to|:)", line)
-    ]
-    return [line.rpartition("; step ")[0] or line for line in found]
-
-
-def kept_step(folder: Path) -> bytes | None:
-    """The failed step that was kept, with everything in it."""
-    path = folder / FAILURE
-    if not path.exists():
-        return None
-    content = io.BytesIO()
-    torch.save(torch.load(path, weights_only=True), content)
-    return content.getvalue()
-
-
-def assert_same(one: Path, other: Path) -> None:
-    assert told(one) == told(other)
-    assert kept_step(one) == kept_step(other)
-    for a, b in zip(rows(one), rows(other), strict=True):
-        assert a == b
-    assert (one / "metrics.csv").read_text().splitlines()[0] == (
-        other / "metrics.csv"
-    ).read_text().splitlines()[0]
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    for name, values in first.items():
-        assert torch.equal(values, second[name]), name
-    assert summary(one)["figures"] == summary(other)["figures"]
-    for key in ("steps", "epochs", "score"):
-        assert summary(one)[key] == summary(other)[key]
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -21,7 +21,7 @@ from fastdeq.training import (
     Staircase,
 )
 from fastdeq.training.loss import LossWeights
-from tests.training.test_tasks import Listed, make_trainer, network, samples
+from tests.training.tasks import Listed, make_trainer, network, samples
 
 LR = 0.5
 

@@ -23,13 +23,13 @@ from fastdeq.training import (
 )
 from fastdeq.training import timing as timing_module
 from tests.commands import SHORT as COMMAND_SHORT
-from tests.commands import CommandLine
-from tests.experiment.test_configuration import composed
-from tests.experiment.test_refusals import refused
-from tests.experiment.test_replay import gradients
-from tests.training.test_failures import EARLY, GOOD, NAN, OTHER, assert_equal, kept, task_of
-from tests.training.test_resumption import AT_ONCE, SHORT, assert_same, rows, run, run_in_pieces
-from tests.training.test_tasks import figures_of, make_task, samples, trained
+from tests.commands import CommandLine, refused
+from tests.comparisons import assert_equal, assert_same, rows
+from tests.configurations import composed
+from tests.process.faults import gradients
+from tests.runs import AT_ONCE, SHORT, run, run_in_pieces
+from tests.training.failing import EARLY, GOOD, NAN, OTHER, kept, task_of
+from tests.training.tasks import figures_of, make_task, samples, trained
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:f is not finite:RuntimeWarning", "ignore:backward solve failed:RuntimeWarning"

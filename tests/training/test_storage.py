@@ -14,8 +14,8 @@ from fastdeq import experiment
 from fastdeq.runs.files import is_sealed, seal_of
 from fastdeq.training import BEFORE, LAST, RESUME, Interrupted, SealedCheckpointIO
 from tests.commands import SHORT, CommandLine
-from tests.experiment.test_configuration import composed
-from tests.training.test_resumption import assert_same
+from tests.comparisons import assert_same
+from tests.configurations import composed
 
 CONTENT: dict[str, Any] = {"weights": torch.arange(2000.0), "step": 7, "name": "fastdeq"}
 
