@@ -8,6 +8,7 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from fastdeq.training import (
     RESUME,
     AbstractTask,
     EpochLines,
+    KeepSigtermHandler,
     MetricsFile,
     ProgressBar,
     Resumption,
@@ -72,7 +74,7 @@ def work(job: Job) -> None:
     cfg = job.config
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
     data = instantiate(cfg["data"], _convert_="all")
-    task = instantiate(cfg["task"], _convert_="all")
+    task = instantiate(cfg["task"], _convert_="all", **step_settings(cfg["trainer"]))
     if job.checkpoint is not None:
         load_weights(task, job.checkpoint)
     rank = _rank()
@@ -116,14 +118,22 @@ def make_trainer(
     plugins: list[Any] = [SealedCheckpointIO(), ranks]
     if job is not None:
         chosen = [instantiate(node) for node in (cfg.get("callbacks") or {}).values()]
-        for callback in chosen:
-            if isinstance(callback, Resumption):
-                callback.asked = received
+        first = [each for each in chosen if isinstance(each, Resumption)]  # saves before a batch
+        others = [each for each in chosen if not isinstance(each, Resumption)]
+        for callback in first:
+            callback.stop_request = received
         bar = [ProgressBar()] if job.interactive else []
         options = {
             "logger": loggers,
-            # The timer first: what other callbacks do after a batch is not part of the step.
-            "callbacks": [timer, EpochLines(), *chosen, *checkpoints(job.folder, task), *bar],
+            "callbacks": [
+                *first,
+                KeepSigtermHandler(),
+                timer,
+                EpochLines(),
+                *others,
+                *checkpoints(job.folder, task),
+                *bar,
+            ],
             "default_root_dir": job.folder,
             "enable_progress_bar": job.interactive,
         }
@@ -133,13 +143,21 @@ def make_trainer(
     if callable(strategy := trainer.keywords.get("strategy")):
         # Looking for idle parameters costs a walk through the graph in every step.
         options["strategy"] = strategy(find_unused_parameters=task.leaves_parameters_unused)
+    for name in _STEP:  # the task's: Lightning takes them in automatic optimization alone
+        trainer.keywords.pop(name, None)
     made: lightning.Trainer = trainer(**options, plugins=plugins)
-    # Lightning's handler communicates from within the handler; ours sets a flag (signals.py).
-    made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    # And with it the broadcast before every step, by which the ranks would tell each other.
+    # A broadcast before every step, which waits for the device (Lightning 21487, where an option is
+    # asked for): a stop request is sent with the averaged gradients instead (Resumption).
     made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return made
 
+
+def step_settings(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the task that stand where Lightning's users look for them, with the trainer."""
+    return {name: trainer[name] for name in _STEP if trainer.get(name) is not None}
+
+
+_STEP = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 _OWN = {
     *("logger", "callbacks", "plugins", "default_root_dir"),
@@ -189,7 +207,7 @@ def _run(job: Job, trainer: lightning.Trainer, task: AbstractTask, data: Any) ->
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set at run time
             if isinstance(callback, Resumption):
                 figures["train_seconds"] += callback.seconds_before
-                figures |= callback.figures
+                figures |= callback.metrics
         figures |= _epoch_figures(trainer)
     trainer.test(task, datamodule=data, verbose=False)
     return figures | _epoch_figures(trainer)

@@ -54,22 +54,14 @@ def check_scheduler(task: AbstractTask, trainer: Mapping[str, Any]) -> None:
 
     Raises: ValueError, TypeError.
     """
-    schedule, default = task.schedule, f"val/{task.monitor[0]}"
-    optimizer = task.make_optimizer(task.parameters())
-    scheduler = schedule.config(optimizer, 1, default)["scheduler"]
+    schedule = task.schedule
+    scheduler = schedule.build(task.make_optimizer(task.parameters()), 1)
     if not isinstance(scheduler, LRScheduler):
         raise TypeError(
             f"{scheduler!r} is not a scheduler of torch: use one, or a class of its kind"
         )
-    if not isinstance(schedule, LRSchedulerConfig):
-        return
-    if schedule.is_plateau:
-        _check_monitor(schedule.monitor or default, schedule.frequency, trainer)
-    elif schedule.interval == "step" and schedule.frequency > 1 and _accumulates(trainer):
-        raise ValueError(
-            f"frequency is {schedule.frequency}, but with accumulated gradients steps are not "
-            "counted: use frequency=1, or interval=epoch"
-        )
+    if isinstance(schedule, LRSchedulerConfig) and schedule.monitor and schedule.is_plateau:
+        _check_monitor(schedule.monitor, schedule.frequency, trainer)
 
 
 def _check_monitor(monitor: str, frequency: int, trainer: Mapping[str, Any]) -> None:

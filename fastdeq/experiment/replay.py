@@ -13,9 +13,8 @@ from torch import Tensor
 
 from fastdeq.experiment.checkpoint import load_weights, read_checkpoint
 from fastdeq.experiment.checks import check_values, count_ranks
-from fastdeq.experiment.job import make_trainer
+from fastdeq.experiment.job import make_trainer, step_settings
 from fastdeq.experiment.keys import RunSettings
-from fastdeq.nn import DeepEquilibriumNetwork
 from fastdeq.runs.files import is_sealed, seal_of
 from fastdeq.solution import Solution, Trace
 from fastdeq.training import (
@@ -23,11 +22,11 @@ from fastdeq.training import (
     AbstractTask,
     Diagnosis,
     Failures,
-    course_of,
-    ends,
     joined,
     measure,
     set_random_state,
+    status_counts,
+    trend_of,
     with_norm,
 )
 
@@ -54,7 +53,7 @@ def replay(cfg: DictConfig) -> Replayed:
     failure = _read(path)
     alone = {**config["trainer"], "devices": 1, "strategy": "auto"}
     count_ranks(alone)
-    task: AbstractTask = instantiate(cfg.task, _convert_="all")
+    task: AbstractTask = instantiate(cfg.task, _convert_="all", **step_settings(config["trainer"]))
     load_weights(task, path)
     trainer = make_trainer({**config, "trainer": alone}, task)
     precision = trainer.precision_plugin
@@ -106,10 +105,6 @@ def _again(
 
     Every part starts from the same weights and buffers: those of the first process.
     """
-    layer = task.model.equilibrium
-    layer.depth = failure["depth"]
-    if isinstance(layer, DeepEquilibriumNetwork):
-        layer.trace = "residuals"
     before = {name: buffer.clone() for name, buffer in task.named_buffers()}
     share = 1 / len(failure["ranks"])
     total: dict[str, Tensor] = {}
@@ -126,20 +121,16 @@ def _again(
                 mine = parameter.grad if share == 1 else parameter.grad * share
                 total[name] = total[name] + mine if name in total else mine
     trace, status = _joined(solutions)
-    course = None if trace is None else course_of(trace, status)
+    trend = None if trace is None else trend_of(trace, status)
     figures = with_norm(torch.stack(rows), total.values())
-    return Diagnosis.of(figures.tolist(), course), total, trace
+    return Diagnosis.of(figures.tolist(), trend), total, trace
 
 
 def _part_of_step(
     task: AbstractTask, part: dict[str, Any], failure: dict[str, Any]
 ) -> tuple[Tensor, list[Solution]]:
     """One process's batches, whose gradients are accumulated; what `measure` says of them all."""
-    accumulates = failure.get("accumulates", 1)
-    found = [
-        _batch(task, each, part["device"] or 0, failure["step"], accumulates)
-        for each in _batches_of(part)
-    ]
+    found = [_batch(task, each, part["device"] or 0, failure) for each in _batches_of(part)]
     return joined([row for row, _ in found]), [solution for _, solution in found]
 
 
@@ -148,7 +139,7 @@ def _batches_of(part: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _batch(
-    task: AbstractTask, kept: dict[str, Any], device: int, number: int, accumulates: int
+    task: AbstractTask, kept: dict[str, Any], device: int, failure: dict[str, Any]
 ) -> tuple[Tensor, Solution]:
     """Forward and backward; what `measure` says."""
     x, targets, weight = kept["batch"]
@@ -157,10 +148,12 @@ def _batch(
     # The process had a device of its own; here there is one, or none.
     random["cuda"] = random["cuda"][device : device + 1] if torch.cuda.is_available() else []
     set_random_state(random)
-    loss, solution, _ = task.minimized(batch, number)
-    loss = loss / accumulates  # as Lightning does
+    loss, solution, _ = task.evaluate(
+        batch, failure["step"], depth=failure["depth"], trace="residuals"
+    )
+    loss = loss / failure.get("accumulates", 1)
     loss.backward()
-    return measure(solution if weight else None, batch[0], loss.detach()), solution
+    return measure(batch, solution, loss.detach()), solution
 
 
 def _joined(solutions: Sequence[Solution]) -> tuple[Trace | None, Tensor]:
@@ -190,7 +183,7 @@ def _print(
     samples = sum(len(batch[0]) for batch in batches if batch[2])
     processes = f" on {len(ranks)} processes" if len(ranks) > 1 else ""
     print(f"step {failure['step']:,} of {path}: {samples} samples{processes}")
-    for title, diagnosis in (("then", Diagnosis(**failure["diagnosis"])), ("now", now)):
+    for title, diagnosis in (("then", _saved_diagnosis(failure)), ("now", now)):
         print(f"{title:<9} {_figures(diagnosis)}")
     if trace is not None:
         print(f"residual  {_history(trace)}")
@@ -200,9 +193,16 @@ def _print(
         print("it does not fail")
 
 
+def _saved_diagnosis(failure: dict[str, Any]) -> Diagnosis:
+    saved = dict(failure["diagnosis"])
+    if "course" in saved:  # of an earlier version
+        saved["trend"] = saved.pop("course")
+    return Diagnosis(**saved)
+
+
 def _figures(diagnosis: Diagnosis) -> str:
     solves = (("forward", diagnosis.forward), ("backward", diagnosis.backward))
-    told = [f"{name} {ends(counts)}" for name, counts in solves if any(counts)]
+    told = [f"{name} {status_counts(counts)}" for name, counts in solves if any(counts)]
     figures = f"loss {diagnosis.loss:.6g}, gradient norm {diagnosis.gradient_norm:.6g}"
     return "; ".join([figures, *told])
 

@@ -29,7 +29,7 @@ from fastdeq.experiment.folder import (
     make_folder,
     write_json,
 )
-from fastdeq.experiment.job import Job, make_trainer
+from fastdeq.experiment.job import Job, make_trainer, step_settings
 from fastdeq.experiment.keys import RunSettings
 from fastdeq.experiment.launch import interactive, launch
 from fastdeq.experiment.optimization import check_optimizer, check_scheduler
@@ -227,7 +227,7 @@ def _check_parts(
             f"are {ranks} of them: use at least one sample a device"
         )
     with blamed_on(cfg, "task"):
-        task = instantiate(parts.task, _convert_="all")
+        task = instantiate(parts.task, _convert_="all", **step_settings(parts.trainer))
     with blamed_on(cfg, "optimizer"):
         task.make_optimizer(task.parameters())
         check_optimizer(task.make_optimizer, cfg.trainer, ranks)

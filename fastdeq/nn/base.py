@@ -13,7 +13,7 @@ from fastdeq.nn.initializers import AbstractInitializer, zeros_of
 from fastdeq.nn.weight_norm import parametrizations_cached
 from fastdeq.notation import State, StateMap
 from fastdeq.regularizers import jacobian_loss as hutchinson
-from fastdeq.solution import Solution
+from fastdeq.solution import Solution, TraceKind
 
 
 class AbstractCellLayer(nn.Module):
@@ -21,8 +21,6 @@ class AbstractCellLayer(nn.Module):
 
     cell: f, an nn.Module called as cell(z, x), that returns a state of the shape of z.
     initializer: makes z₀; by default zeros, of the cell's scales or else of the input's shape.
-    depth: while it is set (an attribute that may change at any time), the cell is unrolled so many
-        times from z₀ with ordinary backpropagation instead (pretraining).
 
     Through all evaluations of one call, backward's included, dropout masks and parametrized weights
     are the same; running statistics of batch norms in the cell move once a call, at the result.
@@ -31,9 +29,7 @@ class AbstractCellLayer(nn.Module):
     ordinary dropout in the cell.
     """
 
-    def __init__(
-        self, cell: nn.Module, initializer: AbstractInitializer | None, depth: int | None
-    ) -> None:
+    def __init__(self, cell: nn.Module, initializer: AbstractInitializer | None) -> None:
         super().__init__()
         check_cell(cell)
         if not isinstance(initializer, AbstractInitializer | None):
@@ -43,32 +39,44 @@ class AbstractCellLayer(nn.Module):
             )
         self.cell = cell
         self.initializer = zeros_of(cell) if initializer is None else initializer
-        self.depth = depth
 
     @abstractmethod
-    def solve(self, f: StateMap, z0: State) -> Solution:
-        """The state and what is known about it, from the cell with its input bound."""
+    def solve(self, f: StateMap, z0: State, trace: TraceKind | None) -> Solution:
+        """The state and what is known about it, from the cell with its input bound; with the
+        history that `trace` names, where the layer has one.
+        """
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The settings of `solve` by name, to be shown."""
 
-    def forward(self, x: Any, *, jacobian_loss: bool = False) -> tuple[State, Solution]:
+    def forward(
+        self,
+        x: Any,
+        *,
+        jacobian_loss: bool = False,
+        depth: int | None = None,
+        trace: TraceKind | None = None,
+    ) -> tuple[State, Solution]:
         """(z, solution) from the input x, (B, ...) or whatever the cell takes.
 
         jacobian_loss: also estimate ‖J‖²_F / D at z, as `solution.jacobian_loss`; see
             `fastdeq.regularizers`.
+        depth: unroll the cell this many times from z₀ with ordinary backpropagation instead
+            (pretraining).
+        trace: "residuals" or "states": keep the history of the forward solve, as `solution.trace`
+            (equilibrium layers only).
 
         Raises and warns as `solve`.
         """
         with parametrizations_cached(self):
             f = CellCall(self.cell, x)
             z0 = _widened_in_autocast(self.initializer(f, x))
-            if self.depth is None:
-                solution = self.solve(f, z0)
+            if depth is None:
+                solution = self.solve(f, z0, trace)
             else:
-                solution = fixed_depth(f, z0, depth=self.depth)
+                solution = fixed_depth(f, z0, depth=depth)
             if jacobian_loss:
                 solution = replace(solution, jacobian_loss=hutchinson(f, solution.value))
             f.move_statistics(solution.value)
@@ -89,8 +97,7 @@ class AbstractCellLayer(nn.Module):
             return z0
 
     def extra_repr(self) -> str:
-        shown = {**self.settings, "depth": self.depth}
-        return ", ".join(f"{name}={value}" for name, value in shown.items())
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
 
 
 def _widened_in_autocast(z0: State) -> State:

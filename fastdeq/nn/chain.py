@@ -7,7 +7,7 @@ from torch import nn
 
 from fastdeq.nn.base import AbstractCellLayer
 from fastdeq.nn.initialization import Initialization, initialize
-from fastdeq.solution import Solution
+from fastdeq.solution import Solution, TraceKind
 
 
 class DEQChain(nn.Module):
@@ -50,11 +50,18 @@ class DEQChain(nn.Module):
         assert isinstance(layer, AbstractCellLayer)
         return layer
 
-    def forward(self, x: Any, *, jacobian_loss: bool = False) -> tuple[Any, Solution]:
-        """(y, solution); `jacobian_loss` as in `AbstractCellLayer`."""
+    def forward(
+        self,
+        x: Any,
+        *,
+        jacobian_loss: bool = False,
+        depth: int | None = None,
+        trace: TraceKind | None = None,
+    ) -> tuple[Any, Solution]:
+        """(y, solution); the options are those of `AbstractCellLayer.forward`."""
         for name, layer in self._layers():
             if name == self._equilibrium_name:
-                x, solution = layer(x, jacobian_loss=jacobian_loss)
+                x, solution = layer(x, jacobian_loss=jacobian_loss, depth=depth, trace=trace)
             else:
                 x = layer(x)
         return x, solution

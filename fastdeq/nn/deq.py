@@ -1,4 +1,4 @@
-"""The equilibrium layer, and its two skip variants as compositions."""
+"""The equilibrium layer, and the one that starts at a prediction."""
 
 from typing import Any
 
@@ -25,12 +25,9 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
     """z* = f(z*, x), found by a solver and differentiated by an adjoint (Bai et al. 2019, arXiv
     1909.01377).
 
-    cell, initializer, depth: as in `AbstractCellLayer`.
+    cell, initializer: as in `AbstractCellLayer`.
     solver, adjoint: settings; any of either (see `fastdeq.solvers`, `fastdeq.adjoints`). By default
         limited-memory Broyden and GMRES, with the `per_sample` that goes with the cell.
-
-    While the attribute `trace` is set ("residuals" or "states"), solutions carry the history of the
-    forward solve.
 
     A batch norm that uses batch statistics couples the samples of a batch: use `per_sample=False`
     with it. Where it always does (track_running_stats=False), anything else is refused.
@@ -46,34 +43,24 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         solver: AbstractSolver | None = None,
         adjoint: AbstractAdjoint | None = None,
         initializer: AbstractInitializer | None = None,
-        depth: int | None = None,
     ) -> None:
-        super().__init__(cell, initializer, depth)
+        super().__init__(cell, initializer)
         alone = coupling(cell) is None
         self.solver = LimitedMemoryBroydenSolver(per_sample=alone) if solver is None else solver
         self.adjoint = Implicit(solver=GMRES(per_sample=alone)) if adjoint is None else adjoint
         check_settings(self.solver, self.adjoint)
         check_coupling(cell, self.solver, self.adjoint)
-        self.trace: TraceKind | None = None
 
-    def solve(self, f: StateMap, z0: State) -> Solution:
+    def solve(self, f: StateMap, z0: State, trace: TraceKind | None) -> Solution:
         """Raises and warns as `fixed_point`."""
-        return fixed_point(f, z0, solver=self.solver, adjoint=self.adjoint, trace=self.trace)
+        return fixed_point(f, z0, solver=self.solver, adjoint=self.adjoint, trace=trace)
 
     @property
     def settings(self) -> dict[str, Any]:
         return {"solver": self.solver, "adjoint": self.adjoint}
 
 
-def SkipDeepEquilibriumNetwork(
-    cell: nn.Module,
-    explicit: nn.Module | None = None,
-    *,
-    zeros: Zeros | None = None,
-    solver: AbstractSolver | None = None,
-    adjoint: AbstractAdjoint | None = None,
-    depth: int | None = None,
-) -> DeepEquilibriumNetwork:
+class SkipDeepEquilibriumNetwork(DeepEquilibriumNetwork):
     """A DEQ whose solver starts at a prediction (Pal et al. 2022, arXiv 2201.12240, §3.2).
 
     explicit: the network g_φ, x ↦ z₀ (Skip DEQ). None takes z₀ = f(0, x) (Skip Reg.), with `zeros`
@@ -83,13 +70,21 @@ def SkipDeepEquilibriumNetwork(
     else trains g_φ, since z* does not depend on z₀. The other arguments and the errors are those of
     `DeepEquilibriumNetwork`; also ValueError for `zeros` beside an explicit network.
     """
-    if explicit is not None and zeros is not None:
-        raise ValueError("an explicit network makes z₀ itself: leave out `zeros`")
-    initializer: AbstractInitializer
-    if explicit is None:
-        initializer = FirstEvaluation(zeros_of(cell) if zeros is None else zeros)
-    else:
-        initializer = ExplicitNetwork(explicit)
-    return DeepEquilibriumNetwork(
-        cell, solver=solver, adjoint=adjoint, initializer=initializer, depth=depth
-    )
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        explicit: nn.Module | None = None,
+        *,
+        zeros: Zeros | None = None,
+        solver: AbstractSolver | None = None,
+        adjoint: AbstractAdjoint | None = None,
+    ) -> None:
+        if explicit is not None and zeros is not None:
+            raise ValueError("an explicit network makes z₀ itself: leave out `zeros`")
+        initializer: AbstractInitializer
+        if explicit is None:
+            initializer = FirstEvaluation(zeros_of(cell) if zeros is None else zeros)
+        else:
+            initializer = ExplicitNetwork(explicit)
+        super().__init__(cell, solver=solver, adjoint=adjoint, initializer=initializer)

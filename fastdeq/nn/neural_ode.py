@@ -16,7 +16,7 @@ from fastdeq.nn.call import CellCall
 from fastdeq.nn.initializers import AbstractInitializer
 from fastdeq.nn.inputs import tensors_in
 from fastdeq.notation import State, StateMap
-from fastdeq.solution import BackwardReport, Solution, SolveStats, Status
+from fastdeq.solution import BackwardReport, Solution, SolveStats, Status, TraceKind
 from fastdeq.timer import Stopwatch
 
 try:
@@ -44,7 +44,7 @@ class NeuralODE(AbstractCellLayer):
 
     Differentiable once, in reverse mode: the continuous adjoint's gradient has no derivative.
 
-    cell, initializer, depth: as in `AbstractCellLayer`; gradients reach the tensors of the input in
+    cell, initializer: as in `AbstractCellLayer`; gradients reach the tensors of the input in
         nested mappings, lists and tuples.
     method: of torchdiffeq. tol: relative and absolute, of the local error, in both directions.
     max_steps: in either direction.
@@ -68,9 +68,8 @@ class NeuralODE(AbstractCellLayer):
         tol: float = 1e-3,
         max_steps: int = 1000,
         initializer: AbstractInitializer | None = None,
-        depth: int | None = None,
     ) -> None:
-        super().__init__(cell, initializer, depth)
+        super().__init__(cell, initializer)
         if method not in get_args(Integrator):
             choices = ", ".join(get_args(Integrator))
             raise ValueError(f"method is {method!r}, but must be one of {choices}")
@@ -78,7 +77,7 @@ class NeuralODE(AbstractCellLayer):
             raise ValueError(f"tol ({tol}) must be above 0, max_steps ({max_steps}) at least 1")
         self.integrator, self.tol, self.max_steps = method, tol, max_steps
 
-    def solve(self, f: StateMap, z0: State) -> Solution:
+    def solve(self, f: StateMap, z0: State, trace: TraceKind | None) -> Solution:
         """Raises: as the class."""
         layout = Layout.of(z0)
         flow = _Flow(f, layout)

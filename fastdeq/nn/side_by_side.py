@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdeq.adjoints import AbstractAdjoint
-from fastdeq.nn.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
+from fastdeq.nn.deq import DeepEquilibriumNetwork
+from fastdeq.nn.initializers import FirstEvaluation, zeros_of
 from fastdeq.solvers import AbstractSolver
 
 
@@ -38,21 +39,24 @@ class SideBySideCell(nn.Module):
         return torch.cat([cell(*part) for cell, part in zip(self.cells, parts, strict=True)], dim=1)
 
 
-def WidthStackedDEQ(
-    cells: Sequence[nn.Module],
-    widths: Sequence[int],
-    *,
-    skip: bool = False,
-    solver: AbstractSolver | None = None,
-    adjoint: AbstractAdjoint | None = None,
-    depth: int | None = None,
-) -> DeepEquilibriumNetwork:
+class WidthStackedDEQ(DeepEquilibriumNetwork):
     """Equilibria side by side, each on its part of the input's features, merged by concatenation.
 
     cells, widths: as in `SideBySideCell`. skip: start at f(0, x) (Skip Reg.) instead of zero.
-    Solved as one system whose Jacobian has a block a cell: one solution, one stopping test, any
+    Solved as one system whose Jacobian has one block per cell: one solution, one stopping test, any
     solver and adjoint, every regularizer. The other arguments and the errors are those of
     `DeepEquilibriumNetwork`.
     """
-    make = SkipDeepEquilibriumNetwork if skip else DeepEquilibriumNetwork
-    return make(SideBySideCell(cells, widths), solver=solver, adjoint=adjoint, depth=depth)
+
+    def __init__(
+        self,
+        cells: Sequence[nn.Module],
+        widths: Sequence[int],
+        *,
+        skip: bool = False,
+        solver: AbstractSolver | None = None,
+        adjoint: AbstractAdjoint | None = None,
+    ) -> None:
+        cell = SideBySideCell(cells, widths)
+        initializer = FirstEvaluation(zeros_of(cell)) if skip else None
+        super().__init__(cell, solver=solver, adjoint=adjoint, initializer=initializer)

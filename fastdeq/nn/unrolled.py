@@ -8,7 +8,7 @@ from fastdeq.fixed_point import fixed_depth
 from fastdeq.nn.base import AbstractCellLayer
 from fastdeq.nn.initializers import AbstractInitializer
 from fastdeq.notation import State, StateMap
-from fastdeq.solution import Solution
+from fastdeq.solution import Solution, TraceKind
 
 
 class UnrolledNetwork(AbstractCellLayer):
@@ -17,7 +17,7 @@ class UnrolledNetwork(AbstractCellLayer):
     With steps = 1 and a cell that ignores z it is an ordinary explicit network of x. Its solution's
     status is NOT_SOLVED, its residual that of the last step, its NFE `steps`.
 
-    cell, initializer, depth: as in `AbstractCellLayer`.
+    cell, initializer: as in `AbstractCellLayer`.
 
     Raises: as `AbstractCellLayer`; also ValueError for steps below 1.
     """
@@ -28,14 +28,13 @@ class UnrolledNetwork(AbstractCellLayer):
         *,
         steps: int,
         initializer: AbstractInitializer | None = None,
-        depth: int | None = None,
     ) -> None:
-        super().__init__(cell, initializer, depth)
+        super().__init__(cell, initializer)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps is {steps!r}, but must be a whole number of at least 1")
         self.steps = steps
 
-    def solve(self, f: StateMap, z0: State) -> Solution:
+    def solve(self, f: StateMap, z0: State, trace: TraceKind | None) -> Solution:
         """Raises as `fixed_depth`."""
         return fixed_depth(f, z0, depth=self.steps)
 

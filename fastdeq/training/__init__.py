@@ -5,9 +5,16 @@ run uses.
 from fastdeq.training.checkpoint_io import SealedCheckpointIO
 from fastdeq.training.checkpoints import BEST, LAST, checkpoints
 from fastdeq.training.classification import ClassificationTask
-from fastdeq.training.ddp import CarryingDDP, carrying
-from fastdeq.training.diagnosis import Diagnosis, course_of, ends, joined, measure, with_norm
-from fastdeq.training.failed_step import FAILURE
+from fastdeq.training.ddp import PayloadDDPStrategy, payload_strategy
+from fastdeq.training.diagnosis import (
+    Diagnosis,
+    joined,
+    measure,
+    status_counts,
+    trend_of,
+    with_norm,
+)
+from fastdeq.training.failure_file import FAILURE
 from fastdeq.training.failures import Failures, TrainingFailed
 from fastdeq.training.loggers.console import EpochLines, ProgressBar, table_of
 from fastdeq.training.loggers.metrics_file import MetricsFile
@@ -23,6 +30,8 @@ from fastdeq.training.schedules import (
     LRSchedulerConfig,
     Staircase,
 )
+from fastdeq.training.sigterm import KeepSigtermHandler
+from fastdeq.training.step import BatchResult, StepResult
 from fastdeq.training.task import AbstractTask
 from fastdeq.training.timing import StepTimer
 
@@ -34,7 +43,7 @@ __all__ = [
     "RESUME",
     "AbstractSchedule",
     "AbstractTask",
-    "CarryingDDP",
+    "BatchResult",
     "ClassificationTask",
     "Constant",
     "Cosine",
@@ -42,25 +51,28 @@ __all__ = [
     "EpochLines",
     "Failures",
     "Interrupted",
+    "KeepSigtermHandler",
     "LRSchedulerConfig",
     "LossWeights",
     "MetricsFile",
+    "PayloadDDPStrategy",
     "Pretraining",
     "ProgressBar",
     "RegressionTask",
     "Resumption",
     "SealedCheckpointIO",
     "Staircase",
+    "StepResult",
     "StepTimer",
     "TrainingFailed",
-    "carrying",
     "checkpoints",
-    "course_of",
-    "ends",
     "joined",
     "measure",
+    "payload_strategy",
     "rows_of",
     "set_random_state",
+    "status_counts",
     "table_of",
+    "trend_of",
     "with_norm",
 ]

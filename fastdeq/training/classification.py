@@ -14,7 +14,7 @@ from fastdeq.training.task import AbstractTask, OptimizerFactory
 
 
 class ClassificationTask(AbstractTask):
-    """Cross entropy of logits (B, classes) with labels (B,), int64; figures and errors as in
+    """Cross entropy of logits (B, classes) with labels (B,), int64; metrics and errors as in
     `AbstractTask`, with accuracy, the share of samples whose largest logit is the label's.
 
     top5: also log accuracy_top5, the share whose label is among the five largest logits.
@@ -30,10 +30,20 @@ class ClassificationTask(AbstractTask):
         weights: LossWeights,
         schedule: AbstractSchedule | SchedulerFactory | None = None,
         seed: int = 0,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] | None = None,
         top5: bool = False,
     ) -> None:
         super().__init__(
-            model=model, optimizer=optimizer, weights=weights, schedule=schedule, seed=seed
+            model=model,
+            optimizer=optimizer,
+            weights=weights,
+            schedule=schedule,
+            seed=seed,
+            accumulate_grad_batches=accumulate_grad_batches,
+            gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
         )
         self.top5 = top5
 

@@ -1,6 +1,7 @@
-"""Data parallelism in which the averaging of gradients is all that a step exchanges."""
+"""Data parallelism in which the averaging of gradients is all that a step communicates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, TypeAlias
 
@@ -13,26 +14,27 @@ from torch.futures import Future
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdeq.training.task import AbstractTask
+from fastdeq.training.sigterm import SigtermHandler
 
-Offer: TypeAlias = Callable[[], Tensor]
+Payload: TypeAlias = Callable[[], Tensor]
+"""Numbers (n,) to send, with n the same on all processes; called when the gradients are there."""
 
 _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in signature(DistributedDataParallel).parameters:
     _SYNC_BUFFERS = "broadcast_buffers"  # before torch 2.13
 
 
-class CarryingDDP(DDPStrategy):
-    """DistributedDataParallel, whose last message of a backward pass carries what else processes
-    must know of each other's step:
+class PayloadDDPStrategy(DDPStrategy):
+    """DistributedDataParallel whose last message of a backward pass has a payload: what else
+    processes must know of each other's step.
 
-    - the numbers that callbacks offer (`carry`), which then are there on all processes (`arrived`);
-    - running statistics, whose mean over all samples takes the place of each process's own. (DDP
-      itself would broadcast those of the first process before every evaluation of the network.)
-      Other buffers are each process's own.
+    - The numbers that are registered (`register`), gathered from all processes (`gathered`).
+    - Running statistics: their mean over all samples replaces each process's own. (DDP itself
+      would broadcast those of the first process before every evaluation of the network.) Other
+      buffers are each process's own.
 
-    Batches whose gradients are only accumulated send nothing. Where parameters are left unused
-    (find_unused_parameters) DDP itself adds a message, of which they were.
+    Where parameters are left unused (find_unused_parameters), DDP itself adds a message that says
+    which they were.
 
     options: DistributedDataParallel's, and those of Lightning's strategy.
 
@@ -42,34 +44,59 @@ class CarryingDDP(DDPStrategy):
     def __init__(self, **options: Any) -> None:
         if any(options.get(f"ddp_comm_{name}") is not None for name in ("hook", "wrapper")):
             raise ValueError(
-                "CarryingDDP averages gradients by a hook of its own: leave ddp_comm_hook and "
-                "ddp_comm_wrapper out"
+                "PayloadDDPStrategy averages gradients by a hook of its own: leave ddp_comm_hook "
+                "and ddp_comm_wrapper out"
             )
         super().__init__(**{_SYNC_BUFFERS: False, **options})
-        self._offers: dict[str, Offer] = {}
-        self._arrived: dict[str, Tensor] = {}
+        self._payloads: dict[str, Payload] = {}
+        self._gathered: dict[str, Tensor] = {}
         self._statistics: list[Tensor] = []
+        self._weight = 1.0
+        self._sigterm: SigtermHandler | None = None
 
-    def carry(self, name: str, offer: Offer) -> None:
-        """From now on, send what `offer` gives, (n,), with n the same on all processes. It is
-        called in the backward pass, when the gradients of this process are complete.
-        """
-        self._offers[name] = offer
+    def register(self, name: str, payload: Payload) -> None:
+        """Send this payload with every step from now on."""
+        self._payloads[name] = payload
 
-    def arrived(self, name: str) -> Tensor | None:
+    def gathered(self, name: str) -> Tensor | None:
         """What all processes have sent since the last call, (processes, n) float32, rows in order
-        of rank; None where that was nothing.
+        of rank; None if that is nothing.
         """
-        return self._arrived.pop(name, None)
+        return self._gathered.pop(name, None)
+
+    @contextmanager
+    def sending(self, weight: float, payloads: Mapping[str, Payload]) -> Iterator[None]:
+        """Send these payloads too in the backward pass inside.
+
+        weight: of this process's samples in the mean over all processes; 1 for equal parts.
+        """
+        before = self._payloads, self._weight
+        self._payloads, self._weight = {**self._payloads, **payloads}, weight
+        try:
+            yield
+        finally:
+            self._payloads, self._weight = before
 
     def setup_distributed(self) -> None:
-        """Join the processes, and part their random numbers."""
+        """Join the processes, and give each random numbers of its own."""
         super().setup_distributed()  # gives all of them the same seed, after the weights were made
         # What is drawn while training (dropout, ε) must not be the same for all.
         torch.manual_seed(torch.initial_seed() + self.global_rank)
 
-    def _register_ddp_hooks(self) -> None:
-        # Lightning's own registers hooks on GPUs alone.
+    def setup(self, trainer: Trainer) -> None:
+        """Prepare the module; SIGTERM's handler of now is put back once Lightning has its own."""
+        super().setup(trainer)
+        self._sigterm = SigtermHandler()
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all processes."""
+        if name == "run-stage" and self._sigterm is not None:
+            self._sigterm.restore()  # Lightning has just registered its handler
+        super().barrier(name)
+
+    def configure_ddp(self) -> None:
+        """Wrap the module, and register the hook that averages gradients."""
+        super().configure_ddp()
         network = self.model
         assert isinstance(network, DistributedDataParallel)
         self._statistics = [
@@ -85,8 +112,8 @@ class CarryingDDP(DDPStrategy):
         """Average a bucket of gradients (torch.distributed.GradBucket)."""
         gradient = bucket.buffer()
         if bucket.is_last():
-            # Nothing is left to be computed beside it: to wait for it costs nothing.
-            self._average_and_carry(gradient)
+            # No computation is left to overlap with: waiting for it costs nothing.
+            self._average_and_send(gradient)
             done: Future[Tensor] = Future(
                 devices=[gradient.device] if gradient.device.type == "cuda" else []
             )
@@ -96,16 +123,17 @@ class CarryingDDP(DDPStrategy):
         averaged: Future[Tensor] = work.get_future().then(lambda sums: sums.value()[0])
         return averaged
 
-    def _average_and_carry(self, gradient: Tensor) -> None:
+    def _average_and_send(self, gradient: Tensor) -> None:
         # A number on the host must not wait for the device.
         mine = {
-            name: offer().to(gradient.device, non_blocking=True)
-            for name, offer in self._offers.items()
+            name: payload().to(gradient.device, non_blocking=True)
+            for name, payload in self._payloads.items()
         }
+        share = self._weight / self.world_size
         parts = [
             gradient / self.world_size,
-            *(statistic.flatten() * self._share() for statistic in self._statistics),
-            *(self._row(offered) for offered in mine.values()),
+            *(statistic.flatten() * share for statistic in self._statistics),
+            *(self._row(numbers) for numbers in mine.values()),
         ]
         # In bf16 a count of samples above 256 would be rounded.
         exact = torch.promote_types(gradient.dtype, torch.float32)
@@ -116,34 +144,50 @@ class CarryingDDP(DDPStrategy):
         statistics, rows = others[: len(self._statistics)], others[len(self._statistics) :]
         for statistic, mean in zip(self._statistics, statistics, strict=True):
             statistic.copy_(mean.view_as(statistic))
-        self._arrived = {
+        self._gathered = {
             name: row.view(self.world_size, -1).float()
             for name, row in zip(mine, rows, strict=True)
         }
 
-    def _share(self) -> float:
-        """Of this process in the samples of the step."""
-        task = self.lightning_module
-        return (task.share if isinstance(task, AbstractTask) else 1.0) / self.world_size
-
-    def _row(self, offered: Tensor) -> Tensor:
+    def _row(self, numbers: Tensor) -> Tensor:
         """Among zeros for the other processes, so that the sum has the numbers of all."""
-        rows = offered.new_zeros(self.world_size, offered.numel())
-        rows[self.global_rank] = offered
+        rows = numbers.new_zeros(self.world_size, numbers.numel())
+        rows[self.global_rank] = numbers
         return rows.flatten()
 
 
-def carrying(trainer: Trainer) -> CarryingDDP | None:
-    """The strategy that carries numbers between processes; None where there is only one.
+def payload_strategy(trainer: Trainer) -> PayloadDDPStrategy | None:
+    """The strategy that sends payloads between processes; None where there is only one process.
 
-    Raises: TypeError where another strategy joins several.
+    Raises: TypeError for another strategy of several processes.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, CarryingDDP):
+    if isinstance(strategy, PayloadDDPStrategy):
         return strategy if trainer.world_size > 1 else None
     if trainer.world_size > 1:
         raise TypeError(
-            f"several processes need trainer.strategy._target_=fastdeq.training.CarryingDDP, as "
-            f"trainer=ddp and trainer=ddp_cpu have it, not {type(strategy).__name__}"
+            "several processes need trainer.strategy._target_=fastdeq.training.PayloadDDPStrategy, "
+            f"as trainer=ddp and trainer=ddp_cpu have it, not {type(strategy).__name__}"
         )
     return None
+
+
+@contextmanager
+def averaged_gradients(
+    trainer: Trainer, *, last: bool, weight: float, payloads: Mapping[str, Payload]
+) -> Iterator[None]:
+    """For a backward pass of this process: average the gradients of all processes at its end, and
+    send the payloads along. Does nothing where there is only one process.
+
+    last: the batch is the last one of its optimizer step; gradients of others are accumulated, and
+        nothing is sent.
+    weight: of this process's samples in the mean over all processes; 1 for equal parts.
+    """
+    if (strategy := payload_strategy(trainer)) is None:
+        yield
+    elif last:
+        with strategy.sending(weight, payloads):
+            yield
+    else:
+        with strategy.block_backward_sync():
+            yield

@@ -1,4 +1,4 @@
-"""How a training step went: how its solves ended, whether it is finite, and what helps."""
+"""The diagnosis of a training step: how its solves ended, whether it is finite, what helps."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdeq.solution import Solution, SolveStats, Status, Trace
 
-Course: TypeAlias = Literal["falling", "level", "growing"]
+Trend: TypeAlias = Literal["falling", "level", "growing"]
 """Where the residuals of the samples that did not converge were going when the solve ended."""
 
 _KINDS = len(Status)
@@ -20,18 +20,21 @@ _FALLING = 0.9  # the last quarter of the steps has brought the smallest residua
 _GROWING = 2.0  # the last residual is so many times the smallest one
 
 
-def measure(solution: Solution | None, inputs: Tensor, loss: Tensor) -> Tensor:
+def measure(batch: tuple[Tensor, Tensor, float], solution: Solution, loss: Tensor) -> Tensor:
     """What `Diagnosis.of` reads of a batch, (13,) on the inputs' device, but for the norm of the
     gradients (`with_norm`); does not wait for the device.
 
-    solution: after its backward pass; None where there is none to count.
+    batch: inputs, targets, weight; one of weight 0 counts nothing. solution: after its backward
+    pass.
     """
+    inputs, _, weight = batch
     device = inputs.device
-    backward = None if solution is None else solution.backward.stats
-    scalars = [loss.to(device), torch.zeros((), device=device), torch.isfinite(inputs).all()]
+    zero = torch.zeros((), device=device)
+    forward, backward = (solution, solution.backward.stats) if weight else (None, None)
+    scalars = [loss.to(device) if weight else zero, zero, torch.isfinite(inputs).all()]
     return torch.cat(
         [
-            _counts(solution, device),
+            _counts(forward, device),
             _counts(backward, device),
             torch.stack([scalar.to(torch.float32) for scalar in scalars]),
         ]
@@ -94,7 +97,7 @@ class Diagnosis:
     forward, backward: how many samples ended with each `Status`, in its order.
     loss: the sum over processes, each in proportion to its samples, over their number.
     gradient_norm: Euclidean, over all parameters; non-finite if it is so anywhere.
-    finite_inputs: whether all inputs are. course: where residuals went, of a solve that was traced.
+    finite_inputs: whether all inputs are. trend: where residuals went, of a solve that was traced.
     """
 
     forward: tuple[int, ...]
@@ -102,10 +105,10 @@ class Diagnosis:
     loss: float
     gradient_norm: float
     finite_inputs: bool = True
-    course: Course | None = None
+    trend: Trend | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[float]], course: Course | None = None) -> "Diagnosis":
+    def of(cls, rows: Sequence[Sequence[float]], trend: Trend | None = None) -> "Diagnosis":
         """From what `measure` gives on each process; its losses come with their weights."""
         counts = [sum(round(row[i]) for row in rows) for i in range(2 * _KINDS)]
         losses, norms, finite = ([row[i] for row in rows] for i in (_LOSS, _NORM, _FINITE))
@@ -115,7 +118,7 @@ class Diagnosis:
             loss=sum(losses) / len(rows),
             gradient_norm=next((norm for norm in norms if not math.isfinite(norm)), norms[0]),
             finite_inputs=all(finite),
-            course=course,
+            trend=trend,
         )
 
     @property
@@ -144,7 +147,7 @@ class Diagnosis:
         name = "forward" if forward else "backward"
         return (
             f"{_unconverged(counts)} of {sum(counts)} samples did not converge in the {name} solve "
-            f"({ends(counts)})"
+            f"({status_counts(counts)})"
         )
 
     @property
@@ -157,8 +160,8 @@ class Diagnosis:
         if _share(self.backward) > _share(self.forward):
             return _BACKWARD[_worst(self.backward)]
         worst = _worst(self.forward)
-        if worst == Status.STEP_LIMIT and self.course in ("growing", "level"):
-            return f"{_CONTRACT} (more steps would not help: the residuals are {self.course})"
+        if worst == Status.STEP_LIMIT and self.trend in ("growing", "level"):
+            return f"{_CONTRACT} (more steps would not help: the residuals are {self.trend})"
         return _FORWARD[worst]
 
 
@@ -177,7 +180,7 @@ _BACKWARD = {
 }
 
 
-def course_of(trace: Trace, status: Tensor) -> Course | None:
+def trend_of(trace: Trace, status: Tensor) -> Trend | None:
     """Of the residuals (K + 1, B) of the samples that did not converge, their median; None where
     all did, or where there were too few steps to tell.
     """
@@ -192,7 +195,7 @@ def course_of(trace: Trace, status: Tensor) -> Course | None:
     return "falling" if (smallest[-1] / earlier).median() < _FALLING else "level"
 
 
-def ends(counts: Sequence[int]) -> str:
+def status_counts(counts: Sequence[int]) -> str:
     """How many samples ended how: '3 converged, 2 step_limit'."""
     return ", ".join(f"{n} {Status(i).name.lower()}" for i, n in enumerate(counts) if n)
 

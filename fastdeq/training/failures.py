@@ -1,26 +1,28 @@
-"""Training steps that fail: told, left out, or the end of the run; the first is kept."""
+"""Training steps that fail: reported, skipped, or the end of the run; the first one is kept."""
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from fastdeq.training.ddp import carrying
+from fastdeq.training.ddp import payload_strategy
 from fastdeq.training.diagnosis import Diagnosis, Reading, with_norm
-from fastdeq.training.failed_step import Step, StepBatch, save_failure
+from fastdeq.training.failure_file import save_failure
 from fastdeq.training.random_state import taken_random_state
-from fastdeq.training.task import AbstractTask
+from fastdeq.training.step import StepResult
 
 log = logging.getLogger("fastdeq")
 
 OnFailure: TypeAlias = Literal["warn", "skip_step", "raise"]
 
-_KEY = "fastdeq_failures"
-_CALM = 100  # good steps that end a phase of failing ones: at most two lines in so many steps
+VERDICT = "fastdeq_failures"
+"""The name of what a verdict needs from all processes, and of its state in a checkpoint."""
+
+_COOLDOWN = 100  # good steps that end a phase of failing ones: at most two lines per 100 steps
 
 
 class TrainingFailed(RuntimeError):
@@ -28,74 +30,78 @@ class TrainingFailed(RuntimeError):
 
 
 class _Tensors:
-    """What a task is made of, found once: walking through its modules takes its time."""
+    """The tensors of a module, collected once: walking through its submodules takes time."""
 
-    def __init__(self, task: AbstractTask) -> None:
-        self.parameters = list(task.parameters())
-        named = task.state_dict(keep_vars=True)
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = list(module.parameters())
+        named = module.state_dict(keep_vars=True)
         self.named = {name: t.detach() for name, t in named.items() if isinstance(t, nn.Parameter)}
         """The parameters by all their names, sharing their memory."""
         self._holders = [
-            (f"{name}.", module)
-            for name, module in task.named_modules()
-            if next(module.buffers(recurse=False), None) is not None
+            (f"{name}.", each)
+            for name, each in module.named_modules()
+            if next(each.buffers(recurse=False), None) is not None
         ]
 
     def gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def buffers(self) -> dict[str, Tensor]:
-        """As they are now: a module may put another tensor in a buffer's place."""
+        """As they are now: a module may replace a buffer by another tensor."""
         return {
             prefix + name: buffer
             for prefix, module in self._holders
             for name, buffer in module.named_buffers(recurse=False)
         }
 
-    def put_back(self, kept: dict[str, Tensor]) -> None:
+    def restore(self, before: Mapping[str, Tensor]) -> None:
         for name, buffer in self.buffers().items():
-            buffer.copy_(kept[name])
+            buffer.copy_(before[name])
 
 
 @dataclass
 class _Record:
-    """What later steps depend on, and a run that goes on needs."""
+    """What later steps depend on, and a resumed run needs."""
 
     kept: int | None = None  # the number of the step in failure.ckpt
-    final: bool = False  # nothing will take its place
+    final: bool = False  # nothing will replace it
     rows: dict[str, list[Any]] = field(default_factory=dict)
     """For each setting that may end the run: how many steps up to now are in a row that it counts,
     and what was wrong with the first of them."""
     phase: list[int] = field(default_factory=list)  # its first step, its last failed, how many
-    told: int = 0  # of this phase: that solves did not converge (1), that a step is not finite (2)
+    reported: int = 0  # of this phase: unconverged solves (1), a step that is not finite (2)
 
 
 class Failures(Callback):
-    """A training step fails where more than a share of its samples do not converge, in the forward
-    or in the backward solve, or where its loss or the norm of its gradient is not finite. Steps of
-    pretraining are no solves: only the latter counts.
+    """The verdict on a training step, between its backward pass and the optimizer.
 
-    on_failure: `warn` tells of a phase of failing steps when it begins and how long it was.
-        `skip_step` also leaves the optimizer step out: parameters, the optimizer's state and
-        running statistics stay what they were, while the step counts for all schedules. `raise`
-        ends the run.
+    A step fails if more than a share of its samples do not converge, in the forward or in the
+    backward solve, or if its loss or the norm of its gradient is not finite. Steps of pretraining
+    solve nothing: only the latter counts.
+
+    on_failure: `warn` reports a phase of failing steps at its beginning, and its length.
+        `skip_step` also skips the optimizer: parameters, the optimizer's state and running
+        statistics stay what they were, while the step counts for all schedules. `raise` ends the
+        run.
     unconverged: the share; None: no share is too large.
-    in_a_row: the run ends after so many failed steps that taught nothing (skipped, or not finite)
-        without one between that did; None: never. Unconverged steps that were made do not count:
-        much is learned from solves cut off at their step limit.
-    unconverged_in_a_row: the run ends after so many failed steps in a row of whatever kind, those
+    in_a_row: the run ends after this many failed steps in a row that had no effect (skipped) or are
+        not finite; None: never. Unconverged steps that were made do not count: training on solves
+        cut off at their step limit makes progress.
+    unconverged_in_a_row: the run ends after this many failed steps in a row of whatever kind, those
         too; None: never.
-    patience: `warn` tells, and keeps a step, when so many in a phase have not converged: the first
-        solves of an untrained cell often do not, and soon do. What is not finite is told at once.
+    patience: `warn` reports, and keeps a step, when this many in a phase have not converged: the
+        first solves of an untrained cell often do not, and soon do. What is not finite is reported
+        at once.
 
-    The first step that is told is kept in failure.ckpt, to be run again by `mode=replay`; the first
-    one that is not finite takes its place.
+    The first step that is reported is kept in failure.ckpt, to be run again by `mode=replay`; the
+    first one that is not finite replaces it.
 
-    The verdict is that of all processes together, and the same on all: 13 numbers of each go along
-    with the averaged gradients (`CarryingDDP`). With `warn` they are read a step late, so that no
-    device is waited for; otherwise once a step, after the backward pass. Accumulated gradients make
-    one step of several batches, which is judged, counted and kept as a whole. An optimizer that
-    evaluates its batch several times in a step (LBFGS) is judged by the first evaluation.
+    The verdict is that of all processes together, and the same on all: 13 numbers of each are sent
+    with the averaged gradients (`PayloadDDPStrategy`). With `warn` they are read one step late, so
+    that no device is waited for; otherwise once per step, after the backward pass. Accumulated
+    gradients make one step of several batches, which is judged, counted and kept as a whole. An
+    optimizer that evaluates its batch several times in a step (LBFGS) is judged by the first
+    evaluation.
 
     Raises: ValueError for values out of range; in training, TrainingFailed.
     """
@@ -125,147 +131,112 @@ class Failures(Callback):
         if patience < 1:
             raise ValueError(f"Failures.patience is {patience}, but must be at least 1")
         self.on_failure, self.unconverged = on_failure, unconverged
-        # What ends the run is kept, and so it must have been told by then.
+        # What ends the run is kept, and so it must have been reported by then.
         self.patience = min(patience, unconverged_in_a_row or patience)
         self._record = _Record()
         self._tensors: _Tensors | None = None
-        self._now: Step | None = None
-        self._pending: list[tuple[Step, Reading]] = []  # of all processes, on their way
-        self._skip = False
+        self._pending: list[tuple[StepResult, Reading]] = []  # of all processes, not yet read
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find what the task is made of; nothing is left of a training before this one."""
-        task = _task(pl_module)
-        self._tensors = _Tensors(task)
-        self._now, self._pending, self._skip = None, [], False
-        if (strategy := carrying(trainer)) is not None:
-            strategy.carry(_KEY, lambda: self._offer(task))
+        """Collect the module's tensors; nothing is left of an earlier training."""
+        self._tensors, self._pending = _Tensors(pl_module), []
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Remember how the step begins, and how each of its batches does.
+    def begin(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Copies of the tensors that the step may have changed by the time it is judged.
 
-        Raises: TrainingFailed, where the run that is gone on with had come to that.
+        Raises: TrainingFailed if the run that is resumed had come to its end.
         """
         self._stop_if_hopeless(trainer)
-        self._skip = False
-        if self._now is None:
-            self._now = self._begun(trainer, _task(pl_module))
-        random = None if self._record.final else taken_random_state()
-        self._now.batches.append(StepBatch(batch=batch, random=random))
+        assert self._tensors is not None
+        changing: dict[str, Tensor] = {}
+        if self.on_failure != "warn":
+            changing = self._tensors.buffers()
+        elif not self._record.final:
+            changing = {**self._tensors.named, **self._tensors.buffers()}
+        return {name: tensor.clone() for name, tensor in changing.items()}
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the batch; judge the step before, if it has waited.
+    def random_state(self) -> tuple[Any, ...] | None:
+        """The random numbers before a batch; None if no further step will be kept."""
+        return None if self._record.final else taken_random_state()
 
-        Raises: TrainingFailed.
-        """
-        if self._now is None:  # the optimizer evaluates the batch once more
-            return
-        if self.on_failure == "warn":
-            self._settle(trainer, pl_module)
-        self._now.end_batch(_task(pl_module))
-
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Judge the step, unless it may wait. Leave a failed one out: optimizers pass over
-        parameters without a gradient.
+    def judge(self, step: StepResult, trainer: Trainer, module: LightningModule) -> bool:
+        """Whether to skip the optimizer in this step, after its backward pass on all processes.
 
         Raises: TrainingFailed.
         """
-        if self._now is not None:
-            step, self._now = self._now, None
-            self._pending.append((step, self._reading(step, trainer)))
-            if self.on_failure != "warn":
-                self._settle(trainer, pl_module)
-            self._stop_if_hopeless(trainer)
-        if self._skip:
-            for parameter in pl_module.parameters():
-                parameter.grad = None
+        if self.on_failure == "warn":  # the step before
+            self._judge_pending(trainer, module)
+        self._pending.append((step, self._reading(step, trainer)))
+        failed = False
+        if self.on_failure != "warn":
+            failed = self._judge_pending(trainer, module)
+        self._stop_if_hopeless(trainer)
+        skips = failed and self.on_failure == "skip_step"
+        if skips:
+            assert self._tensors is not None
+            self._tensors.restore(step.before)
+        return skips
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the last step, and end the phase that it may be in.
 
         Raises: TrainingFailed.
         """
-        self._settle(trainer, pl_module)
+        self._judge_pending(trainer, pl_module)
         self._end_phase(trainer)
         self._stop_if_hopeless(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Judge the step before the one in which something else has ended the run; alone, since
-        other processes may not come to this point.
+        """Judge the step before the one in which something else has ended the run; on one process
+        alone, since others may not come to this point.
         """
         if trainer.world_size == 1:
             with suppress(RuntimeError):  # of a device that has failed, too
-                self._settle(trainer, pl_module)
+                self._judge_pending(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add what later steps depend on, the one before this moment included."""
-        self._settle(trainer, pl_module)
-        checkpoint[_KEY] = asdict(self._record)
+        """Add what later steps depend on, including the step before this moment."""
+        self._judge_pending(trainer, pl_module)
+        checkpoint[VERDICT] = asdict(self._record)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take it back."""
-        self._record = _Record(**checkpoint.get(_KEY, {}))
+        """Restore it."""
+        saved = dict(checkpoint.get(VERDICT, {}))
+        if "told" in saved:  # of an earlier version
+            saved["reported"] = saved.pop("told")
+        self._record = _Record(**saved)
 
-    def _changing(self, tensors: "_Tensors") -> dict[str, Tensor]:
-        """What the step may have changed by the time it is judged, and is then wanted."""
-        if self.on_failure != "warn":
-            return tensors.buffers()
-        return {} if self._record.final else {**tensors.named, **tensors.buffers()}
-
-    def _begun(self, trainer: Trainer, task: AbstractTask) -> Step:
-        assert self._tensors is not None
-        return Step(
-            number=trainer.global_step,
-            epoch=trainer.current_epoch,
-            depth=task.model.equilibrium.depth,
-            accumulates=trainer.accumulate_grad_batches,
-            kept={name: tensor.clone() for name, tensor in self._changing(self._tensors).items()},
-        )
-
-    def _offer(self, task: AbstractTask) -> Tensor:
-        """What other processes need for their verdict. They see the same averaged gradients."""
-        assert self._now is not None
-        self._now.end_batch(task)
-        return self._now.figures
-
-    def _reading(self, step: Step, trainer: Trainer) -> Reading:
+    def _reading(self, step: StepResult, trainer: Trainer) -> Reading:
         """The measures of a step on all processes, with the norm of its gradients."""
         assert self._tensors is not None
-        rows = step.figures[None]
-        if (strategy := carrying(trainer)) is not None:
-            arrived = strategy.arrived(_KEY)
-            assert arrived is not None  # gradients have been averaged
-            rows = arrived
+        rows = step.measures()[None]
+        if (strategy := payload_strategy(trainer)) is not None:
+            gathered = strategy.gathered(VERDICT)
+            assert gathered is not None  # gradients have been averaged
+            rows = gathered
         # A scaler (16-mixed) deals with gradients that its scale has made infinite.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         return Reading(with_norm(rows, [] if scaled else self._tensors.gradients()))
 
-    def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the steps that wait for it, on all processes together.
+    def _judge_pending(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Judge the steps that have not been, on all processes together; whether one failed.
 
         Raises: TrainingFailed, with `raise`.
         """
         pending, self._pending = self._pending, []
-        task = _task(pl_module)
-        failed = [each for each, reading in pending if self._fails(each, reading, trainer, task)]
-        if failed and self.on_failure == "skip_step":
-            self._skip = True
-            assert self._tensors is not None
-            for step in failed:
-                self._tensors.put_back(step.kept)
+        failed = [each for each in pending if self._fails(*each, trainer, module)]
+        return bool(failed)
 
-    def _fails(self, step: Step, reading: Reading, trainer: Trainer, task: AbstractTask) -> bool:
-        """Judge a step, and tell and keep it if it is time to.
+    def _fails(
+        self, step: StepResult, reading: Reading, trainer: Trainer, module: LightningModule
+    ) -> bool:
+        """Judge a step, and report and keep it if that is due.
 
         Raises: TrainingFailed, with `raise`.
         """
@@ -273,41 +244,41 @@ class Failures(Callback):
         failed, number = diagnosis.failed(self.unconverged), step.number
         self._count(failed, diagnosis)
         if not failed:
-            self._calm(number, trainer)
+            self._cool_down(number, trainer)
         elif self._is_due(number, diagnosis):
-            self._keep(step, diagnosis, trainer, task)
-            self._tell(number, diagnosis, trainer)
+            self._keep(step, diagnosis, trainer, module)
+            self._report(number, diagnosis, trainer)
         return failed
 
     def _count(self, failed: bool, diagnosis: Diagnosis) -> None:
-        """The row of steps that taught nothing, and that of all that failed."""
-        taught = not failed or (self.on_failure == "warn" and diagnosis.finite)
+        """Count the steps in a row that had no effect, and those that failed."""
+        effective = not failed or (self.on_failure == "warn" and diagnosis.finite)
         rows = self._record.rows
-        for name, goes_on in (("in_a_row", not taught), ("unconverged_in_a_row", failed)):
+        for name, counts in (("in_a_row", not effective), ("unconverged_in_a_row", failed)):
             count, cause = rows.pop(name, (0, ""))
-            if goes_on:
+            if counts:
                 cause = cause or f"{diagnosis.symptom}; what helps: {diagnosis.advice}"
                 rows[name] = [count + 1, cause]
 
     def _is_due(self, number: int, diagnosis: Diagnosis) -> bool:
-        """Add a failed step to its phase; whether it is told, now or already."""
+        """Add a failed step to its phase; whether it is reported, now or already."""
         first, _, count = self._record.phase or (number, number, 0)
         self._record.phase = [first, number, count + 1]
         waits = self.on_failure == "warn" and diagnosis.finite
-        return bool(self._record.told) or not waits or count + 1 >= self.patience
+        return bool(self._record.reported) or not waits or count + 1 >= self.patience
 
     def _keep(
-        self, failed: Step, diagnosis: Diagnosis, trainer: Trainer, task: AbstractTask
+        self, step: StepResult, diagnosis: Diagnosis, trainer: Trainer, module: LightningModule
     ) -> None:
-        """The first step that is told, and then the first that is not finite."""
+        """Keep the first step that is reported, and then the first that is not finite."""
         record = self._record
         if record.kept is not None and (record.final or diagnosis.finite):
             return
-        record.kept, record.final = failed.number, not diagnosis.finite
-        save_failure(failed, diagnosis, trainer, task)
+        record.kept, record.final = step.number, not diagnosis.finite
+        save_failure(step, diagnosis, trainer, module)
 
-    def _tell(self, number: int, diagnosis: Diagnosis, trainer: Trainer) -> None:
-        """A line where a phase begins, and one where it turns non-finite.
+    def _report(self, number: int, diagnosis: Diagnosis, trainer: Trainer) -> None:
+        """Log a line when a phase begins, and one when it turns non-finite.
 
         Raises: TrainingFailed, with `raise`.
         """
@@ -316,22 +287,22 @@ class Failures(Callback):
         line = f"step {number:,}: {diagnosis.symptom}; {helps}; {self._replay(trainer)}"
         if self.on_failure == "raise":
             raise TrainingFailed(line)
-        if trainer.is_global_zero and kind > self._record.told:
+        if trainer.is_global_zero and kind > self._record.reported:
             log.warning("%s", line)
-        self._record.told = max(kind, self._record.told)
+        self._record.reported = max(kind, self._record.reported)
 
-    def _calm(self, number: int, trainer: Trainer) -> None:
+    def _cool_down(self, number: int, trainer: Trainer) -> None:
         """After a step that did not fail."""
-        if self._record.phase and number - self._record.phase[1] >= _CALM:
+        if self._record.phase and number - self._record.phase[1] >= _COOLDOWN:
             self._end_phase(trainer)
 
     def _end_phase(self, trainer: Trainer) -> None:
-        phase, told = self._record.phase, self._record.told
-        self._record.phase, self._record.told = [], 0
-        if not told or not trainer.is_global_zero:
+        phase, reported = self._record.phase, self._record.reported
+        self._record.phase, self._record.reported = [], 0
+        if not reported or not trainer.is_global_zero:
             return
         first, last, count = phase
-        if last > first:  # of a single step all has been said
+        if last > first:  # a single step has been reported in full
             done = "and were skipped" if self.on_failure == "skip_step" else "and were made"
             log.warning(
                 "steps %s to %s: %s of %s failed %s",
@@ -351,8 +322,3 @@ class Failures(Callback):
         """The command that makes the kept step again."""
         command = f"python train.py mode=replay from_run={trainer.default_root_dir}"
         return f"step {self._record.kept:,} again: {command}"
-
-
-def _task(pl_module: LightningModule) -> AbstractTask:
-    assert isinstance(pl_module, AbstractTask)
-    return pl_module

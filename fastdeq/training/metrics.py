@@ -1,4 +1,4 @@
-"""Means of named figures, exact over any number of batches and processes."""
+"""Means of named metrics, exact over any number of batches and processes."""
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +10,16 @@ from torchmetrics import Metric
 
 from fastdeq.solution import BackwardReport, Solution, Status
 
-Figure: TypeAlias = Tensor | SupportsFloat
+Value: TypeAlias = Tensor | SupportsFloat
 """A scalar on the device, a number, or what becomes one when it is read (a stopwatch)."""
 
-_PATIENCE = 256  # figures that may wait to be read: what is older, any device has long done
+_PATIENCE = 256  # metrics that may wait to be read: what is older, any device has long done
 
 
-class FigureMeans(Metric):
-    """Weighted means of figures that are known by name; a figure may be missing from an update.
+class MeanMetrics(Metric):
+    """Weighted means of named metrics; a metric may be missing from an update.
 
-    names: of all figures that may come. Sums are kept in float64, whatever the module around them
+    names: of all metrics that may occur. Sums are kept in float64, whatever the module around them
     is cast to (Lightning 18620), and added up over the processes when `compute` is called, which
     makes the mean of an uneven last batch, or part of one, exact.
 
@@ -41,24 +41,24 @@ class FigureMeans(Metric):
         self._indices: dict[tuple[str, ...], Tensor] = {}
         self._forget()
 
-    def update(self, figures: Mapping[str, Figure], weight: float) -> None:
-        """Add figures, each a mean over `weight` samples (or over one batch: weight 1).
+    def update(self, metrics: Mapping[str, Value], weight: float) -> None:
+        """Add metrics, each a mean over `weight` samples (or over one batch: weight 1).
 
-        Raises: KeyError for a figure without a name here.
+        Raises: KeyError for a metric without a name here.
         """
-        places = [self._places[name] for name in figures]
-        tensors = {name: value for name, value in figures.items() if isinstance(value, Tensor)}
+        places = [self._places[name] for name in metrics]
+        tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         if tensors:
             values = torch.stack([value.to(self.totals) for value in tensors.values()])
             self.totals.index_add_(0, self._index_of(tuple(tensors)), values, alpha=weight)
-        for place, value in zip(places, figures.values(), strict=True):
+        for place, value in zip(places, metrics.values(), strict=True):
             self._counted[place] += weight
             if not isinstance(value, Tensor):
                 self._waiting.append((place, weight, value))
         self._read(all_but=_PATIENCE)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Bring the sums kept on the host into the states, then do what every metric does."""
+        """Add the sums kept on the host to the states, then synchronize these."""
         self._read(all_but=0)
         for state, sums in ((self.totals, self._summed), (self.weights, self._counted)):
             state += torch.tensor(sums, dtype=state.dtype, device=state.device)
@@ -66,7 +66,7 @@ class FigureMeans(Metric):
         super().sync(*args, **kwargs)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Set all sums to zero."""
         super().reset()
         self._forget()
 
@@ -82,13 +82,13 @@ class FigureMeans(Metric):
         }
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Put back what `saved` gave, of the same names."""
+        """Restore what `saved` returned, with the same names."""
         self._forget()
         self.totals.copy_(saved["totals"])
         self.weights.copy_(saved["weights"])
 
     def compute(self) -> dict[str, Tensor]:
-        """The means of the figures that came; waits for the device."""
+        """The means of the metrics that occurred; waits for the device."""
         means = self.totals / self.weights
         seen = self.weights.tolist()
         return {
@@ -107,13 +107,13 @@ class FigureMeans(Metric):
         self._waiting: deque[tuple[int, float, SupportsFloat]] = deque()
 
     def _read(self, all_but: int) -> None:
-        """Add up the oldest of the figures that wait."""
+        """Add up the oldest of the metrics that wait."""
         while len(self._waiting) > all_but:
             place, weight, value = self._waiting.popleft()
             self._summed[place] += weight * float(value)
 
     def _index_of(self, names: tuple[str, ...]) -> Tensor:
-        """The places of figures, on the device; kept, since making it waits."""
+        """The places of metrics, on the device; kept, since making it waits."""
         index = self._indices.get(names)
         if index is None or index.device != self.totals.device:
             places = [self._places[name] for name in names]
@@ -121,34 +121,34 @@ class FigureMeans(Metric):
         return index
 
 
-def mean_metrics(batches: Sequence[tuple[Mapping[str, Figure], float]]) -> dict[str, float]:
+def mean_metrics(batches: Sequence[tuple[Mapping[str, Value], float]]) -> dict[str, float]:
     """Means of the metrics of a few batches, each with its weight; waits for the device."""
     totals: dict[str, float] = {}
     weights: dict[str, float] = {}
-    for figures, weight in batches:
-        for name, value in figures.items():
+    for metrics, weight in batches:
+        for name, value in metrics.items():
             totals[name] = totals.get(name, 0.0) + weight * float(value)
             weights[name] = weights.get(name, 0.0) + weight
     return {name: total / weights[name] for name, total in totals.items()}
 
 
-def solver_figures(solution: Solution) -> dict[str, Tensor]:
+def solver_metrics(solution: Solution) -> dict[str, Tensor]:
     """Means over the samples of a forward solve, or of a pass of fixed depth."""
-    figures = {"nfe": solution.nfe.float().mean()}
+    metrics = {"nfe": solution.nfe.float().mean()}
     # A pretraining batch was not solved: it has a residual, but nothing that could converge.
     unsolved = solution.status == Status.NOT_SOLVED
-    figures["residual"] = solution.relative_residual.float().mean()
-    figures["unconverged"] = (~solution.converged & ~unsolved).float().mean()
-    return figures
+    metrics["residual"] = solution.relative_residual.float().mean()
+    metrics["unconverged"] = (~solution.converged & ~unsolved).float().mean()
+    return metrics
 
 
-def backward_figures(report: BackwardReport) -> dict[str, Tensor]:
+def backward_metrics(report: BackwardReport) -> dict[str, Tensor]:
     """Means over the samples of what the backward pass reports."""
     stats = report.stats
     if stats is None:
         return {}
-    figures = {"nfe_backward": stats.nfe.float().mean()}
+    metrics = {"nfe_backward": stats.nfe.float().mean()}
     if report.solves:
-        figures["residual_backward"] = stats.relative_residual.float().mean()
-        figures["unconverged_backward"] = (~stats.converged).float().mean()
-    return figures
+        metrics["residual_backward"] = stats.relative_residual.float().mean()
+        metrics["unconverged_backward"] = (~stats.converged).float().mean()
+    return metrics

@@ -5,7 +5,8 @@ Lengths of our own are shares of the run, so that a shorter run keeps the shape 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from dataclasses import replace
+from typing import Literal, TypeAlias
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
@@ -22,15 +23,27 @@ SchedulerFactory: TypeAlias = Callable[..., LRScheduler]
 
 
 class AbstractSchedule(ABC):
-    """Builds a scheduler, by default one that is moved on after every optimizer step."""
+    """Builds a scheduler, by default one that is moved on after every optimizer step.
+
+    interval, frequency: it moves after every `frequency`-th epoch or optimizer step of the run.
+    monitor: the metric that it follows, such as "val/loss"; None: the one that the task monitors.
+    """
+
+    interval: Literal["epoch", "step"] = "step"
+    frequency: int = 1
+    monitor: str | None = None
 
     @abstractmethod
     def build(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         """The scheduler of a run of `steps` optimizer steps."""
 
-    def config(self, optimizer: Optimizer, steps: int, monitor: str) -> dict[str, Any]:
-        """Lightning's `lr_scheduler_config`; monitor: the metric to follow by default."""
-        return {"scheduler": self.build(optimizer, steps), "interval": "step"}
+    def following(self, monitor: str) -> "AbstractSchedule":
+        """This schedule with the metric to follow by default."""
+        return self
+
+    def is_due(self, interval: str, number: int) -> bool:
+        """Whether the scheduler moves after the number-th epoch or step (from 1)."""
+        return interval == self.interval and number % self.frequency == 0
 
 
 @settings
@@ -80,10 +93,8 @@ class LRSchedulerConfig(AbstractSchedule):
     """Any scheduler of torch, with the keys of Lightning's `lr_scheduler_config`.
 
     scheduler: takes the optimizer, returns the scheduler.
-    interval, frequency: it moves after every `frequency`-th epoch or optimizer step. (Lightning
-        counts the steps of each epoch anew.)
-    monitor: the metric that ReduceLROnPlateau follows, such as "val/loss"; None: the validation
-        metric that the task monitors. Its mode is "max" for an accuracy, unless it is given.
+    interval, frequency, monitor: as in `AbstractSchedule`. ReduceLROnPlateau follows the metric;
+        its mode is "max" for an accuracy, unless it is given.
 
     Raises: TypeError for a scheduler that is built already; ValueError for a plateau of steps.
     """
@@ -112,17 +123,14 @@ class LRSchedulerConfig(AbstractSchedule):
         return isinstance(made, type) and issubclass(made, ReduceLROnPlateau)
 
     def build(self, optimizer: Optimizer, steps: int) -> LRScheduler:
-        return self.scheduler(optimizer)
-
-    def config(self, optimizer: Optimizer, steps: int, monitor: str) -> dict[str, Any]:
-        kept = {"interval": self.interval, "frequency": self.frequency}
-        if not self.is_plateau:
-            return {"scheduler": self.build(optimizer, steps), **kept}
-        monitor = self.monitor or monitor
         options = {}
-        if "mode" not in getattr(self.scheduler, "keywords", {}) and "accuracy" in monitor:
+        given = getattr(self.scheduler, "keywords", {})
+        if self.is_plateau and "mode" not in given and "accuracy" in (self.monitor or ""):
             options["mode"] = "max"
-        return {"scheduler": self.scheduler(optimizer, **options), "monitor": monitor, **kept}
+        return self.scheduler(optimizer, **options)
+
+    def following(self, monitor: str) -> AbstractSchedule:
+        return replace(self, monitor=self.monitor or monitor) if self.is_plateau else self
 
 
 def as_schedule(given: AbstractSchedule | SchedulerFactory | None) -> AbstractSchedule:

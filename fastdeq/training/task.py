@@ -1,33 +1,40 @@
-"""What all tasks share: the training step, the evaluation, and the figures they log."""
+"""What all tasks share: the training step, the evaluation, and the metrics that they log."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, SupportsFloat, TypeAlias
+from functools import cache
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fastdeq.nn import DEQChain, ExplicitNetwork
-from fastdeq.solution import Solution
+from fastdeq.solution import TraceKind
 from fastdeq.timer import Stopwatch
+from fastdeq.training.ddp import averaged_gradients
+from fastdeq.training.diagnosis import measure
+from fastdeq.training.failures import VERDICT, Failures
 from fastdeq.training.loss import LossWeights
 from fastdeq.training.metrics import (
-    Figure,
-    FigureMeans,
-    backward_figures,
+    MeanMetrics,
+    Value,
     mean_metrics,
-    solver_figures,
+    solver_metrics,
 )
+from fastdeq.training.pretraining import Pretraining
 from fastdeq.training.schedules import AbstractSchedule, Constant, SchedulerFactory, as_schedule
+from fastdeq.training.step import BatchResult, Evaluation, StepResult
 
 Batch: TypeAlias = tuple[Tensor, Tensor, float]
 """Inputs, targets, and what this process's mean counts for (0: the batch only stands in)."""
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
-_Recorded: TypeAlias = tuple[dict[str, Any], int, dict[str, Any]]
-"""Metrics of a batch, its number of samples, and its seconds."""
+_C = TypeVar("_C", bound=Callback)
 
 STAGES = ("train", "val", "test")
 METRICS = (
@@ -41,17 +48,20 @@ METRICS = (
 
 
 class AbstractTask(LightningModule):
-    """An equilibrium model, its loss and its figures.
+    """An equilibrium model, its loss and its metrics.
 
     model: returns (prediction, solution). optimizer: takes the parameters, returns the optimizer.
     weights: of the regularizers. schedule: of the learning rate; or what takes the optimizer and
-    returns a scheduler of torch, to be moved on at every epoch.
+    returns a scheduler of torch, which then moves after every epoch.
     seed: of draws that all processes must agree on.
+    accumulate_grad_batches: batches per optimizer step; the last step of an epoch takes what is
+    left. gradient_clip_val, gradient_clip_algorithm: as those of Lightning's trainer, which leaves
+    all three to `training_step` (manual optimization).
 
-    Figures of an epoch are logged as `<stage>/<figure>`, stage train, val or test, those of every
-    `log_every_n_steps`-th optimizer step as `step/<figure>` (on several devices: of the first), the
-    mean over its batches where gradients are accumulated. An optimizer that evaluates a batch
-    several times in a step (LBFGS) has the metrics of the first evaluation.
+    The metrics of an epoch are logged as `<stage>/<metric>`, stage train, val or test, those of
+    every `log_every_n_steps`-th optimizer step as `step/<metric>` (on several devices: of the
+    first), the mean over its batches where gradients are accumulated. An optimizer that evaluates a
+    batch several times in a step (LBFGS) has the metrics of the first evaluation.
 
     loss (in training with its regularizers; its parts are loss_task, loss_skip, loss_jacobian,
     loss_residual), accuracy; nfe, residual (relative) and unconverged (share) of the forward solve,
@@ -66,7 +76,7 @@ class AbstractTask(LightningModule):
     """
 
     monitor: tuple[str, Literal["min", "max"]]
-    """The figure that tells how good a model is, and which direction is better."""
+    """The metric that a model is judged by, and which direction is better."""
 
     def __init__(
         self,
@@ -76,8 +86,12 @@ class AbstractTask(LightningModule):
         weights: LossWeights,
         schedule: AbstractSchedule | SchedulerFactory | None = None,
         seed: int = 0,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] | None = None,
     ) -> None:
         super().__init__()
+        self.automatic_optimization = False  # the whole step is in `training_step`
         if weights.skip and not model.equilibrium.initializer.predicts:
             raise ValueError(
                 "the skip loss would draw z* to zero in a model that predicts nothing: use a skip "
@@ -86,16 +100,13 @@ class AbstractTask(LightningModule):
         self.model = model
         self.make_optimizer = optimizer
         self.weights = weights
-        self.schedule = as_schedule(schedule)
+        self.schedule = as_schedule(schedule).following(f"val/{self.monitor[0]}")
         self.seed = seed
-        self.means = nn.ModuleDict({f"{stage}_means": FigureMeans(METRICS) for stage in STAGES})
-        self.share = 1.0
-        """What this process's last batch counts for among those of all processes."""
-        self._step: tuple[Solution, dict[str, Any]] | None = None  # its backward pass is to come
-        self._batches: list[_Recorded] = []  # of the optimizer step that is made or was made last
-        self._number = -1  # of that step
-        self._rate = 0.0  # its learning rate
-        self._is_recorded = False  # the batch: an optimizer may evaluate it several times
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.means = nn.ModuleDict({f"{stage}_means": MeanMetrics(METRICS) for stage in STAGES})
+        self._accumulated: StepResult | None = None  # a step whose last batch is still to come
 
     @abstractmethod
     def criterion(self, prediction: Tensor, targets: Tensor) -> Tensor:
@@ -116,97 +127,97 @@ class AbstractTask(LightningModule):
         return explicit and not self.weights.skip
 
     @property
-    def training_means(self) -> FigureMeans:
-        """The sums of this epoch's training figures, which a run that goes on must have."""
+    def training_means(self) -> MeanMetrics:
+        """The sums of this epoch's training metrics, which a resumed run must have."""
         means = self.means["train_means"]
-        assert isinstance(means, FigureMeans)
+        assert isinstance(means, MeanMetrics)
         return means
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over all parameters, and its schedule."""
+        """The optimizer over all parameters, and the scheduler of its learning rate."""
         optimizer = self.make_optimizer(self.parameters())
         if isinstance(self.schedule, Constant):
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        return [optimizer], [self.schedule.config(optimizer, steps, f"val/{self.monitor[0]}")]
+        return [optimizer], [self.schedule.build(optimizer, self._count_steps())]
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Note whether the batch begins an optimizer step, or is accumulated to one."""
-        self._is_recorded = False
-        if self._number != self.global_step:
-            self._number, self._batches = self.global_step, []
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Train on a batch: forward, backward, and with the last batch of an optimizer step the
+        verdict on it, the optimizer (or not), and the metrics.
 
-    def training_step(self, batch: Batch, index: int) -> Tensor:
-        """The loss of a batch, in proportion to this process's share of the samples."""
-        self.share = batch[2]
-        loss, solution, figures = self.minimized(batch, self.global_step)
-        if batch[2] and not self._is_recorded:
-            self._step = (solution, figures)
-        return loss
+        Returns: `loss`, and as `step` the `StepResult` that is complete now, or None: callbacks
+        have it as `outputs["step"]` in `on_train_batch_end`.
+        """
+        watch, optimizer = Stopwatch(self.device), self._optimizer()
+        failures, last = self._callback(Failures), self._is_last(batch_idx)
+        step = self._accumulated if batch_idx and self._accumulated else self._begin(failures)
+        random = None if failures is None else failures.random_state()
 
-    def minimized(self, batch: Batch, step: int) -> tuple[Tensor, Solution, dict[str, Any]]:
+        # Forward: stem, solve, head, and the loss with its regularizers.
+        if not step.batches:
+            optimizer.zero_grad()
+        loss, solution, metrics = self.evaluate(batch, step.number, depth=step.depth)
+        measures = cache(lambda: measure(batch, solution, loss.detach() / step.accumulates))
+
+        # Backward: the adjoint's solve. The gradients of all processes are averaged at its end.
+        payloads = {VERDICT: lambda: step.measures(measures())}
+        with averaged_gradients(self.trainer, last=last, weight=batch[2], payloads=payloads):
+            self._backward(loss / step.accumulates)
+        # Gradients are accumulated where memory is short: states are then not held.
+        keep = random is not None and step.accumulates == 1
+        result = BatchResult.of(
+            batch, solution, metrics, measures(), watch, random, keep_states=keep
+        )
+        step = step.with_batch(result)
+        self._accumulated = None if last else step
+        if not last:
+            return {"loss": loss.detach(), "step": None}
+
+        # Verdict on the step: failures may raise, or skip the optimizer.
+        if failures is not None and failures.judge(step, self.trainer, self):
+            self._count_skipped_step()
+        else:
+            self._clip(optimizer)
+            losses = [loss]  # the first evaluation is made; LBFGS asks for more
+            optimizer.step(lambda: losses.pop() if losses else self._evaluate_again(batch, step))
+        self._move_schedule("step", step.number + 1)
+
+        watch.stop()
+        self._record_step(step)
+        return {"loss": loss.detach(), "step": step}
+
+    def evaluate(
+        self,
+        batch: Batch,
+        step: int,
+        *,
+        depth: int | None = None,
+        trace: TraceKind | None = None,
+    ) -> Evaluation:
         """What optimizer step number `step` (from 0) minimizes on this batch: the loss times the
-        batch's weight, with the solution and the figures that are known before the backward pass.
+        batch's weight. depth, trace: as in `DEQChain.forward`.
         """
         x, targets, weight = batch
         estimate = self.weights.wants_jacobian(step, self.seed)
-        prediction, solution = self.model(x, jacobian_loss=estimate)
+        prediction, solution = self.model(x, jacobian_loss=estimate, depth=depth, trace=trace)
         parts = {"task": self.criterion(prediction, targets), **self.weights.parts(solution)}
         loss = torch.stack(list(parts.values())).sum()
         named = {f"loss_{name}": part.detach() for name, part in parts.items()}
         scores = self.scores(prediction.detach(), targets)
-        figures = {"loss": loss.detach(), **named, **scores, **solver_figures(solution)}
-        return loss if weight == 1 else loss * weight, solution, figures
-
-    @property
-    def step_under_way(self) -> tuple[Solution, dict[str, Any]] | None:
-        """Solution and metrics of the batch whose backward pass is being made or has just been
-        made; None between batches, for a batch that only stands in (weight 0), and while an
-        optimizer evaluates a batch once more.
-        """
-        return self._step
-
-    def on_after_backward(self) -> None:
-        """Record the batch's figures, now that the adjoint's solve is known too."""
-        if self._step is None:
-            return
-        (solution, figures), self._step, self._is_recorded = self._step, None, True
-        seconds = {"solve_seconds": solution.elapsed}
-        figures |= backward_figures(solution.backward)
-        if solution.backward.stats is not None:
-            seconds["backward_seconds"] = solution.backward.stats.elapsed
-        self.record("train", figures, len(solution.status))
-        self.record("train", seconds)
-        self._batches.append((figures, len(solution.status), seconds))
-        self._rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-
-    def log_step(self, seconds: SupportsFloat) -> None:
-        """Log the metrics of the optimizer step that has just ended, with its `seconds`, where it
-        is one of every `log_every_n_steps`. To be called after its last batch.
-        """
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set at run time
-        if not every or self.global_step % every or not self._batches:  # 0: never
-            return
-        figures = mean_metrics([(figures, samples) for figures, samples, _ in self._batches])
-        figures |= mean_metrics([(seconds, 1) for _, _, seconds in self._batches])
-        figures |= {"seconds": float(seconds), "lr": self._rate}
-        named = {f"step/{name}": value for name, value in figures.items()}
-        self.log_dict(named, on_step=True, on_epoch=False, prog_bar=True, logger=False)
-        for logger in self.trainer.loggers:
-            row = {"epoch": self.current_epoch, **named}
-            logger.log_metrics(row, step=self.global_step - 1)
-
-    def validation_step(self, batch: Batch, index: int) -> None:
-        """Figures of a batch of the validation set."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: Batch, index: int) -> None:
-        """Figures of a batch of the test set."""
-        self._evaluate("test", batch)
+        metrics = {"loss": loss.detach(), **named, **scores, **solver_metrics(solution)}
+        return Evaluation(loss if weight == 1 else loss * weight, solution, metrics)
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's means."""
+        """Log the epoch's means, and move a schedule of epochs."""
         self._log_means("train")
+        self._move_schedule("epoch", self.current_epoch + 1)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Metrics of a batch of the validation set."""
+        self._evaluate_stage("val", batch)
+
+    def test_step(self, batch: Batch, index: int) -> None:
+        """Metrics of a batch of the test set."""
+        self._evaluate_stage("test", batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the validation set."""
@@ -216,11 +227,11 @@ class AbstractTask(LightningModule):
         """Log the means over the test set."""
         self._log_means("test")
 
-    def record(self, stage: str, figures: Mapping[str, Figure], weight: float = 1) -> None:
-        """Add figures to the stage's means: of so many samples, or of one batch."""
+    def record(self, stage: str, metrics: Mapping[str, Value], weight: float = 1) -> None:
+        """Add metrics to the stage's means: of `weight` samples, or of one batch."""
         means = self.means[f"{stage}_means"]
-        assert isinstance(means, FigureMeans)
-        means.update(figures, weight)
+        assert isinstance(means, MeanMetrics)
+        means.update(metrics, weight)
 
     def check_model(self, batch: Batch) -> None:
         """Run the model once, without gradients and without touching any random state.
@@ -244,29 +255,135 @@ class AbstractTask(LightningModule):
                 self.model.train(training)
         self.check_fit(prediction, targets)
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    # Parts of the training step
+
+    def _optimizer(self) -> LightningOptimizer:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        return optimizer
+
+    def _callback(self, kind: type[_C]) -> _C | None:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # run time
+        return next((each for each in callbacks if isinstance(each, kind)), None)
+
+    def _is_last(self, batch_idx: int) -> bool:
+        """Whether the batch completes an optimizer step."""
+        accumulated = (batch_idx + 1) % self.accumulate_grad_batches == 0
+        ends = self.trainer.is_last_batch or batch_idx + 1 == self.trainer.num_training_batches
+        return accumulated or ends
+
+    def _begin(self, failures: Failures | None) -> StepResult:
+        """A step without its batches.
+
+        Raises: TrainingFailed if the run that is resumed had come to its end.
+        """
+        pretraining, number = self._callback(Pretraining), self.global_step
+        return StepResult(
+            number=number,
+            epoch=self.current_epoch,
+            depth=None if pretraining is None else pretraining.depth_of(number),
+            accumulates=self.accumulate_grad_batches,
+            rate=self._optimizer().param_groups[0]["lr"],
+            before={} if failures is None else failures.begin(self.trainer),
+        )
+
+    def _backward(self, loss: Tensor) -> None:
+        # Lightning's autocast is on in the whole of `training_step`; no backward pass wants it.
+        with torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(loss)
+
+    def _clip(self, optimizer: LightningOptimizer) -> None:
+        if not self.gradient_clip_val:
+            return
+        # A scaler (16-mixed) has multiplied the gradients; then the limit is multiplied too.
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        limit = self.gradient_clip_val * scale
+        self.clip_gradients(optimizer.optimizer, limit, self.gradient_clip_algorithm)
+
+    def _evaluate_again(self, batch: Batch, step: StepResult) -> Tensor:
+        """For an optimizer that evaluates the batch several times."""
+        optimizer = self._optimizer()
+        optimizer.zero_grad()
+        loss, _, _ = self.evaluate(batch, step.number, depth=step.depth)
+        self._backward(loss)
+        self._clip(optimizer)
+        return loss
+
+    def _count_skipped_step(self) -> None:
+        """A skipped step counts for `global_step`, and with it for schedules and limits."""
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+
+    def _move_schedule(self, interval: str, number: int) -> None:
+        """After the number-th step or epoch (from 1)."""
+        scheduler = self.lr_schedulers()
+        if scheduler is None or not self.schedule.is_due(interval, number):
+            return
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step(self.trainer.callback_metrics[self.schedule.monitor or ""])
+        else:
+            scheduler.step()  # type: ignore[union-attr]  # one scheduler, not a list
+
+    def _count_steps(self) -> int:
+        """The optimizer steps of the whole run."""
+        batches = self.trainer.estimated_stepping_batches
+        if self.accumulate_grad_batches == 1 or batches == self.trainer.max_steps:
+            return int(batches)
+        per_epoch = math.ceil(self.trainer.num_training_batches / self.accumulate_grad_batches)
+        epochs, limit = self.trainer.max_epochs, self.trainer.max_steps
+        steps = per_epoch * (epochs or 1)
+        return steps if limit == -1 else min(steps, limit)
+
+    def _record_step(self, step: StepResult) -> None:
+        """Add the step's metrics to the epoch's means; log every n-th of them."""
+        batches = [each for each in step.batches if each.samples]
+        for batch in batches:
+            self.record("train", batch.metrics, batch.samples)
+            self.record("train", batch.seconds)
+        self.record("train", {"seconds": step.seconds})
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set at run time
+        if not batches or not every or self.global_step % every:  # 0: never
+            return
+        metrics = mean_metrics([(each.metrics, each.samples) for each in batches])
+        metrics |= mean_metrics([(each.seconds, 1) for each in batches])
+        metrics |= {"seconds": float(step.seconds), "lr": step.rate}
+        named = {f"step/{name}": value for name, value in metrics.items()}
+        self.log_dict(named, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        self._write({"epoch": step.epoch, **named}, step.number)
+
+    def _write(self, row: Mapping[str, float], number: int) -> None:
+        """Hand a row to the loggers: Lightning would count batches instead of optimizer steps."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(row), step=number)
+
+    def _evaluate_stage(self, stage: str, batch: Batch) -> None:
         x, targets, weight = batch
         if not weight:
             return
         watch = Stopwatch(self.device)
         prediction, solution = self.model(x)
         seconds = {"seconds": watch.stop(), "solve_seconds": solution.elapsed}
-        figures = {"loss": self.criterion(prediction, targets)}
-        figures |= self.scores(prediction, targets) | solver_figures(solution)
+        metrics = {"loss": self.criterion(prediction, targets)}
+        metrics |= self.scores(prediction, targets) | solver_metrics(solution)
         if self.model.equilibrium.initializer.predicts:
             watch = Stopwatch(self.device)
             explicit = self.model.explicit(x)
             seconds["explicit_seconds"] = watch.stop()
-            figures["explicit_loss"] = self.criterion(explicit, targets)
+            metrics["explicit_loss"] = self.criterion(explicit, targets)
             scores = self.scores(explicit, targets)
-            figures |= {f"explicit_{name}": score for name, score in scores.items()}
-        self.record(stage, figures, len(targets))
+            metrics |= {f"explicit_{name}": score for name, score in scores.items()}
+        self.record(stage, metrics, len(targets))
         self.record(stage, seconds)
 
     def _log_means(self, stage: str) -> None:
         means = self.means[f"{stage}_means"]
-        assert isinstance(means, FigureMeans)
-        figures = means.compute()
+        assert isinstance(means, MeanMetrics)
+        metrics = {f"{stage}/{name}": mean.float() for name, mean in means.compute().items()}
         means.reset()
         # Already the same on all processes: nothing is left to synchronize.
-        self.log_dict({f"{stage}/{name}": figure.float() for name, figure in figures.items()})
+        self.log_dict(metrics, logger=stage == "test")
+        if stage != "test" and not self.trainer.sanity_checking:
+            row = {name: float(mean) for name, mean in metrics.items()}
+            self._write({"epoch": self.current_epoch, **row}, self.global_step - 1)

@@ -200,9 +200,8 @@ def test_every_model_fits_every_set_of_images_without_naming_a_size(data: str, m
     single = model.removeprefix("model=") in ("deq", "skip_deq", "skip_reg_deq")
     assert HydraConfig.get().runtime.choices["arch"] == ARCHS[data][0 if single else 1]
     built = instantiate(cfg.model, _convert_="all").eval()
-    built.equilibrium.depth = 1
     with torch.no_grad():
-        prediction, _ = built(torch.zeros(2, *cfg.sizes.input))
+        prediction, _ = built(torch.zeros(2, *cfg.sizes.input), depth=1)
     assert prediction.shape == (2, cfg.sizes.outputs)
 
 

@@ -98,7 +98,7 @@ class Base:
 
 
 class Heir(Base):
-    """Takes anything, as CarryingDDP does."""
+    """Takes anything, as PayloadDDPStrategy does."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -37,10 +37,9 @@ def test_an_unrolled_network_repeats_its_cell_with_ordinary_gradients():
     assert (solution.status == Status.NOT_SOLVED).all()
 
 
-def test_a_depth_set_from_outside_goes_before_the_steps_and_leaves_them():
-    layer, x = UnrolledNetwork(DenseCell(4), steps=3, depth=2), torch.randn(3, 4)
-    assert (layer(x)[1].nfe == 2).all()
-    layer.depth = None
+def test_the_depth_of_a_call_replaces_the_steps_for_that_call():
+    layer, x = UnrolledNetwork(DenseCell(4), steps=3), torch.randn(3, 4)
+    assert (layer(x, depth=2)[1].nfe == 2).all()
     assert (layer(x)[1].nfe == 3).all()
 
 

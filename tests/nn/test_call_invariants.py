@@ -74,8 +74,8 @@ def all_equal(masks: list[Tensor]) -> bool:
 def test_all_evaluations_of_a_call_see_one_mask(adjoint, depth):
     dropout, x = VariationalDropout(0.5), dense_input()
     masks = recorded_masks(dropout)
-    layer = SkipDeepEquilibriumNetwork(Dense(dropout), adjoint=adjoint, depth=depth)
-    y, solution = layer(x, jacobian_loss=True)
+    layer = SkipDeepEquilibriumNetwork(Dense(dropout), adjoint=adjoint)
+    y, solution = layer(x, jacobian_loss=True, depth=depth)
     (y.sum() + solution.jacobian_loss).backward()
     assert len(masks) > 4  # start, depth or solve, and the regularizer's
     assert set(masks[0].unique().tolist()) == {0.0, 2.0}
@@ -217,7 +217,7 @@ def count_of(layer: nn.Linear) -> list[int]:
 def test_a_parametrized_weight_is_computed_once_a_call(parametrized, depth, gradients):
     cell, x = Dense(), dense_input()
     parametrized(cell)
-    layer = SkipDeepEquilibriumNetwork(cell, depth=depth)
+    layer = SkipDeepEquilibriumNetwork(cell)
     counted = count_of(cell.state)
     with torch.set_grad_enabled(gradients):
         for calls in (1, 2):
@@ -301,7 +301,6 @@ def test_running_statistics_move_once_a_call_to_those_at_the_equilibrium(momentu
         Dense(nn.Sequential(norm, VariationalDropout(0.0))),
         solver=LimitedMemoryBroydenSolver(max_steps=5, per_sample=False),
         adjoint=adjoint,
-        depth=depth,
     )
     reference = copy.deepcopy(layer.cell)
     wanted = reference.get_submodule("extra.0")

@@ -25,8 +25,8 @@ from tests.nn.test_layers import WIDTH, Dense, build, dense_input, explicit_netw
 
 @start
 def test_a_fixed_depth_is_the_unrolled_loop_with_its_gradients(start):
-    layer, x = build(start, Dense(), depth=3), dense_input()
-    y, solution = layer(x)
+    layer, x = build(start, Dense()), dense_input()
+    y, solution = layer(x, depth=3)
     y.square().sum().backward()
     got = {name: p.grad for name, p in layer.named_parameters()}
     layer.zero_grad(set_to_none=True)
@@ -44,9 +44,8 @@ def test_a_fixed_depth_is_the_unrolled_loop_with_its_gradients(start):
 
 
 def test_leaving_the_fixed_depth_solves_again():
-    layer, x = DeepEquilibriumNetwork(Dense(), depth=1), dense_input()
-    assert not layer(x)[1].converged.any()
-    layer.depth = None
+    layer, x = DeepEquilibriumNetwork(Dense()), dense_input()
+    assert not layer(x, depth=1)[1].converged.any()
     assert layer(x)[1].converged.all()
 
 

@@ -180,33 +180,21 @@ def test_four_dense_scales_have_an_equilibrium_and_train(start, post_fusion):
 @every_start
 def test_a_fixed_depth_unrolls_all_scales_and_leaving_it_solves(start):
     cell, x = dense_cell(), torch.randn(5, 4)
-    layer = build(start, cell, depth=3)
-    y, solution = layer(x)
+    layer = build(start, cell)
+    y, solution = layer(x, depth=3)
     z = solution.z0
     for _ in range(3):
         z = cell(z, x)
     for scale, wanted in zip(y, z, strict=True):
         torch.testing.assert_close(scale, wanted)
     assert (solution.status == Status.NOT_SOLVED).all()
-    layer.depth = None
     assert layer(x)[1].converged.all()
 
 
-def test_the_pretraining_callback_switches_a_multiscale_chain():
-    layer = build("skip_reg", dense_cell())
-
-    class Task(nn.Module):
-        model = DEQChain(layer)
-
-    class Trainer:
-        global_step = 0
-
-    task, callback = Task(), Pretraining(steps=1, depth=2)
-    callback.on_train_batch_start(Trainer(), task, None, 0)  # type: ignore[arg-type]
-    assert (task.model(torch.randn(5, 4))[1].nfe == 2).all()
-    Trainer.global_step = 1
-    callback.on_train_batch_start(Trainer(), task, None, 1)  # type: ignore[arg-type]
-    assert task.model(torch.randn(5, 4))[1].converged.all()
+def test_a_multiscale_chain_hands_the_depth_of_pretraining_on():
+    chain, callback = DEQChain(build("skip_reg", dense_cell())), Pretraining(steps=1, depth=2)
+    assert (chain(torch.randn(5, 4), depth=callback.depth_of(0))[1].nfe == 2).all()
+    assert chain(torch.randn(5, 4), depth=callback.depth_of(1))[1].converged.all()
 
 
 def test_an_ordinary_layer_takes_a_multiscale_cell_too():

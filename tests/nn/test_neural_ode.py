@@ -187,8 +187,8 @@ def test_weight_norm_in_the_cell_gets_its_gradients():
 
 
 def test_pretraining_unrolls_the_cell_instead():
-    layer = NeuralODE(DenseCell(4), depth=2)
-    assert (layer(torch.randn(3, 4))[1].nfe == 2).all()
+    layer = NeuralODE(DenseCell(4))
+    assert (layer(torch.randn(3, 4), depth=2)[1].nfe == 2).all()
 
 
 def test_without_gradients_the_value_is_the_same():

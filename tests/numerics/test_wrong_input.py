@@ -180,7 +180,7 @@ def test_a_depth_below_one_is_refused(depth):
     with refused(ValueError, f"depth is {depth}", "at least 1"):
         fixed_depth(identity, torch.zeros(4, 3), depth=depth)
     with refused(ValueError, f"depth is {depth}", "at least 1"):
-        DeepEquilibriumNetwork(DenseCell(3), depth=depth)(torch.zeros(4, 3))
+        DeepEquilibriumNetwork(DenseCell(3))(torch.zeros(4, 3), depth=depth)
 
 
 # Solvers and adjoints

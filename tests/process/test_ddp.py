@@ -51,7 +51,9 @@ def model(kind: str) -> DEQChain:
         "adjoint": JacobianFree() if kind == "jfb" else Implicit(solver=linear),
     }
     if kind == "skip":
-        deq = SkipDeepEquilibriumNetwork(cell, nn.Linear(WIDTH, WIDTH), **options)
+        deq: DeepEquilibriumNetwork = SkipDeepEquilibriumNetwork(
+            cell, nn.Linear(WIDTH, WIDTH), **options
+        )
     else:
         deq = DeepEquilibriumNetwork(cell, **options)
     return DEQChain(stem=nn.Linear(3, WIDTH), deq=deq, head=nn.Linear(WIDTH, 2)).double()

@@ -28,6 +28,7 @@ def network(
 ) -> DEQChain:
     """Stem, equilibrium and head on four features; the solve starts as `start` says."""
     cell = DenseCell(WIDTH)
+    deq: DeepEquilibriumNetwork
     if start == "explicit":
         deq = SkipDeepEquilibriumNetwork(cell, nn.Linear(WIDTH, WIDTH), adjoint=adjoint)
     elif start == "first":
@@ -102,6 +103,9 @@ def figures_of(trainer: Trainer, stage: str) -> dict[str, float]:
 def trained(task: AbstractTask, batches: Iterable[Batch], folder: Path, **options: Any) -> Trainer:
     """Train an epoch of these batches, from the same random state, without validation."""
     torch.manual_seed(1)
+    for name in ("accumulate_grad_batches", "gradient_clip_val"):
+        if name in options:  # as a configuration has them, with the trainer
+            setattr(task, name, options.pop(name))
     trainer = make_trainer(folder, **{"limit_val_batches": 0} | options)
     loader = Listed(*batches)
     trainer.fit(task, train_dataloaders=loader, val_dataloaders=loader)

@@ -15,7 +15,7 @@ from torch.multiprocessing.spawn import spawn
 
 from fastdeq.data.passes import Batch
 from fastdeq.experiment.launch import free_port, leave
-from fastdeq.training import CarryingDDP, Failures, Resumption, carrying
+from fastdeq.training import Failures, PayloadDDPStrategy, Resumption, payload_strategy
 from tests.training.failing import NAN, task_of
 from tests.training.tasks import make_trainer, samples, trained
 
@@ -34,21 +34,21 @@ class Watch(Callback):
     """Sends numbers of its own, and keeps what comes of them and of the step."""
 
     def __init__(self) -> None:
-        self.arrived: list[Tensor | None] = []
+        self.gathered: list[Tensor | None] = []
         self.gradients: list[dict[str, Tensor]] = []
         self.statistics: list[dict[str, Tensor]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategy = carrying(trainer)
+        strategy = payload_strategy(trainer)
         assert strategy is not None
         # In bf16, 257 would be 256.
         mine = torch.tensor([257.0, torch.inf]) if trainer.global_rank else torch.tensor([1.0, 2.0])
-        strategy.carry("watch", lambda: mine)
+        strategy.register("watch", lambda: mine)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategy = carrying(trainer)
+        strategy = payload_strategy(trainer)
         assert strategy is not None
-        self.arrived.append(strategy.arrived("watch"))
+        self.gathered.append(strategy.gathered("watch"))
         named = pl_module.named_parameters()
         self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
         self.statistics.append(statistics_of(pl_module))
@@ -85,14 +85,14 @@ def make(rank: int, case: str, folder: Path) -> dict[str, Any]:
     trainer = trained(
         *(task, batches_of(case, rank), folder),
         callbacks=[Failures(on_failure="skip_step", unconverged=None), Resumption(), watch],
-        strategy=CarryingDDP(process_group_backend="gloo", **ddp),
+        strategy=PayloadDDPStrategy(process_group_backend="gloo", **ddp),
         plugins=[LightningEnvironment()],
         devices=WORLD,
         **options,
     )
     assert trainer.world_size == WORLD
     return {
-        "arrived": watch.arrived,
+        "gathered": watch.gathered,
         "gradients": watch.gradients,
         "statistics": watch.statistics,
         "weights": [parameter.detach() for parameter in task.parameters()],
@@ -115,7 +115,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What the two processes have seen in all cases."""
-    folder = tmp_path_factory.mktemp("carrying")
+    folder = tmp_path_factory.mktemp("payload")
     spawn(worker, args=(free_port(), str(folder)), nprocs=WORLD)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
@@ -123,7 +123,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def alone(batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients and running statistics of a first step, made by one process."""
     task = task_of()
-    loss, _, _ = task.train().minimized(batch, 0)
+    loss, _, _ = task.train().evaluate(batch, 0)
     loss.backward()
     named = task.named_parameters()
     return {name: p.grad for name, p in named if p.grad is not None}, statistics_of(task)
@@ -144,11 +144,11 @@ def test_what_is_sent_arrives_as_it_was_in_the_order_of_ranks(ranks: list[Any]) 
     sent = torch.tensor([[1.0, 2.0], [257.0, torch.inf]])
     for case, options in CASES.items():
         for rank in ranks:
-            for step, arrived in enumerate(rank[case]["arrived"]):
+            for step, gathered in enumerate(rank[case]["gathered"]):
                 if (step + 1) % options.get("accumulate_grad_batches", 1):
-                    assert arrived is None
+                    assert gathered is None
                 else:
-                    assert torch.equal(arrived, sent), (case, step)
+                    assert torch.equal(gathered, sent), (case, step)
 
 
 def test_running_statistics_are_the_mean_over_all_samples(ranks: list[Any]) -> None:
@@ -176,7 +176,7 @@ def test_of_accumulated_batches_one_that_fails_anywhere_takes_the_step_with_it(
 ) -> None:
     # What is left is the second step: the same batch, twice on each process.
     task = task_of()
-    loss, _, _ = task.train().minimized(WHOLE, 0)
+    loss, _, _ = task.train().evaluate(WHOLE, 0)
     loss.backward()
     task.make_optimizer(task.parameters()).step()
     for rank in ranks:
@@ -186,12 +186,12 @@ def test_of_accumulated_batches_one_that_fails_anywhere_takes_the_step_with_it(
 
 
 def test_a_process_alone_carries_nothing(tmp_path: Path) -> None:
-    assert carrying(make_trainer(tmp_path)) is None
+    assert payload_strategy(make_trainer(tmp_path)) is None
 
 
 def test_another_hook_is_refused() -> None:
     with pytest.raises(ValueError, match="leave ddp_comm_hook"):
-        CarryingDDP(ddp_comm_hook=lambda state, bucket: bucket)
+        PayloadDDPStrategy(ddp_comm_hook=lambda state, bucket: bucket)
 
 
 def test_another_strategy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,4 +203,4 @@ def test_another_strategy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         devices=WORLD,
     )
     with pytest.raises(TypeError, match=r"trainer\.strategy\._target_=fastdeq\.callbacks\.Carry"):
-        carrying(trainer)
+        payload_strategy(trainer)

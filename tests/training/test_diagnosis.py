@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdeq.solution import Status, Trace
-from fastdeq.training import Diagnosis, course_of, measure, with_norm
+from fastdeq.training import Diagnosis, measure, trend_of, with_norm
 from tests.training.failing import EARLY, GOOD, task_of
 
 
@@ -45,8 +45,8 @@ def test_a_step_fails_above_the_share_or_where_it_is_not_finite(seen, most, fail
     ("seen", "symptom", "advice"),
     [
         (diagnosis((1, 9, 0, 0, 0)), "9 of 10 samples", "solver.max_steps or solver.tol"),
-        (diagnosis((1, 9, 0, 0, 0), course="falling"), "forward solve", "solver.max_steps"),
-        (diagnosis((1, 9, 0, 0, 0), course="growing"), "9 step_limit", "loss.jacobian=1"),
+        (diagnosis((1, 9, 0, 0, 0), trend="falling"), "forward solve", "solver.max_steps"),
+        (diagnosis((1, 9, 0, 0, 0), trend="growing"), "9 step_limit", "loss.jacobian=1"),
         (diagnosis((1, 4, 0, 5, 0)), "4 step_limit, 5 diverged", "loss.jacobian=1"),
         (diagnosis((1, 0, 9, 0, 0)), "9 stalled", "a larger solver.tol"),
         (diagnosis(backward=(1, 9, 0, 0, 0)), "backward solve", "adjoint.solver.max_steps"),
@@ -72,27 +72,27 @@ def test_processes_are_judged_together_each_in_its_proportion():
 
 
 @pytest.mark.parametrize(
-    ("residuals", "course"),
+    ("residuals", "trend"),
     [
         ([8.0, 4.0, 2.0, 1.0, 0.5], "falling"),
         ([8.0, 4.0, 2.0, 2.0, 2.0], "level"),
         ([8.0, 4.0, 2.0, 4.0, 8.0], "growing"),
-        ([8.0, 1.0], None),  # a single step tells nothing
+        ([8.0, 1.0], None),  # a single step says nothing
     ],
 )
-def test_the_course_is_that_of_the_samples_that_did_not_converge(residuals, course):
+def test_the_trend_is_that_of_the_samples_that_did_not_converge(residuals, trend):
     converged = [8.0] + [1e-9] * (len(residuals) - 1)
     trace = Trace(residuals=torch.tensor([residuals, converged]).T)
-    assert course_of(trace, torch.tensor([Status.STEP_LIMIT, Status.CONVERGED])) == course
-    assert course_of(trace, torch.tensor([Status.CONVERGED, Status.CONVERGED])) is None
+    assert trend_of(trace, torch.tensor([Status.STEP_LIMIT, Status.CONVERGED])) == trend
+    assert trend_of(trace, torch.tensor([Status.CONVERGED, Status.CONVERGED])) is None
 
 
 def test_what_is_measured_is_what_the_solution_says():
     task = task_of(EARLY)
-    loss, solution, _ = task.minimized(GOOD, 0)
+    loss, solution, _ = task.evaluate(GOOD, 0)
     loss.backward()
     gradients = [p.grad for p in task.parameters() if p.grad is not None]
-    measured = measure(solution, GOOD.inputs, loss.detach())
+    measured = measure(GOOD, solution, loss.detach())
     found = Diagnosis.of([with_norm(measured, gradients).tolist()])
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     assert found.forward == (0, 5, 0, 0, 0)

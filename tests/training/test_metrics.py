@@ -13,23 +13,23 @@ from fastdeq import DeepEquilibriumNetwork, DEQChain
 from fastdeq.nn import DenseCell
 from fastdeq.solution import BackwardReport, Solution, SolveStats, Status
 from fastdeq.timer import Stopwatch
-from fastdeq.training.metrics import FigureMeans, backward_figures, solver_figures
+from fastdeq.training.metrics import MeanMetrics, backward_metrics, solver_metrics
 
 
-def values(means: FigureMeans) -> dict[str, float]:
+def values(means: MeanMetrics) -> dict[str, float]:
     return {name: value.item() for name, value in means.compute().items()}
 
 
 def test_means_over_uneven_batches_weigh_every_sample_the_same():
     samples = torch.arange(10, dtype=torch.float64)
-    means = FigureMeans(("loss",))
+    means = MeanMetrics(("loss",))
     for batch in samples.split(4):  # of 4, 4 and 2
         means.update({"loss": batch.mean()}, len(batch))
     assert values(means) == {"loss": 4.5}
 
 
 def test_a_figure_that_misses_some_batches_is_the_mean_of_those_it_came_with():
-    means = FigureMeans(("loss", "loss_jacobian", "accuracy"))
+    means = MeanMetrics(("loss", "loss_jacobian", "accuracy"))
     means.update({"loss": 1.0}, 3)
     means.update({"loss_jacobian": torch.tensor(8.0), "loss": 5.0}, 1)
     assert values(means) == {"loss": 2.0, "loss_jacobian": 8.0}
@@ -50,7 +50,7 @@ CASTS: dict[str, Callable[[nn.Module], object]] = {
 @pytest.mark.parametrize("cast", CASTS)
 def test_sums_stay_in_float64_however_the_module_around_them_is_cast(cast: str):
     """Lightning 18620: metrics of a module in half precision are wrong."""
-    means = FigureMeans(("loss",))
+    means = MeanMetrics(("loss",))
     around = nn.ModuleList([means])
     CASTS[cast](around)
     for value in (2.0**24, 1.0):  # float32 knows no 2²⁴ + 1: the sum would stand still
@@ -66,15 +66,15 @@ def test_sums_stay_in_float64_however_the_module_around_them_is_cast(cast: str):
 
 
 def test_sums_follow_the_module_to_another_device():
-    around = nn.ModuleList([FigureMeans(("loss",))]).to("meta")
+    around = nn.ModuleList([MeanMetrics(("loss",))]).to("meta")
     (means,) = around
-    assert isinstance(means, FigureMeans)
+    assert isinstance(means, MeanMetrics)
     assert (means.totals.device.type, means.totals.dtype) == ("meta", torch.float64)
     assert (means.weights.device.type, means.weights.dtype) == ("meta", torch.float64)
 
 
 def test_after_a_reset_nothing_is_left_of_the_epoch_before():
-    means = FigureMeans(("loss", "accuracy"))
+    means = MeanMetrics(("loss", "accuracy"))
     means.update({"loss": 1.0, "accuracy": 0.5}, 2)
     means.compute()
     means.reset()
@@ -84,11 +84,11 @@ def test_after_a_reset_nothing_is_left_of_the_epoch_before():
 
 def test_a_figure_without_a_place_is_refused_by_name():
     with pytest.raises(KeyError, match="los"):
-        FigureMeans(("loss", "accuracy")).update({"los": 1.0}, 1)
+        MeanMetrics(("loss", "accuracy")).update({"los": 1.0}, 1)
 
 
 def test_an_update_does_not_wait_for_the_device_once_the_figures_are_known():
-    means = FigureMeans(("loss", "accuracy", "seconds"))
+    means = MeanMetrics(("loss", "accuracy", "seconds"))
     figures: dict[str, Any] = {
         "accuracy": torch.tensor(0.5),
         "seconds": Stopwatch(torch.device("cpu")).stop(),
@@ -113,7 +113,7 @@ class Watch:
 
 
 def test_a_stopwatch_is_read_once_when_the_means_are_wanted_or_much_later():
-    means, watches = FigureMeans(("seconds",)), [Watch(float(k)) for k in range(300)]
+    means, watches = MeanMetrics(("seconds",)), [Watch(float(k)) for k in range(300)]
     for watch in watches:
         means.update({"seconds": watch}, 1)
     assert [watch.reads for watch in watches] == [1] * 44 + [0] * 256
@@ -124,7 +124,7 @@ def test_a_stopwatch_is_read_once_when_the_means_are_wanted_or_much_later():
 
 
 def test_a_reset_forgets_what_was_never_read():
-    means, watch = FigureMeans(("seconds", "loss")), Watch(1.0)
+    means, watch = MeanMetrics(("seconds", "loss")), Watch(1.0)
     means.update({"seconds": watch}, 1)
     means.reset()
     means.update({"loss": 2.0}, 1)
@@ -133,7 +133,7 @@ def test_a_reset_forgets_what_was_never_read():
 
 
 def test_a_refused_update_leaves_the_means_as_they_were():
-    means = FigureMeans(("loss",))
+    means = MeanMetrics(("loss",))
     means.update({"loss": 1.0}, 1)
     with pytest.raises(KeyError):
         means.update({"loss": 5.0, "los": 1.0}, 1)
@@ -151,13 +151,13 @@ STATS: dict[str, Any] = {
 
 def test_the_solvers_figures_are_means_over_the_samples():
     z = torch.zeros(4, 2)
-    figures = solver_figures(Solution(value=z, z0=z, defect=z, **STATS))
+    figures = solver_metrics(Solution(value=z, z0=z, defect=z, **STATS))
     # (3 + 4 + 10 + 5) / 4; (0 + ¼ + ½ + ¼) / 4; all but the first
     assert floats(figures) == {"nfe": 5.5, "residual": 0.25, "unconverged": 0.75}
 
 
 def test_the_adjoints_figures_are_means_over_the_samples():
-    figures = backward_figures(BackwardReport(stats=SolveStats(**STATS)))
+    figures = backward_metrics(BackwardReport(stats=SolveStats(**STATS)))
     assert floats(figures) == {
         "nfe_backward": 5.5,
         "residual_backward": 0.25,
@@ -167,15 +167,15 @@ def test_the_adjoints_figures_are_means_over_the_samples():
 
 def test_a_backward_pass_without_a_linear_solve_has_its_evaluations_alone():
     report = BackwardReport(stats=SolveStats(**STATS), solves=False)
-    assert floats(backward_figures(report)) == {"nfe_backward": 5.5}
-    assert backward_figures(BackwardReport()) == {}
+    assert floats(backward_metrics(report)) == {"nfe_backward": 5.5}
+    assert backward_metrics(BackwardReport()) == {}
 
 
 def test_a_pass_of_fixed_depth_converges_nowhere_and_is_counted_unconverged_nowhere():
-    model = DEQChain(deq=DeepEquilibriumNetwork(DenseCell(4), depth=3))
-    _, solution = model(torch.randn(5, 4))
+    model = DEQChain(deq=DeepEquilibriumNetwork(DenseCell(4)))
+    _, solution = model(torch.randn(5, 4), depth=3)
     assert not solution.converged.any()
-    figures = solver_figures(solution)
+    figures = solver_metrics(solution)
     assert floats(figures) == {
         "nfe": 3.0,
         "residual": solution.relative_residual.mean().item(),

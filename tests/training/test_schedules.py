@@ -217,7 +217,12 @@ def test_a_plateau_follows_its_metric_in_the_direction_that_is_better(
 def test_a_mode_that_is_given_is_kept():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=LR)
     config = LRSchedulerConfig(scheduler=partial(ReduceLROnPlateau, mode="min"))
-    assert config.config(optimizer, 1, "val/accuracy")["scheduler"].mode == "min"
+    for schedule, mode in (
+        (config, "min"),
+        (LRSchedulerConfig(scheduler=ReduceLROnPlateau), "max"),
+    ):
+        scheduler: Any = schedule.following("val/accuracy").build(optimizer, 1)
+        assert scheduler.mode == mode
 
 
 def test_a_scheduler_that_is_built_already_and_a_plateau_of_steps_are_refused():

@@ -21,7 +21,7 @@ from fastdeq.training import (
     StepTimer,
     TrainingFailed,
 )
-from fastdeq.training import timing as timing_module
+from fastdeq.training import task as task_module
 from tests.commands import SHORT as COMMAND_SHORT
 from tests.commands import CommandLine, refused
 from tests.comparisons import assert_equal, assert_same, rows
@@ -176,7 +176,7 @@ class Second:
 def test_the_seconds_of_a_step_are_those_of_all_its_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timing_module, "Stopwatch", Second)
+    monkeypatch.setattr(task_module, "Stopwatch", Second)
     timer = StepTimer()
     options = {"accumulate_grad_batches": 2, "max_epochs": 4, "callbacks": [timer]}
     trainer = trained(make_task(), [samples(5)] * 5, tmp_path, **options)

@@ -40,7 +40,7 @@ def test_the_criterion_is_torchs(kind, loss):
     task = make_task(kind)
     prediction, _ = task.model(x)
     assert torch.equal(task.criterion(prediction, targets), loss(prediction, targets))
-    assert torch.equal(task.training_step(Batch(x, targets), 0), loss(prediction, targets))
+    assert torch.equal(task.evaluate(Batch(x, targets), 0).loss, loss(prediction, targets))
 
 
 def test_the_accuracy_is_the_share_of_largest_logits_at_the_label_and_regression_has_none():
@@ -85,9 +85,9 @@ def test_parts_without_a_weight_are_not_logged(tmp_path):
 def test_the_weight_of_a_batch_scales_its_loss():
     x, targets, _ = samples(5)
     task = make_task(skip=0.5)
-    whole = task.training_step(Batch(x, targets, 1.0), 0)
-    assert torch.equal(task.training_step(Batch(x, targets, 0.5), 0), 0.5 * whole)
-    assert torch.equal(task.training_step(Batch(x, targets, 2.0), 0), 2 * whole)
+    whole = task.evaluate(Batch(x, targets, 1.0), 0).loss
+    assert torch.equal(task.evaluate(Batch(x, targets, 0.5), 0).loss, 0.5 * whole)
+    assert torch.equal(task.evaluate(Batch(x, targets, 2.0), 0).loss, 2 * whole)
 
 
 @pytest.mark.parametrize("adjoint", [None, JacobianFree()])
@@ -96,7 +96,7 @@ def test_a_batch_that_stands_in_gives_zero_gradients_to_all_parameters(adjoint):
     x, targets, _ = samples(5)
     model = network(adjoint=adjoint)
     task = make_task(model=model, skip=0.5, jacobian=0.25, residual=1.0)
-    task.training_step(Batch(x, targets, 0.0), 0).backward()
+    task.evaluate(Batch(x, targets, 0.0), 0).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
@@ -129,7 +129,7 @@ def test_parameters_are_idle_where_no_loss_draws_the_explicit_network_to_the_equ
     ):
         task = make_task(model=network(start), skip=skip)
         assert task.leaves_parameters_unused == unused, (start, skip)
-        task.training_step(samples(5), 0).backward()
+        task.evaluate(samples(5), 0).loss.backward()
         idle = [name for name, p in task.named_parameters() if p.grad is None]
         assert bool(idle) == unused, (start, skip)
 
@@ -184,11 +184,11 @@ def test_in_half_precision_the_loss_and_its_regularizers_are_float32():
     for kind in KINDS:
         batch = samples(5, kind)
         task = make_task(kind, model=model, **weights)
-        loss, _, figures = task.minimized(batch._replace(inputs=batch.inputs.bfloat16()), 0)
+        loss, _, figures = task.evaluate(batch._replace(inputs=batch.inputs.bfloat16()), 0)
         assert loss.dtype == torch.float32
         parts = {name: part for name, part in figures.items() if name.startswith("loss")}
         assert len(parts) == 5
-        assert all(part.dtype == torch.float32 for part in parts.values())
+        assert all(torch.as_tensor(part).dtype == torch.float32 for part in parts.values())
         loss.backward()
         gradients = [p.grad for p in model.parameters()]
         assert all(grad is not None and grad.dtype == torch.bfloat16 for grad in gradients)
@@ -246,8 +246,7 @@ def test_a_solve_takes_time_and_a_pass_of_fixed_depth_reports_none():
     prediction.sum().backward()
     assert solution.backward.stats is not None
     assert solution.backward.stats.seconds > 0
-    model.equilibrium.depth = 3
-    assert model(x)[1].seconds == 0
+    assert model(x, depth=3)[1].seconds == 0
 
 
 def test_the_figures_of_a_step_come_at_every_nth_or_never(tmp_path):

@@ -8,30 +8,26 @@ from fastdeq.nn.multiscale.cell import MultiScaleCell
 from fastdeq.solvers import AbstractSolver
 
 
-def MultiScaleDeepEquilibriumNetwork(
-    cell: MultiScaleCell,
-    *,
-    solver: AbstractSolver | None = None,
-    adjoint: AbstractAdjoint | None = None,
-    depth: int | None = None,
-) -> DeepEquilibriumNetwork:
-    """An equilibrium of all scales of `cell` together, from zero; z* is a tuple with a tensor each.
+class MultiScaleDeepEquilibriumNetwork(DeepEquilibriumNetwork):
+    """An equilibrium of all scales of `cell` together, from zero; z* is a tuple with one tensor per
+    scale.
 
     The other arguments and the errors are those of `DeepEquilibriumNetwork`; also TypeError for
     another cell.
     """
-    _check_scales(cell)
-    return DeepEquilibriumNetwork(cell, solver=solver, adjoint=adjoint, depth=depth)
+
+    def __init__(
+        self,
+        cell: MultiScaleCell,
+        *,
+        solver: AbstractSolver | None = None,
+        adjoint: AbstractAdjoint | None = None,
+    ) -> None:
+        _check_scales(cell)
+        super().__init__(cell, solver=solver, adjoint=adjoint)
 
 
-def MultiScaleSkipDeepEquilibriumNetwork(
-    cell: MultiScaleCell,
-    explicit: nn.Module | None = None,
-    *,
-    solver: AbstractSolver | None = None,
-    adjoint: AbstractAdjoint | None = None,
-    depth: int | None = None,
-) -> DeepEquilibriumNetwork:
+class MultiScaleSkipDeepEquilibriumNetwork(SkipDeepEquilibriumNetwork):
     """The same from a prediction of all scales (Pal et al. 2022, arXiv 2201.12240, §3.2).
 
     explicit: the network g_φ, x ↦ z₀, a tuple with the scales of the cell (Skip DEQ). None takes
@@ -39,8 +35,17 @@ def MultiScaleSkipDeepEquilibriumNetwork(
     The other arguments and the errors are those of `SkipDeepEquilibriumNetwork`; also TypeError for
     another cell.
     """
-    _check_scales(cell)
-    return SkipDeepEquilibriumNetwork(cell, explicit, solver=solver, adjoint=adjoint, depth=depth)
+
+    def __init__(
+        self,
+        cell: MultiScaleCell,
+        explicit: nn.Module | None = None,
+        *,
+        solver: AbstractSolver | None = None,
+        adjoint: AbstractAdjoint | None = None,
+    ) -> None:
+        _check_scales(cell)
+        super().__init__(cell, explicit, solver=solver, adjoint=adjoint)
 
 
 def _check_scales(cell: nn.Module) -> None:
