@@ -60,7 +60,7 @@ def settings(cls: type[_T]) -> type[_T]:
     def __init__(self: Any, *args: Any, **given: Any) -> None:
         _check_names(type(self), args, given)
         plain_init(self, **given)
-        _check_values(self)
+        check_fields(self)
         if hasattr(self, "validate"):
             self.validate()
 
@@ -80,13 +80,22 @@ def _check_names(cls: type, args: tuple[Any, ...], given: dict[str, Any]) -> Non
             raise TypeError(f"{cls.__name__} has no field '{name}'; {hint}{listing}")
 
 
-def _check_values(record: Any) -> None:
+def check_fields(record: Any) -> None:
+    """Check a dataclass's fields against their annotations and the bounds of `setting`.
+
+    Raises: TypeError or ValueError as `check_value`; the message begins with <class>.<field>.
+    """
     hints = get_type_hints(type(record))
     for field in dataclasses.fields(record):
-        value, where = getattr(record, field.name), f"{type(record).__name__}.{field.name}"
-        if not fits(value, hints[field.name]):
-            raise TypeError(f"{where} is {value!r}, but must be {describe(hints[field.name])}")
-        check_bounds(where, value, field.metadata.get("bounds", {}))
+        where, bounds = f"{type(record).__name__}.{field.name}", field.metadata.get("bounds", {})
+        check_value(where, getattr(record, field.name), hints[field.name], bounds)
+
+
+def check_value(where: str, value: Any, hint: Any, bounds: Mapping[str, float]) -> None:
+    """Raises: TypeError for a value that does not fit its annotation, ValueError out of bounds."""
+    if not fits(value, hint):
+        raise TypeError(f"{where} is {value!r}, but must be {describe(hint)}")
+    check_bounds(where, value, bounds)
 
 
 def check_bounds(where: str, value: Any, bounds: Mapping[str, float]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.commands import CommandLine
-from tests.data.folders import write_images
+from tests.data.image_folders import write_images
 
 
 @pytest.fixture(autouse=True)

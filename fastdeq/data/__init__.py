@@ -10,17 +10,15 @@ Needs the ``experiment`` extra: ``pip install "fastdeq[experiment]"``.
 """
 
 from fastdeq.data.augmentation import Augmentation, PadCrop, RandomFlip, ResizeCrop
-from fastdeq.data.batches import Batches, Normalization
 from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.digits import DigitsDataModule, read_digits
-from fastdeq.data.idx import read_idx
+from fastdeq.data.epoch_loader import Batch, Batches, EpochLoader, Normalization
 from fastdeq.data.image_folder import ImageFolderDataModule
-from fastdeq.data.memory import InMemoryDataModule, Samples
-from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule
-from fastdeq.data.passes import Batch, Passes
+from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule, read_idx
+from fastdeq.data.module import InMemoryDataModule, Samples
 from fastdeq.data.polynomial import PolynomialDataModule, polynomial
+from fastdeq.data.published import StoredDataModule
 from fastdeq.data.store import ImageSet, read_store, write_store
-from fastdeq.data.stored import StoredDataModule
 from fastdeq.data.svhn import SvhnDataModule, read_cropped_digits
 
 __all__ = [
@@ -29,6 +27,7 @@ __all__ = [
     "Batches",
     "Cifar10DataModule",
     "DigitsDataModule",
+    "EpochLoader",
     "FashionMnistDataModule",
     "ImageFolderDataModule",
     "ImageSet",
@@ -36,7 +35,6 @@ __all__ = [
     "MnistDataModule",
     "Normalization",
     "PadCrop",
-    "Passes",
     "PolynomialDataModule",
     "RandomFlip",
     "ResizeCrop",

@@ -1,74 +1,69 @@
 """Random changes of training images, on their device and of a whole batch at once.
 
-What is random is drawn apart from where it is used: for all samples of an epoch, on the CPU. So
-what happens to a sample depends on the epoch and its place in it alone, not on the device, the
+Random numbers are drawn separately from their use: for all samples of an epoch, on the CPU. What
+happens to a sample therefore depends on the epoch and its place in it alone, not on the device, the
 batch size or the process.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdeq.data.checks import require_integer, require_number
+from fastdeq.settings import setting, settings
 
 
 class Augmentation(ABC):
-    """A random change of images float (B, C, H, W), each sample's own.
+    """A random change of images float (B, C, H, W), drawn per sample.
 
-    A subclass is final: a frozen keyword-only dataclass.
+    A subclass is final and made with ``@settings``.
     """
 
     @abstractmethod
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Return what is random of this many samples, (N, ...), drawn on the generator's device."""
+        """Return the random numbers of this many samples, (N, ...), on the generator's device."""
 
     @abstractmethod
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Return ``images`` (B, C, H, W), changed as ``drawn`` (B, ...), of their device, says."""
+        """Return ``images`` (B, C, H, W), changed as ``drawn`` (B, ...), on their device, says."""
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RandomFlip(Augmentation):
-    """Left and right exchanged in a ``share`` (0 to 1) of the samples; ValueError for others."""
+    """Left and right exchanged in a ``share`` (0 to 1) of the samples."""
 
-    share: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= require_number("share", self.share) <= 1:
-            raise ValueError(f"share must be from 0 to 1, not {self.share!r}")
+    share: float = setting(default=0.5, at_least=0, at_most=1)
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
         """Return which samples are flipped, bool (N,)."""
         return torch.rand(samples, generator=generator) < self.share
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Return ``images`` with those flipped that ``drawn`` says."""
+        """Return ``images``, flipped where ``drawn`` is true."""
         return torch.where(drawn.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@settings
 class ResizeCrop(Augmentation):
     """Resized to ``resize`` × ``resize``, bilinearly, then a random crop of ``size`` × ``size``.
 
-    All (resize − size + 1)² crops are equally likely. Raises ValueError for sizes that are not
-    integers ≥ 1, and for a ``size`` above ``resize``.
+    All (resize − size + 1)² crops are equally likely. Raises ValueError for sizes below 1, and for
+    a ``size`` above ``resize``.
     """
 
-    resize: int
-    size: int
+    resize: int = setting(at_least=1)
+    size: int = setting(at_least=1)
 
-    def __post_init__(self) -> None:
-        require_integer("size", self.size, minimum=1)
-        require_integer("resize", self.resize, minimum=self.size)
+    def validate(self) -> None:
+        if self.resize < self.size:
+            raise ValueError(f"ResizeCrop.resize is {self.resize}, but must be at least the size")
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Return the crops' first rows and columns, int64 (N, 2)."""
+        """Return the first row and column of each crop, int64 (N, 2)."""
         return torch.randint(self.resize - self.size + 1, (samples, 2), generator=generator)
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
@@ -80,21 +75,17 @@ class ResizeCrop(Augmentation):
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@settings
 class PadCrop(Augmentation):
-    """Zeros put around, ``padding`` pixels wide, then a random crop of the size from before.
+    """Zeros added around, ``padding`` pixels wide, then a random crop of the original size.
 
-    All (2 · padding + 1)² shifts are equally likely. Zero is black: this stands before the
-    normalization. Raises ValueError for a ``padding`` that is not an integer ≥ 0.
+    All (2 · padding + 1)² shifts are equally likely. Zero is black, since normalization follows.
     """
 
-    padding: int
-
-    def __post_init__(self) -> None:
-        require_integer("padding", self.padding, minimum=0)
+    padding: int = setting(at_least=0)
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Return the crops' first rows and columns, int64 (N, 2)."""
+        """Return the first row and column of each crop, int64 (N, 2)."""
         return torch.randint(2 * self.padding + 1, (samples, 2), generator=generator)
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:

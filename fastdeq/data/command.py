@@ -14,10 +14,10 @@ from torch import Tensor
 from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.digits import DigitsDataModule
 from fastdeq.data.image_folder import ImageFolderDataModule
-from fastdeq.data.memory import InMemoryDataModule, Samples
 from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule
+from fastdeq.data.module import InMemoryDataModule, Samples
 from fastdeq.data.polynomial import PolynomialDataModule
-from fastdeq.data.records import Records
+from fastdeq.data.store import Records
 from fastdeq.data.svhn import SvhnDataModule
 
 SETS: dict[str, type[InMemoryDataModule | ImageFolderDataModule]] = {
@@ -103,8 +103,8 @@ def describe(
 ) -> Iterable[tuple[str, str]]:
     """Yield lines, as title and text, of what a set holds."""
     yield "set", name
-    facts = dict(data.facts)
-    if file := facts.pop("file", None):
+    metadata = dict(data.metadata)
+    if file := metadata.pop("file", None):
         size = f" ({Path(file).stat().st_size:,} bytes)" if Path(file).is_file() else ""
         yield "file", file + size
     for title, samples in (("train", train), ("test", test)):
@@ -116,13 +116,13 @@ def describe(
         elif isinstance(samples, Samples):
             yield "  inputs", _range(samples.inputs)
             yield "  targets", _range(samples.targets)
-    if data.normalization is not None and isinstance(train, Samples):
-        constants, (mean, std) = data.normalization, pixel_statistics(train.inputs)
+    if data.normalizer is not None and isinstance(train, Samples):
+        constants, (mean, std) = data.normalizer, pixel_statistics(train.inputs)
         scaled = [[value / constants.scale for value in values] for values in (mean, std)]
         after = f"(training pixels / {constants.scale:g}; normalized with"
         yield "mean", f"{_numbers(scaled[0])} {after} {_numbers(constants.mean)})"
         yield "std", f"{_numbers(scaled[1])} {after} {_numbers(constants.std)})"
-    for title, text in facts.items():
+    for title, text in metadata.items():
         if title != "name":
             yield title, text
 
@@ -145,7 +145,7 @@ def pixel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
 def _make(name: str, settings: dict[str, Any]) -> InMemoryDataModule | ImageFolderDataModule:
     try:
         return SETS[name](**settings)
-    except ValueError as error:  # out of range, or not to be combined
+    except (TypeError, ValueError) as error:  # wrong, out of range, or not to be combined
         raise UsageError(str(error)) from None
 
 

@@ -1,28 +1,31 @@
-"""From an encoded image to pixels, with Pillow (the extra `images`): RGB, upright, cropped.
+"""From encoded images to batches, with Pillow (the extra `images`): RGB, upright, cropped.
 
-For training, C. Szegedy et al., Going Deeper with Convolutions, 2014 (arXiv 1409.4842, section 6);
-for evaluation the centre.
+Crops for training are those of C. Szegedy et al., Going Deeper with Convolutions, 2014 (arXiv
+1409.4842, section 6); for evaluation, the centre.
 """
 
 import io
 import math
+import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeAlias, final
+from typing import Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from fastdeq.data.checks import require_integer, require_number
+from fastdeq.data.epoch_loader import Batch, EpochLoader, Normalization
+from fastdeq.data.store import Records, one_line
+from fastdeq.settings import check_value, setting, settings
 
 try:
     from PIL import Image, ImageOps
-except ImportError:  # said where it is needed: who reads no image files need not have it
+except ImportError:  # reported where it is needed: only image folders need it
     _HAS_PILLOW = False
 else:
     _HAS_PILLOW = True
@@ -33,6 +36,10 @@ Box: TypeAlias = tuple[int, int, int, int]
 _FORMATS = ("JPEG", "PNG")
 _BIT_DEPTH = 24  # place of this byte in a PNG file, whose header comes first
 _ATTEMPTS = 10  # at a crop that fits into the image
+# Ranks are started by "spawn", which their workers would inherit: each would import PyTorch and
+# Lightning again, for seconds, and hold an index of its own. Elsewhere the default of the platform.
+_CONTEXT = "fork" if sys.platform == "linux" else None
+_SAMPLE = 3  # spawn key of the random numbers of a sample; its place in the order follows
 
 
 def require_pillow() -> None:
@@ -51,43 +58,37 @@ def identify(content: bytes) -> None:
 def decode(content: bytes) -> "Image.Image":
     """Return a JPEG or PNG image as RGB, 8 bits a channel.
 
-    Grey and palette images get equal or their palette's channels; CMYK is converted without a
-    profile; what is transparent is laid on white; of 16 bits the upper 8 are kept. A transparent
-    colour of a PNG image is compared in all bits of its samples (PNG, third edition, 11.3.1.1). The
-    image is turned as its EXIF orientation says, which is how viewers show it. Raises ValueError
-    for what is not such an image, or is damaged.
+    Grey and palette images are expanded; CMYK is converted without a profile; transparent parts
+    are laid on white; of 16 bits the upper 8 are kept. A transparent colour of a PNG image is
+    compared in all bits of its samples (PNG, third edition, 11.3.1.1). The image is turned as its
+    EXIF orientation says, as viewers show it. Raises ValueError for what is not such an image, or
+    is damaged.
     """
     with _pillow(), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
         image.load()
         return _to_rgb(_upright(_keyed(image, content)))
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Crop(ABC):
-    """Says what of an image becomes a sample of ``size`` × ``size`` pixels."""
+    """The part of an image that becomes a sample of ``size`` × ``size`` pixels."""
 
-    size: int
+    size: int = setting(at_least=1)
 
     @abstractmethod
     def apply(self, image: "Image.Image", random: np.random.Generator) -> "Image.Image":
-        """Return the square image; what is random is drawn from ``random``."""
+        """Return the square image; random numbers are drawn from ``random``."""
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@settings
 class CentralCrop(Crop):
     """Resized until the central square is a ``share`` of the shorter side, and cropped to that.
 
-    With size 224 and share 0.875 the shorter side becomes 256. Nothing is random. Raises ValueError
-    for a ``share`` that is not above 0 and at most 1.
+    With size 224 and share 0.875 the shorter side becomes 256. Nothing is random.
     """
 
-    share: float = 0.875
-
-    def __post_init__(self) -> None:
-        require_integer("size", self.size, minimum=1)
-        if not 0 < require_number("crop_share", self.share) <= 1:
-            raise ValueError(f"crop_share must be above 0 and at most 1, not {self.share!r}")
+    share: float = setting(default=0.875, above=0, at_most=1)
 
     def apply(self, image: "Image.Image", random: np.random.Generator) -> "Image.Image":
         """Return the centre of ``image``."""
@@ -100,33 +101,30 @@ class CentralCrop(Crop):
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RandomCrop(Crop):
     """A random part of the image, resized to the square; mirrored in a share ``flip`` of cases.
 
     The part's share of the area is uniform in ``area``, the logarithm of its width / height in that
     of ``ratio``, its place uniform. Parts that do not fit are drawn again; after ten, it is the
-    largest one in the centre whose ratio is in range. Raises ValueError for ranges or a share that
-    make no sense.
+    largest one in the centre whose ratio is in range. Raises ValueError for an ``area`` or a
+    ``ratio`` that does not rise from above 0, and for an ``area`` above 1.
     """
 
     area: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    flip: float = setting(default=0.5, at_least=0, at_most=1)
 
-    def __post_init__(self) -> None:
-        require_integer("size", self.size, minimum=1)
-        if not 0 <= require_number("flip", self.flip) <= 1:
-            raise ValueError(f"flip must be from 0 to 1, not {self.flip!r}")
+    def validate(self) -> None:
         for name, (low, high) in (("crop_area", self.area), ("crop_ratio", self.ratio)):
-            if not 0 < require_number(name, low) <= require_number(name, high):
+            if not 0 < low <= high < math.inf:
                 raise ValueError(f"{name} must rise from above 0, not {[low, high]}")
         if self.area[1] > 1:
             raise ValueError(f"crop_area must be at most 1, not {list(self.area)}")
 
     def apply(self, image: "Image.Image", random: np.random.Generator) -> "Image.Image":
         """Return a random part of ``image``, mirrored or not."""
-        mirrored = random.random() < self.flip  # drawn first, whatever the image's size
+        mirrored = random.random() < self.flip  # drawn first, whatever the size of the image
         part = image.crop(self.draw(*image.size, random))
         part = part.resize((self.size, self.size), Image.Resampling.BILINEAR)
         return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
@@ -205,7 +203,7 @@ def _to_rgb(image: "Image.Image") -> "Image.Image":
 
 
 def _upright(image: "Image.Image") -> "Image.Image":
-    """Return ``image`` turned as its metadata say; unreadable ones say nothing."""
+    """Return ``image`` turned as its metadata say; unreadable ones are ignored."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # as many kinds as there are damages
@@ -214,13 +212,124 @@ def _upright(image: "Image.Image") -> "Image.Image":
 
 @contextmanager
 def _pillow() -> Iterator[None]:
-    """Turn whatever Pillow raises into a ValueError, and silence its notes on odd metadata."""
+    """Turn whatever Pillow raises into a ValueError, and silence its warnings on odd metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         except Exception as error:  # damage makes Pillow raise anything, SyntaxError too
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             if type(error).__name__ == "UnidentifiedImageError":  # its text names an object
                 reason = "neither JPEG nor PNG"
             raise ValueError(f"not a readable image ({reason})") from error
+
+
+class DecodedBatches(EpochLoader):
+    """Iterate over ``records`` in batches of float32 (B, 3, size, size), normalized, on ``device``.
+
+    The batches, their order and the part for this process are those of ``EpochLoader``. The random
+    numbers of ``crop`` depend on (``seed``, epoch) and the place of the sample in the order alone:
+    not on the number of workers or ranks, nor on where an epoch was resumed.
+
+    ``workers`` processes decode, each a batch at a time and up to two ahead; they stay from epoch
+    to epoch until ``close``. With 0 this process decodes. The position counts the batches that were
+    yielded, not those decoded ahead. The global random states do not change.
+
+    Raises TypeError or ValueError for ``workers`` that are not an integer ≥ 0, what ``EpochLoader``
+    raises; and, while iterating, ValueError naming an image that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        *,
+        crop: Crop,
+        normalization: Normalization,
+        device: torch.device,
+        workers: int,
+        **settings: Any,
+    ) -> None:
+        super().__init__(len(records), **settings)
+        check_value("workers", workers, int, {"at least": 0})
+        self._targets, self._decoder = records.targets, _Decoder(records, crop)
+        self._normalize = normalization.on((3, crop.size, crop.size), device)
+        self._device, self._workers = device, workers
+        self._parts: list[_Part] = []  # of the epoch that begins next
+        self._loader: DataLoader[Any] | None = None
+        self._running: Generator[Batch, None, None] | None = None
+
+    def close(self) -> None:
+        """End the running epoch and the workers; the next epoch starts new ones."""
+        if self._running is not None:
+            self._running.close()
+        self._running = self._loader = None
+        self._decoder.records.close()
+
+    def _batches_from(self, first: int) -> Iterator[Batch]:
+        if self._running is not None:
+            self._running.close()  # the workers serve one epoch at a time
+        self._running = self._decoded(first)
+        return self._running
+
+    def _decoded(self, first: int) -> Generator[Batch, None, None]:
+        order, epoch = self._order().numpy(), (self._seed, self._epoch)
+        windows = [self._part(position) for position in range(first, len(self))]
+        self._parts[:] = [_Part(order[window], window.start, epoch) for window, _ in windows]
+        if self._loader is None:
+            self._loader = self._start()
+        for (window, weight), found in zip(windows, self._loader, strict=True):
+            if isinstance(found, str):
+                raise ValueError(found)
+            inputs = found.to(self._device, non_blocking=True)
+            targets = self._targets[order[window]].to(self._device, non_blocking=True)
+            yield Batch(self._normalize(inputs), targets, weight)
+
+    def _start(self) -> DataLoader[Any]:
+        return DataLoader(
+            self._decoder,
+            sampler=self._parts,
+            batch_size=None,  # a part is a batch already
+            num_workers=self._workers,
+            multiprocessing_context=_CONTEXT if self._workers else None,
+            persistent_workers=self._workers > 0,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # else every epoch draws from the global one
+        )
+
+
+class _Part(NamedTuple):
+    """A batch to decode: the samples at ``indices``, from place ``first`` of the order on."""
+
+    indices: NDArray[np.int64]
+    first: int
+    epoch: tuple[int, int]  # seed and number
+
+
+class _Decoder(Dataset[Tensor | str]):
+    """Images uint8 (B, 3, size, size) of a part."""
+
+    def __init__(self, records: Records, crop: Crop) -> None:
+        self.records, self.crop = records, crop
+
+    def __getitem__(self, part: _Part) -> Tensor | str:
+        """Return the images, or what is wrong with one of them.
+
+        As a value: an error that leaves a worker becomes a text of its traceback.
+        """
+        try:
+            return torch.stack([self._image(part, place) for place in range(len(part.indices))])
+        except ValueError as error:
+            return str(error)
+
+    def _image(self, part: _Part, place: int) -> Tensor:
+        index = int(part.indices[place])
+        content = self.records.read(index)
+        mixed = np.random.SeedSequence(part.epoch, spawn_key=(_SAMPLE, part.first + place))
+        try:
+            image = decode(content)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.records.file(index)}: {error}: replace or remove it (data.verify=true "
+                "finds all such images when the store is built)"
+            ) from error
+        return to_tensor(self.crop.apply(image, np.random.default_rng(mixed)))

@@ -1,210 +1,132 @@
 """Folders of JPEG and PNG images, train/<class>/ and val/<class>/, as ImageNet is unpacked to."""
 
+import hashlib
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from fastdeq.data.batches import Normalization
-from fastdeq.data.build import CURE, building, store_folder
-from fastdeq.data.checks import require_flag, require_folder, require_integer
-from fastdeq.data.decode import CentralCrop, Crop, RandomCrop, decode, identify, require_pillow
-from fastdeq.data.decoded import DecodedBatches
-from fastdeq.data.folder import ImageFolder, list_folder
-from fastdeq.data.module import AbstractDataModule
-from fastdeq.data.passes import Batch
-from fastdeq.data.records import RecordFile, Records, holds, read_records, write_records
+from fastdeq.data.decode import (
+    CentralCrop,
+    Crop,
+    DecodedBatches,
+    RandomCrop,
+    decode,
+    identify,
+    require_pillow,
+)
+from fastdeq.data.epoch_loader import Batch, Normalization
+from fastdeq.data.module import AbstractDataModule, NormalizationSetting, data_module
+from fastdeq.data.published import existing_folder, given_folder, store_folder
+from fastdeq.data.store import (
+    CURE,
+    SPLITS,
+    FolderSplit,
+    ImageFolder,
+    RecordFile,
+    Records,
+    building,
+    check_attributes,
+    read_records,
+    write_records,
+)
+from fastdeq.settings import setting
 
-_NAME = "image_folder"
-_VERSION = "1"  # of the store's layout
-_CHECKED = {False: "headers", True: "whole images"}  # what of the images the build looked at
-_SHOWN = 10  # classes in the facts
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class StoredFolder:
-    """The store of an image folder, ``<store>/image_folder-<fingerprint>-<times>.h5``.
-
-    The fingerprint is that of where the folder is and of its files' names and sizes, the times that
-    of their mtime and ctime: a folder that changed has another store. Where nothing but times
-    differs from a store that is there, its contents are compared with the files, and if they are
-    equal that store gets the new name too (a hard link).
-
-    ``root``: the folder, or a store that was made of one, to be used as it is. ``verify``: whether
-    a build decodes every image; without it, it reads their headers. ``classes``: how many there
-    must be; None: any number.
-    """
-
-    root: Path | None
-    store: Path
-    verify: bool
-    classes: int | None
-
-    def ensure(self) -> Path:
-        """Return the path of the store, built if it was missing: exclusively, and whole or not.
-
-        Raises what ``list_folder`` does, and ValueError for another number of classes or an image
-        that is none; FileNotFoundError without a root; OSError where the store cannot be written.
-        """
-        if self.root is None:
-            raise FileNotFoundError(
-                "image folders are not generated: give the one with train/ and val/, "
-                "data.root=PATH (or FASTDEQ_DATA)"
-            )
-        if self.root.is_file():
-            return self.root
-        folder = list_folder(self.root, _NAME)
-        self._check_classes(str(folder.root), len(folder.classes))
-        stem = f"{_NAME}-{folder.fingerprint()[:12]}"
-        path = self.store / f"{stem}-{folder.time_fingerprint()[:12]}.h5"
-        if not path.exists():
-            with building(path) as missing:
-                if missing:
-                    # Those of earlier versions end with the fingerprint.
-                    others = sorted(self.store.glob(f"{stem}*.h5"))
-                    if same := next((one for one in others if self._holds(one, folder)), None):
-                        os.link(same, path)
-                    else:
-                        self._write(path, folder)
-        return path
-
-    def read(self, path: Path) -> RecordFile:
-        """Open the store at ``path`` (``ensure``).
-
-        Raises ValueError for one that is damaged, of something else, of another number of classes,
-        or whose images were not decoded where that is asked for.
-        """
-        cure = "give the folder that it was made from" if path == self.root else CURE
-        found = read_records(path, cure=cure)
-        for key, wanted in (("name", _NAME), ("version", _VERSION)):
-            if found.attributes[key] != wanted:
-                told = f"its {key} is {found.attributes[key]!r}, not {wanted!r}"
-                raise ValueError(f"{path}: {told}: {cure}")
-        self._check_classes(str(path), len(found.classes))
-        if self.verify and found.attributes.get("checked") != _CHECKED[True]:
-            raise ValueError(
-                f"{path}: was built without decoding its images: for data.verify=true {cure}"
-            )
-        return found
-
-    def _holds(self, path: Path, folder: ImageFolder) -> bool:
-        """Whether the store at ``path`` can be used and has exactly the folder's files."""
-        try:
-            found = self.read(path)
-        except (OSError, ValueError):
-            return False
-        return holds(
-            found, folder, watch=partial(_watch, task="comparing the store with its files")
-        )
-
-    def _write(self, path: Path, folder: ImageFolder) -> None:
-        attributes = {
-            "name": _NAME,
-            "version": _VERSION,
-            "source": str(folder.root.resolve()).encode(errors="replace").decode(),
-            "licence": "that of these files",
-            "split": "the folder's: train for training, val for validation and test",
-            "checked": _CHECKED[self.verify],
-        }
-        check = _decodes if self.verify else identify
-        write_records(
-            path, folder, attributes, check=check, watch=partial(_watch, task="building the store")
-        )
-
-    def _check_classes(self, place: str, found: int) -> None:
-        if self.classes is not None and found != self.classes:
-            raise ValueError(
-                f"{place}: has {found:,} classes, but sizes.outputs is {self.classes:,}: set "
-                f"sizes.outputs={found}"
-            )
+_ATTRIBUTES = {"name": "image_folder", "version": "1"}  # the version of the layout of the store
+_CHECKED = {False: "headers", True: "whole images"}  # what the build has read of the images
+_EXTENSIONS = (".jpg", ".jpeg", ".png")
+_NAMES_SHOWN = 5  # in a message
+_CLASSES_SHOWN = 10  # in the metadata
 
 
 @final
+@data_module
 class ImageFolderDataModule(AbstractDataModule):
     """Batches of the images in a folder, float32 (B, 3, size, size) normalized, labels int64 (B,).
 
-    Labels count the class folders in the order of their names. The test split is val/. The images'
-    files, still encoded, become one HDF5 file (see ``StoredFolder``, whose arguments ``root``,
-    ``store``, ``verify`` and ``classes`` are), and ``workers`` processes of each rank decode them
-    (see ``DecodedBatches``). RGB, turned upright: see ``decode``.
+    Labels count the class folders in the order of their names. The test split is val/. The image
+    files, still encoded, become one HDF5 file, ``<store>/image_folder-<fingerprint>-<times>.h5``.
+    The fingerprint is that of the place of the folder and of the names and sizes of its files, the
+    times that of their mtime and ctime: a folder that changed has another store. Where only times
+    differ from an existing store, its contents are compared with the files; if they are equal, that
+    store gets the new name too (a hard link).
+
+    ``root``: the folder, or a store that was made of one, to be used as it is. ``store``: the
+    folder of the store (see ``store_folder``). ``verify``: whether a build decodes every image;
+    without it, it reads their headers. ``classes``: how many there must be; None: any number, and
+    ``outputs`` is known once the set was loaded. ``workers`` processes of each rank decode (see
+    ``DecodedBatches``). RGB, turned upright: see ``decode``.
 
     Training images are random crops (``RandomCrop``: ``crop_area``, ``crop_ratio``, ``flip``), all
     others central ones (``CentralCrop``: ``crop_share``). ``normalization``: see
-    ``Normalization.configured``. Where ``classes`` is None, ``outputs`` is
-    known once the set was loaded.
+    ``Normalization.configured``.
 
-    Raises ImportError, with the cure, without Pillow; ValueError for arguments of another type or
-    out of range; ``prepare_data`` and ``setup`` raise what ``StoredFolder`` does.
+    Raises ImportError, with the cure, without Pillow; TypeError or ValueError for arguments of
+    another type or out of range. ``prepare_data`` and ``setup`` raise what ``list_folder`` raises;
+    FileNotFoundError without a root; ValueError for another number of classes, for a file that is
+    not an image, and for a store that is damaged, of another version or, with ``verify``, made
+    without decoding; OSError where the store cannot be written.
     """
 
-    # Of ImageNet's training images, as published with its models
-    normalization: Normalization = Normalization(
-        scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-    )
+    root: str | Path | None = None
+    store: str | Path | None = None
+    verify: bool = False
+    classes: int | None = setting(default=None, at_least=1)
+    size: int = setting(default=224, at_least=1)
+    crop_share: float = setting(default=0.875, above=0, at_most=1)
+    crop_area: Sequence[float] = (0.08, 1.0)
+    crop_ratio: Sequence[float] = (3 / 4, 4 / 3)
+    flip: float = setting(default=0.5, at_least=0, at_most=1)
+    workers: int = setting(default=4, at_least=0)
+    batch_size: int = setting(default=256, at_least=1)
+    eval_batch_size: int = setting(default=256, at_least=1)
+    normalization: NormalizationSetting = "published"
 
-    def __init__(
-        self,
-        *,
-        root: str | Path | None = None,
-        store: str | Path | None = None,
-        verify: bool = False,
-        classes: int | None = None,
-        size: int = 224,
-        crop_share: float = 0.875,
-        crop_area: Sequence[float] = (0.08, 1.0),
-        crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        workers: int = 4,
-        batch_size: int = 256,
-        eval_batch_size: int = 256,
-        seed: int = 0,
-        validation: int = 0,
-        normalization: str | Mapping[str, Any] = "published",
-    ) -> None:
+    # Of ImageNet's training images, as published with its models
+    published = Normalization(scale=255.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+    def __post_init__(self) -> None:
         require_pillow()
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            seed=seed,
-            validation=validation,
-        )
-        self.normalization = self.normalization.configured(normalization)
-        area, ratio = _range("crop_area", crop_area), _range("crop_ratio", crop_ratio)
-        self._random = RandomCrop(size=size, area=area, ratio=ratio, flip=flip)
-        self._central = CentralCrop(size=size, share=crop_share)
-        self.input_shape = (3, size, size)
-        if classes is not None:
-            self.outputs = require_integer("classes", classes, minimum=1)
-        self.workers = require_integer("workers", workers, minimum=0)
-        self._stored = StoredFolder(
-            root=require_folder("root", root),
-            store=store_folder(require_folder("store", store)),
-            verify=require_flag("verify", verify),
-            classes=classes,
-        )
+        super().__post_init__()
+        area, ratio = (_pair(name, getattr(self, name)) for name in ("crop_area", "crop_ratio"))
+        self._random = RandomCrop(size=self.size, area=area, ratio=ratio, flip=self.flip)
+        self._central = CentralCrop(size=self.size, share=self.crop_share)
+        self._root = None if self.root is None else given_folder("root", self.root)
+        self._store = store_folder(self.store)
+        self._outputs = self.classes
         self._path: Path | None = None
         self._open: list[DecodedBatches] = []
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one sample, (3, size, size)."""
+        return 3, self.size, self.size
+
+    @property
+    def outputs(self) -> int:
+        """The number of classes; AttributeError where it is not known yet."""
+        if self._outputs is None:
+            raise AttributeError("outputs is known once the set was loaded, or give classes")
+        return self._outputs
+
     def prepare(self) -> None:
         """Build the store if it is missing."""
-        self._path = self._stored.ensure()
+        self._path = self._ensure()
 
     def load(self) -> tuple[Records, Records]:
         """Open and verify the store; build it if it is missing. Training and test records."""
-        path = self._path or self._stored.ensure()
-        found = self._stored.read(path)
-        self.outputs = len(found.classes)
-        more = len(found.classes) - _SHOWN
-        names = ", ".join(found.classes[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-        self.facts = {"file": str(path), "classes": names, **found.attributes}
+        path = self._path or self._ensure()
+        found = self._read(path)
+        self._outputs = len(found.classes)
+        names = _some(found.classes, _CLASSES_SHOWN)
+        self.metadata = {"file": str(path), "classes": names, **found.attributes}
         return found.train, found.val
 
     def teardown(self, stage: str | None = None) -> None:
@@ -226,27 +148,17 @@ class ImageFolderDataModule(AbstractDataModule):
         return self._batches(split, self._central, batch_size=self.eval_batch_size)
 
     def _first(self, n: int) -> Batch:
-        records = self._splits["train"]
-        first = records[torch.arange(len(records)) < n]
-        batches = DecodedBatches(
-            first,
-            crop=self._central,
-            normalization=self.normalization,
-            device=torch.device("cpu"),
-            workers=0,
-            batch_size=n,
-        )
+        records = self._split("train")
+        first, cpu = records[torch.arange(len(records)) < n], torch.device("cpu")
+        batches = self._decoded(first, crop=self._central, device=cpu, workers=0, batch_size=n)
         batch = next(iter(batches))
         batches.close()
         return batch
 
     def _batches(self, split: str, crop: Crop, **settings: Any) -> DecodedBatches:
-        if not self._splits:
-            raise RuntimeError("call setup() before asking for batches (a Trainer does so itself)")
-        made = DecodedBatches(
-            self._splits[split],
+        made = self._decoded(
+            self._split(split),
             crop=crop,
-            normalization=self.normalization,
             device=self._device,
             workers=self.workers,
             rank=self._rank,
@@ -256,19 +168,83 @@ class ImageFolderDataModule(AbstractDataModule):
         self._open.append(made)
         return made
 
+    def _decoded(self, records: Records, **settings: Any) -> DecodedBatches:
+        assert self.normalizer is not None  # `normalization` cannot be None
+        return DecodedBatches(records, normalization=self.normalizer, **settings)
 
-def _range(name: str, values: object) -> tuple[float, float]:
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 2:
+    def _ensure(self) -> Path:
+        """Return the path of the store, built if it was missing: exclusively, and whole or not."""
+        if self._root is None:
+            raise FileNotFoundError(
+                "image folders are not generated: give the one with train/ and val/, "
+                "data.root=PATH (or FASTDEQ_DATA)"
+            )
+        if self._root.is_file():
+            return self._root
+        folder = list_folder(self._root, _ATTRIBUTES["name"])
+        self._check_classes(folder.root, len(folder.classes))
+        stem = f"{_ATTRIBUTES['name']}-{fingerprint(folder)[:12]}"
+        path = self._store / f"{stem}-{time_fingerprint(folder)[:12]}.h5"
+        if not path.exists():
+            with building(path) as missing:
+                if missing:
+                    # Those of earlier versions end with the fingerprint.
+                    others = sorted(self._store.glob(f"{stem}*.h5"))
+                    if same := next((one for one in others if self._holds(one, folder)), None):
+                        os.link(same, path)
+                    else:
+                        self._write(path, folder)
+        return path
+
+    def _read(self, path: Path) -> RecordFile:
+        cure = "give the folder that it was made from" if path == self._root else CURE
+        found = read_records(path, cure=cure)
+        check_attributes(path, found.attributes, _ATTRIBUTES, cure)
+        self._check_classes(path, len(found.classes))
+        if self.verify and found.attributes.get("checked") != _CHECKED[True]:
+            raise ValueError(
+                f"{path}: was built without decoding its images: for data.verify=true {cure}"
+            )
+        return found
+
+    def _holds(self, path: Path, folder: ImageFolder) -> bool:
+        """Return whether the store at ``path`` can be used and has exactly the folder's files."""
+        try:
+            found = self._read(path)
+        except (OSError, ValueError):
+            return False
+        watch = partial(_watch, task="comparing the store with its files")
+        records = {"train": found.train, "val": found.val}
+        return all(records[name].holds(split, watch) for name, split in folder.splits.items())
+
+    def _write(self, path: Path, folder: ImageFolder) -> None:
+        attributes = {
+            **_ATTRIBUTES,
+            "source": str(folder.root.resolve()).encode(errors="replace").decode(),
+            "licence": "that of these files",
+            "split": "the folder's: train for training, val for validation and test",
+            "checked": _CHECKED[self.verify],
+        }
+        check = decode if self.verify else identify
+        watch = partial(_watch, task="building the store")
+        write_records(path, folder, attributes, check=check, watch=watch)
+
+    def _check_classes(self, place: Path, found: int) -> None:
+        if self.classes is not None and found != self.classes:
+            raise ValueError(
+                f"{place}: has {found:,} classes, but sizes.outputs is {self.classes:,}: set "
+                f"sizes.outputs={found}"
+            )
+
+
+def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
+    if len(values) != 2:
         raise ValueError(f"{name} must be two numbers, the least and the greatest, not {values!r}")
     return values[0], values[1]
 
 
-def _decodes(content: bytes) -> None:
-    decode(content)
-
-
 def _watch(numbers: range, *, task: str) -> Iterable[int]:
-    """Pass the numbers on, with a bar where a person watches."""
+    """Pass the numbers on, with a progress bar on a terminal."""
     return track(
         numbers,
         description=task,
@@ -276,3 +252,133 @@ def _watch(numbers: range, *, task: str) -> Iterable[int]:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
+
+
+def fingerprint(folder: ImageFolder) -> str:
+    """Return the SHA-256 of the place of a folder and of the names and sizes of its files."""
+    digest = hashlib.sha256(os.fsencode(folder.root.resolve()) + b"\0")
+    for name, split in folder.splits.items():
+        for file, size in zip(split.names, split.sizes.tolist(), strict=True):
+            digest.update(os.fsencode(f"{name}/{file}\0{size}\n"))
+    return digest.hexdigest()
+
+
+def time_fingerprint(folder: ImageFolder) -> str:
+    """Return the SHA-256 of the times of the files; equal ones mean that no file was written since.
+
+    A content can change and keep its size, and even its mtime (archives with fixed times, a copy
+    that preserves them); the system sets ctime whenever anything of a file changes.
+    """
+    digest = hashlib.sha256()
+    for split in folder.splits.values():
+        digest.update(split.times.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def list_folder(root: Path, name: str) -> ImageFolder:
+    """List the images in ``root``, or in its folder of this ``name`` if that has the splits.
+
+    Below train/ and val/ each folder is a class, each file in it an image by its ending (.jpg,
+    .jpeg or .png, of either case). Names that begin with a dot are ignored everywhere, and beside
+    the class folders files that are not images by their ending (archives that these came from).
+
+    Raises FileNotFoundError or NotADirectoryError where ``root``, train/ or val/ is missing or not
+    a folder. ValueError where a split has no classes, or images outside of them; where the classes
+    of the two splits differ; where a class has no images, or anything else in it.
+    """
+    root = _find(existing_folder(root, "train/ and val/"), name)
+    classes = {split: _classes(root / split) for split in SPLITS}
+    if classes["train"] != classes["val"]:
+        raise ValueError(f"{root}: {_difference(*(classes[split] for split in SPLITS))}")
+    splits = {split: _list_split(root / split, classes[split]) for split in SPLITS}
+    return ImageFolder(root=root, classes=classes["train"], splits=splits)
+
+
+def _find(root: Path, name: str) -> Path:
+    places = [root, root / name]
+    found = next((place for place in places if any((place / s).is_dir() for s in SPLITS)), root)
+    for split in SPLITS:
+        if not (found / split).is_dir():
+            raise FileNotFoundError(
+                f"{found}: has no folder {split}: data.root is the folder with train/ and val/, "
+                "which have a folder of images for each class"
+            )
+    return found
+
+
+def _classes(folder: Path) -> list[str]:
+    classes = []
+    for entry in _entries(folder):
+        if entry.is_dir():
+            classes.append(entry.name)
+        elif _is_image(entry.name):
+            raise ValueError(
+                f"{entry.path}: an image outside of a class: sort the images of {folder} into a "
+                "folder for each class"
+            )
+    if not classes:
+        raise ValueError(f"{folder}: has no images: it must have a folder of them for each class")
+    return classes
+
+
+def _difference(train: Sequence[str], val: Sequence[str]) -> str:
+    parts = [
+        f"{split} has no folder for {_some(sorted(missing))}"
+        for split, missing in (("val", {*train} - {*val}), ("train", {*val} - {*train}))
+        if missing
+    ]
+    return f"{', and '.join(parts)}: both need the same classes"
+
+
+def _some(names: Sequence[str], shown: int = _NAMES_SHOWN) -> str:
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _list_split(folder: Path, classes: Sequence[str]) -> FolderSplit:
+    names: list[str] = []
+    statuses: list[os.stat_result] = []
+    counts = []
+    for name in classes:
+        before = len(names)
+        for entry in _entries(folder / name):
+            names.append(f"{name}/{entry.name}")
+            statuses.append(_status(entry))
+        counts.append(len(names) - before)
+        if not counts[-1]:
+            raise ValueError(f"{folder / name}: has no images: add some, or remove this class")
+    return FolderSplit(
+        folder=folder,
+        names=names,
+        sizes=np.array([status.st_size for status in statuses], dtype=np.int64),
+        times=np.array([(s.st_mtime_ns, s.st_ctime_ns) for s in statuses], dtype=np.int64),
+        labels=np.repeat(np.arange(len(classes), dtype=np.int64), counts),
+    )
+
+
+def _status(entry: "os.DirEntry[str]") -> os.stat_result:
+    """Return the status of an image file; ValueError for anything else in the folder of a class."""
+    if not _is_image(entry.name) or entry.is_dir():
+        kind = "a folder" if entry.is_dir() else "not an image by its name"
+        raise ValueError(
+            f"{entry.path}: {kind} among the images of a class, which end in "
+            f"{', '.join(_EXTENSIONS)}: remove it"
+        )
+    try:
+        return entry.stat()
+    except OSError as error:  # a link to nowhere
+        raise ValueError(f"{entry.path}: cannot be read ({error.strerror})") from error
+
+
+def _entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
+    """Yield the entries of a folder by name, without hidden ones."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be read ({error.strerror})") from error
+    yield from sorted(visible, key=lambda entry: entry.name)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_EXTENSIONS)

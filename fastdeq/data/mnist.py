@@ -2,23 +2,85 @@
 
 MNIST: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Gradient-Based Learning Applied to Document
 Recognition, 1998. Fashion-MNIST: H. Xiao, K. Rasul, R. Vollgraf, arXiv 1708.07747.
+
+Both are published as IDX files (http://yann.lecun.com/exdb/mnist/), often compressed with gzip: two
+zero bytes, a type code (0x08: uint8), the number of axes, a big-endian uint32 size for each axis,
+then the values in C order.
 """
 
+import gzip
+import hashlib
+import math
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from fastdeq.data.batches import Normalization
-from fastdeq.data.idx import IdxArray, is_gzip, read_idx
-from fastdeq.data.sources import ImageSource, Publication, SourceFile
-from fastdeq.data.store import ImageSet
-from fastdeq.data.stored import StoredDataModule
+from fastdeq.data.epoch_loader import Normalization
+from fastdeq.data.module import data_module
+from fastdeq.data.published import ImageSource, SourceFile, StoredDataModule, is_gzip
+from fastdeq.data.store import ImageSet, read_content
 
 _SIDE = 28  # pixels
 _CLASSES = 10
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IdxArray:
+    """``values`` uint8, and the SHA-256 of the whole content (uncompressed, header included)."""
+
+    values: NDArray[np.uint8]
+    sha256: str
+
+
+def read_idx(path: str | Path) -> IdxArray:
+    """Read an IDX file of uint8, plain or compressed with gzip.
+
+    Raises ValueError naming the file where it cannot be opened, is not IDX or of another type, has
+    an axis of size 0, is shorter or longer than its header says, or is damaged as a gzip file.
+    """
+    path = Path(path)
+    content = read_content(path)
+    try:
+        content = gzip.decompress(content) if is_gzip(path) else content
+        values = _parse_idx(content)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error}): get it again") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return IdxArray(values=values, sha256=hashlib.sha256(content).hexdigest())
+
+
+def _parse_idx(content: bytes) -> NDArray[np.uint8]:
+    magic = content[:4]
+    if len(magic) < 4 or magic[:2] != b"\0\0":
+        raise ValueError(f"not an IDX file: it begins with {magic.hex(' ') or 'nothing'}")
+    if magic[2] != 0x08:
+        raise ValueError(f"IDX type 0x{magic[2]:02x} is not supported, only uint8 (0x08)")
+    axes = magic[3]
+    if not 1 <= axes <= 32:  # NumPy's own limit in its first version
+        raise ValueError(f"not an IDX file: it says that it has {axes} axes")
+    header = 4 + 4 * axes
+    if len(content) < header:
+        raise ValueError(f"truncated: a header of {header} bytes, found {len(content)}")
+    sizes = struct.unpack_from(f">{axes}I", content, 4)
+    shape, wanted = " × ".join(map(str, sizes)), math.prod(sizes)
+    found = len(content) - header
+    if wanted == 0:
+        raise ValueError(f"its header says {shape} values: an axis of size 0")
+    if found < wanted:
+        raise ValueError(
+            f"truncated: its header says {shape} = {wanted} bytes of data, found {found}"
+        )
+    if found > wanted:
+        raise ValueError(f"bytes are left over after the {shape} = {wanted} that its header says")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy()
 
 
 @final
@@ -26,12 +88,11 @@ _CLASSES = 10
 class IdxImages(ImageSource):
     """Four IDX files, of images and labels for training, then of images and labels for test.
 
-    Each file is verified by its checksum, since other sets agree in all else (names, sizes,
+    Each file is verified by its checksum, since other sets agree in everything else (names, sizes,
     class counts): by the ``sha256`` of its content where known, else by the published MD5 of the
     compressed file. Without ``sha256`` an unpacked file cannot be verified and is refused.
     """
 
-    publication: Publication
     sha256: tuple[str, ...] = ()
 
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
@@ -40,21 +101,13 @@ class IdxImages(ImageSource):
         if verify:
             for number, path in enumerate(files):
                 self._verify(number, path, arrays[number].sha256)
-        for split in (0, 1):
-            _check_split(files[2 * split :], arrays[2 * split :])
-        train_images, train_labels, test_images, test_labels = (
-            torch.from_numpy(array.values) for array in arrays
-        )
-        checksums = (f"{path.name} {a.sha256}" for path, a in zip(files, arrays, strict=True))
-        return ImageSet(
-            train_images=train_images.unsqueeze(1),
-            train_labels=train_labels.long(),
-            test_images=test_images.unsqueeze(1),
-            test_labels=test_labels.long(),
-            attributes={
-                **self.publication.attributes(),
-                "source_sha256": ", ".join(checksums),
-            },
+        for split in (0, 2):
+            _check_split(files[split:], arrays[split:])
+        images, labels, test_images, test_labels = (torch.from_numpy(a.values) for a in arrays)
+        return self.image_set(
+            (images.unsqueeze(1), labels.long()),
+            (test_images.unsqueeze(1), test_labels.long()),
+            {path: array.sha256 for path, array in zip(files, arrays, strict=True)},
         )
 
     def is_official(self, attributes: Mapping[str, str]) -> bool:
@@ -70,17 +123,16 @@ class IdxImages(ImageSource):
 
     def _verify(self, number: int, path: Path, found: str) -> None:
         """Raise ValueError, naming file and cure, unless the file is the official one."""
-        publication = self.publication
         if self.sha256:
             if found != self.sha256[number]:
-                raise publication.not_official(path, "SHA-256 of the content", found)
+                raise self.not_official(path, "SHA-256 of the content", found)
         elif is_gzip(path):
-            publication.verify_md5(path, publication.files[number])
+            self.verify_md5(path, self.files[number])
         else:
             raise ValueError(
-                f"{path}: cannot be verified, for of {publication.title} only the checksums of the "
-                f".gz files are published: give the official {publication.files[number].names[0]} "
-                "instead, or take your own files as they are with data.verify=false"
+                f"{path}: cannot be verified, for of {self.title} only the checksums of the .gz "
+                f"files are published: give the official {self.files[number].names[0]} instead, "
+                "or take your own files as they are with data.verify=false"
             )
 
 
@@ -111,29 +163,27 @@ def _files(md5: Sequence[str]) -> tuple[SourceFile, ...]:
 
 
 MNIST = IdxImages(
-    publication=Publication(
-        name="mnist",
-        title="MNIST",
-        version="1998",
-        source="Y. LeCun, C. Cortes, C. J. C. Burges, The MNIST Database of Handwritten Digits, "
-        "http://yann.lecun.com/exdb/mnist/",
-        licence="CC BY-SA 3.0 (Y. LeCun and C. Cortes)",
-        split="the authors': 60,000 for training, 10,000 for test",
-        files=_files(
-            (
-                "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                "d53e105ee54ea40749a09fcbcd1e9432",
-                "9fb629c4189551a2d022fa330f9573f3",
-                "ec29112dd5afa0611ce80d1b7f02629c",
-            )
-        ),
-        folders=("MNIST/raw",),
-        mirrors=(
-            "https://ossci-datasets.s3.amazonaws.com/mnist/",
-            "https://storage.googleapis.com/cvdf-datasets/mnist/",
-        ),
+    name="mnist",
+    title="MNIST",
+    version="1998",
+    source="Y. LeCun, C. Cortes, C. J. C. Burges, The MNIST Database of Handwritten Digits, "
+    "http://yann.lecun.com/exdb/mnist/",
+    licence="CC BY-SA 3.0 (Y. LeCun and C. Cortes)",
+    split="the authors': 60,000 for training, 10,000 for test",
+    files=_files(
+        (
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "d53e105ee54ea40749a09fcbcd1e9432",
+            "9fb629c4189551a2d022fa330f9573f3",
+            "ec29112dd5afa0611ce80d1b7f02629c",
+        )
     ),
-    # Of the contents: the originals are also handed on compressed anew, which changes the MD5.
+    folders=("MNIST/raw",),
+    mirrors=(
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    ),
+    # Of the contents: the originals are also distributed compressed anew, which changes the MD5.
     sha256=(
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -143,46 +193,46 @@ MNIST = IdxImages(
 )
 
 FASHION_MNIST = IdxImages(
-    publication=Publication(
-        name="fashion_mnist",
-        title="Fashion-MNIST",
-        version="2017",
-        source="H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv 1708.07747, "
-        "https://github.com/zalandoresearch/fashion-mnist",
-        licence="MIT (Zalando SE)",
-        split="the authors': 60,000 for training, 10,000 for test",
-        files=_files(
-            (
-                "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                "25c81989df183df01b3e8a0aad5dffbe",
-                "bef4ecab320f06d8554ea6380940ec79",
-                "bb300cfdad3c16e7a12a480ee83cd310",
-            )
-        ),
-        folders=("FashionMNIST/raw",),
-        mirrors=(
-            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-        ),
+    name="fashion_mnist",
+    title="Fashion-MNIST",
+    version="2017",
+    source="H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv 1708.07747, "
+    "https://github.com/zalandoresearch/fashion-mnist",
+    licence="MIT (Zalando SE)",
+    split="the authors': 60,000 for training, 10,000 for test",
+    files=_files(
+        (
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "25c81989df183df01b3e8a0aad5dffbe",
+            "bef4ecab320f06d8554ea6380940ec79",
+            "bb300cfdad3c16e7a12a480ee83cd310",
+        )
+    ),
+    folders=("FashionMNIST/raw",),
+    mirrors=(
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     ),
 )
 
 
 @final
+@data_module
 class MnistDataModule(StoredDataModule):
-    """MNIST, handwritten digits: batches as ``StoredDataModule`` says, of shape (B, 1, 28, 28)."""
+    """MNIST, handwritten digits: batches (B, 1, 28, 28), see ``StoredDataModule``."""
 
     source = MNIST
     input_shape = (1, _SIDE, _SIDE)
     outputs = _CLASSES
-    normalization = Normalization(scale=255.0, mean=(0.1307,), std=(0.3081,))
+    published = Normalization(scale=255.0, mean=(0.1307,), std=(0.3081,))
 
 
 @final
+@data_module
 class FashionMnistDataModule(StoredDataModule):
     """Fashion-MNIST, articles of clothing in MNIST's format (see ``MnistDataModule``)."""
 
     source = FASHION_MNIST
     input_shape = (1, _SIDE, _SIDE)
     outputs = _CLASSES
-    normalization = Normalization(scale=255.0, mean=(0.2860,), std=(0.3530,))
+    published = Normalization(scale=255.0, mean=(0.2860,), std=(0.3530,))

@@ -1,60 +1,96 @@
-"""What all data modules share: whose batches, on which device, from where on."""
+"""Lightning data modules: which batches, on which device, for which process, from where on."""
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar, dataclass_transform
 
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
-from fastdeq.data.batches import Normalization
-from fastdeq.data.checks import require_integer
-from fastdeq.data.passes import Batch, Passes
+from fastdeq.data.augmentation import Augmentation
+from fastdeq.data.epoch_loader import Batch, Batches, EpochLoader, Normalization
+from fastdeq.data.store import ImageSet
+from fastdeq.settings import check_fields, check_value, setting
+
+NormalizationSetting: TypeAlias = Normalization | str | Mapping[str, Any]
+"""A normalization, or what ``Normalization.configured`` reads."""
+
+_T = TypeVar("_T")
 
 
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(setting, field))
+def data_module(cls: type[_T]) -> type[_T]:
+    """Class decorator: annotated fields become keyword arguments, checked like those of settings.
+
+    As a dataclass, but compared by identity. A subclass without it, or with an ``__init__`` of its
+    own that calls ``super().__init__``, works as well.
+    """
+    return dataclass(kw_only=True, eq=False, repr=False)(cls)
+
+
+@data_module
 class AbstractDataModule(LightningDataModule, ABC):
     """Batches of a set on the trainer's device (on the CPU without a trainer).
 
-    Training batches are shuffled anew in each epoch, by ``seed`` and the epoch alone. Batch sizes
-    count the samples of all processes together: each gets its part (see ``Passes``).
+    Training batches are shuffled in each epoch, by ``seed`` and the epoch alone. Batch sizes count
+    the samples of all processes together: each gets its part (see ``EpochLoader``).
 
     ``validation`` training samples are held out for validation: those whose index has the smallest
     SHA-256 (see ``hold_out``), for every seed the same. With 0, validation is the test split
     (``validates_on_test``), as in the published tables: these evaluate the test set in every epoch
-    and select nothing on it, and nothing must be selected on these figures here (no early stopping,
-    no best checkpoint).
+    and select nothing on it. Then nothing must be selected on these metrics here either (no early
+    stopping, no best checkpoint).
 
-    A subclass says ``input_shape`` (of one sample), ``outputs`` (how many classes, or dimensions of
-    a target) and ``normalization``, and makes the batches. ``facts`` is what it learnt about the
-    set, for people to read: file, source, licence.
+    A subclass defines ``input_shape`` and ``outputs``, as attributes or properties, and makes the
+    batches. ``normalization``, where it has one, is a ``Normalization``, or a setting that chooses
+    among those that ``published`` offers; ``normalizer`` is the result. ``metadata`` is what it
+    knows of the loaded set, for people to read: file, source, licence.
 
-    Raises ValueError for batch sizes that are not integers ≥ 1, for a seed or a ``validation`` that
-    is not one ≥ 0.
+    Raises TypeError or ValueError for batch sizes that are not integers ≥ 1, for a seed or a
+    ``validation`` that is not an integer ≥ 0.
     """
 
-    input_shape: tuple[int, ...]
-    outputs: int
-    normalization: Normalization | None
+    batch_size: int = setting(at_least=1)
+    eval_batch_size: int = setting(at_least=1)
+    seed: int = setting(default=0, at_least=0)
+    validation: int = setting(default=0, at_least=0)
+    published: ClassVar[Normalization]
 
-    def __init__(
-        self, *, batch_size: int, eval_batch_size: int, seed: int = 0, validation: int = 0
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        self.batch_size = require_integer("batch_size", batch_size, minimum=1)
-        self.eval_batch_size = require_integer("eval_batch_size", eval_batch_size, minimum=1)
-        self.seed = require_integer("seed", seed, minimum=0)
-        self.validation = require_integer("validation", validation, minimum=0)
-        self.facts: dict[str, str] = {}
+        check_fields(self)
+        given = self.normalization
+        if given is not None and not isinstance(given, Normalization):
+            given = self.published.configured(given)
+        self.normalizer: Normalization | None = given
+        self.metadata: dict[str, str] = {}
         self._prepared = False
         self._device = torch.device("cpu")
         self._rank, self._ranks = 0, 1
         self._splits: dict[str, Any] = {}
-        self._train: Passes | None = None
+        self._train: EpochLoader | None = None
         self._saved: dict[str, int] | None = None
 
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> int:
+        """The number of classes, or of dimensions of a target."""
+
+    @property
+    def normalization(self) -> Any:
+        """The normalization of inputs, or a setting that chooses it; None: there is none."""
+        return None
+
     def prepare(self) -> None:
-        """Download or build what is loaded later; a node's other processes wait meanwhile."""
+        """Download or build what is loaded later; other processes of the node wait meanwhile."""
         return  # most sets need nothing
 
     @abstractmethod
@@ -62,16 +98,16 @@ class AbstractDataModule(LightningDataModule, ABC):
         """Return the samples for training and for testing, to be indexed by a mask, bool (N,)."""
 
     @abstractmethod
-    def _training(self, *, overfit: bool) -> Passes:
-        """Return this process's training batches; with ``overfit`` in stored order, unchanged."""
+    def _training(self, *, overfit: bool) -> EpochLoader:
+        """Return the training batches; with ``overfit`` in stored order, unchanged."""
 
     @abstractmethod
-    def _evaluation(self, split: str) -> Passes:
-        """Return this process's batches of a split (train, validation or test) in stored order."""
+    def _evaluation(self, split: str) -> EpochLoader:
+        """Return the batches of a split (train, validation or test) in stored order."""
 
     @abstractmethod
     def _first(self, n: int) -> Batch:
-        """Return the first ``n`` training samples on the CPU, as evaluation has them."""
+        """Return the first ``n`` training samples on the CPU, as in evaluation."""
 
     @property
     def validates_on_test(self) -> bool:
@@ -79,13 +115,13 @@ class AbstractDataModule(LightningDataModule, ABC):
         return self.validation == 0
 
     def prepare_data(self) -> None:
-        """Call ``prepare``, once however often Lightning asks."""
+        """Call ``prepare``, once however often Lightning calls this."""
         if not self._prepared:
             self.prepare()
             self._prepared = True
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the set once, and learn on which device and for which process batches are wanted."""
+        """Load the set once; read from the trainer the device and the process of the batches."""
         if self.trainer is not None:
             self._device = self.trainer.strategy.root_device
             self._rank, self._ranks = self.trainer.global_rank, self.trainer.world_size
@@ -94,19 +130,19 @@ class AbstractDataModule(LightningDataModule, ABC):
     def sample_batch(self, n: int = 2) -> Batch:
         """Return the first ``n`` training samples on the CPU, normalized; needs no trainer.
 
-        For trying whether a model fits the data. Prepares and loads the set where that is not done.
-        Raises ValueError for an ``n`` that is not an integer ≥ 1.
+        It serves to check that a model fits the data. Prepares and loads the set if necessary.
+        Raises TypeError or ValueError for an ``n`` that is not an integer ≥ 1.
         """
-        require_integer("n", n, minimum=1)
+        check_value("n", n, int, {"at least": 1})
         self.prepare_data()
         self._load_once()
         return self._first(n)
 
-    def train_dataloader(self) -> Passes:
+    def train_dataloader(self) -> EpochLoader:
         """Return the training samples in shuffled batches of ``batch_size``, the last smaller.
 
-        In stored order and as they are under a trainer with ``overfit_batches``: these are then the
-        same batches in every epoch.
+        Under a trainer with ``overfit_batches``, in stored order and unchanged: the same batches in
+        every epoch.
         """
         overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         self._train = self._training(overfit=overfit)
@@ -115,58 +151,158 @@ class AbstractDataModule(LightningDataModule, ABC):
             self._saved = None
         return self._train
 
-    def val_dataloader(self) -> Passes:
+    def val_dataloader(self) -> EpochLoader:
         """Return the samples for validation in stored order, batches of ``eval_batch_size``."""
         return self._evaluation("test" if self.validates_on_test else "validation")
 
-    def test_dataloader(self) -> Passes:
+    def test_dataloader(self) -> EpochLoader:
         """Return the test split in stored order, batches of ``eval_batch_size``."""
         return self._evaluation("test")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the training batches, which a checkpoint keeps.
 
-        Lightning keeps it too, but forgets it in checkpoints saved at the end of an epoch: the next
-        run's first epoch would repeat epoch 0's order.
+        Lightning keeps it too, but not in checkpoints saved at the end of an epoch: the first epoch
+        of the next run would repeat the order of epoch 0.
         """
         return {} if self._train is None else {"train": self._train.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next training batches go on where ``state_dict`` was saved."""
+        """Let the next training batches continue where ``state_dict`` was saved."""
         self._saved = state_dict.get("train")
 
+    def _split(self, name: str) -> Any:
+        if not self._splits:
+            raise RuntimeError("call setup() before asking for batches (a Trainer does so itself)")
+        return self._splits[name]
+
     def _load_once(self) -> None:
-        """Load the set where that is not done, and hold out what is for validation."""
+        """Load the set if that is not done, and hold out samples for validation."""
         if self._splits:
             return
         train, test = self.load()
-        if self.validates_on_test:
-            self._splits = {"train": train, "test": test}
-            return
-        held_out = self._held_out(len(train))
-        self._splits = {"train": train[~held_out], "validation": train[held_out], "test": test}
-
-    def _held_out(self, samples: int) -> Tensor:
-        """Return which of the training samples are for validation, bool (N,).
-
-        Raises ValueError where nothing is left to train on.
-        """
-        if self.validation >= samples:
+        self._splits = {"train": train, "test": test}
+        if self.validation >= len(train):
             raise ValueError(
-                f"validation {self.validation} leaves nothing of {samples} training samples: "
+                f"validation {self.validation} leaves nothing of {len(train)} training samples: "
                 "hold out fewer"
             )
-        return hold_out(samples, self.validation)
+        if not self.validates_on_test:
+            held_out = hold_out(len(train), self.validation)
+            self._splits |= {"train": train[~held_out], "validation": train[held_out]}
 
 
 def hold_out(samples: int, count: int) -> Tensor:
     """Return which of ``samples`` are held out, bool (N,): ``count`` of them, by a fixed rule.
 
-    The rule: the indices i with the smallest SHA-256 of the ASCII text "fastdeq validation <i>".
-    Neither a seed nor a library's random numbers are in it, and a larger set holds the smaller.
+    The rule: the indices i with the smallest SHA-256 of the ASCII text "fastdeq validation <i>". It
+    depends neither on a seed nor on a library's random numbers, and a larger set contains the
+    smaller.
     """
     digests = [hashlib.sha256(f"fastdeq validation {i}".encode()).digest() for i in range(samples)]
     chosen = sorted(range(samples), key=digests.__getitem__)[:count]
     mask = torch.zeros(samples, dtype=torch.bool)
     mask[chosen] = True
     return mask
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Inputs (N, ...) and targets (N, ...) of one split; ValueError where their lengths differ."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.targets):
+            raise ValueError(f"{len(self.inputs)} inputs but {len(self.targets)} targets")
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.inputs)
+
+    def __getitem__(self, index: slice | Tensor) -> Self:
+        """Return the samples at ``index``."""
+        return type(self)(self.inputs[index], self.targets[index])
+
+    def to(self, device: torch.device) -> Self:
+        """Return these samples on ``device``; what is there already is not copied."""
+        return type(self)(self.inputs.to(device), self.targets.to(device))
+
+
+@data_module
+class InMemoryDataModule(AbstractDataModule):
+    """Batches of a set that lies whole on the trainer's device; see ``AbstractDataModule``.
+
+    ``augmentation`` changes the images of the training batches, one after the other, by ``seed``
+    and the epoch; None: nothing.
+
+    A subclass is final. It defines ``input_shape``, ``outputs`` and ``load``, where it needs them
+    ``prepare`` and ``normalization``, and sets ``metadata`` in ``load``.
+
+    Raises ValueError for an ``augmentation`` that changes the shape of the images, and what
+    ``AbstractDataModule`` raises; at ``setup``, for a ``validation`` that leaves no training
+    samples.
+    """
+
+    augmentation: Sequence[Augmentation] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.augmentation = tuple(self.augmentation or ())
+        _check_shapes(self.augmentation, self.input_shape)
+
+    @abstractmethod
+    def load(self) -> tuple[Samples, Samples]:
+        """Return the samples for training and for testing, on the CPU."""
+
+    def _training(self, *, overfit: bool) -> Batches:
+        return self._batches(
+            self._on_device("train"),
+            batch_size=self.batch_size,
+            shuffle=not overfit,
+            seed=self.seed,
+            augmentation=() if overfit else self.augmentation,
+            rank=self._rank,
+            ranks=self._ranks,
+        )
+
+    def _evaluation(self, split: str) -> Batches:
+        return self._batches(
+            self._on_device(split),
+            batch_size=self.eval_batch_size,
+            rank=self._rank,
+            ranks=self._ranks,
+        )
+
+    def _first(self, n: int) -> Batch:
+        first = self._split("train")[:n].to(torch.device("cpu"))
+        return next(iter(self._batches(first, batch_size=n)))
+
+    def _on_device(self, split: str) -> Samples:
+        # Moves once: later calls find it there.
+        samples: Samples = self._split(split).to(self._device)
+        self._splits[split] = samples
+        return samples
+
+    def _batches(self, samples: Samples, **settings: Any) -> Batches:
+        return Batches(samples.inputs, samples.targets, normalization=self.normalizer, **settings)
+
+
+def _check_shapes(augmentation: Sequence[Augmentation], shape: tuple[int, ...]) -> None:
+    """Apply each augmentation to an image of this shape, which it must keep."""
+    generator = torch.Generator().manual_seed(0)
+    for one in augmentation:
+        found = one.apply(torch.zeros(1, *shape), one.draw(1, generator)).shape[1:]
+        if found != shape:
+            raise ValueError(
+                f"augmentation: {one} makes images of {tuple(found)} from {shape}: keep their shape"
+            )
+
+
+def image_samples(images: ImageSet) -> tuple[Samples, Samples]:
+    """Return the training and the test split of an image set."""
+    return (
+        Samples(images.train_images, images.train_labels),
+        Samples(images.test_images, images.test_labels),
+    )

@@ -1,33 +1,67 @@
-"""One HDF5 layout for every image set, read and written whole, with a checksum.
+"""HDF5 files with checksums: image sets that are read whole, image files that are read one by one.
 
-Datasets: ``train/images`` and ``test/images`` uint8 (N, C, H, W), ``train/labels`` and
-``test/labels`` uint8 (N,). File attributes, UTF-8: ``REQUIRED_ATTRIBUTES`` and ``sha256``.
+Image set (`write_store`): ``train/images`` and ``test/images`` uint8 (N, C, H, W), ``train/labels``
+and ``test/labels`` uint8 (N,).
 
-``sha256`` is the SHA-256 of, for each dataset in the order of ``DATASETS``, the ASCII line
-``"<name> uint8 <dimensions joined by x>\\n"`` followed by its values in C order, one byte each.
+Image files (`write_records`), for the splits train and val: ``bytes`` uint8, the contents of all
+files one after the other; ``offsets`` int64 (N + 1,), where each begins and the last one ends;
+``labels`` int64 (N,); ``crc32`` uint32 (N,), of each content, as zlib computes it; ``names`` uint8,
+"class/file" and a zero byte for each. Beside the splits: ``classes`` uint8, the names of the
+classes likewise.
+
+Attributes, UTF-8: ``REQUIRED_ATTRIBUTES`` and ``sha256``. ``sha256`` is the SHA-256 of, for each
+dataset in the order of its layout, the ASCII line ``"<name> <type> <dimensions joined by x>\\n"``
+followed by its values in C order, little-endian. It is verified whenever a file is opened, but does
+not cover ``bytes``, which can take a quarter of an hour to read: there, each content is verified by
+its CRC-32 whenever it is read.
 """
 
 import glob
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import h5py
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-DATASETS = ("train/images", "train/labels", "test/images", "test/labels")
-REQUIRED_ATTRIBUTES = ("name", "version", "source", "licence", "split")
-DAMAGE = (OSError, RuntimeError, KeyError, TypeError, ValueError)
-"""What h5py raises for a file that it cannot make sense of."""
+Arrays = Mapping[str, NDArray[Any]]
+Watch = Callable[[range], Iterable[int]]
+"""Passes on the numbers of the images that are worked on; it can show a progress bar."""
 
+CURE = "delete it and it is built again"
+SPLITS = ("train", "val")
+IMAGES = {
+    f"{split}/{name}": (kind, axes)
+    for split in ("train", "test")
+    for name, kind, axes in (("images", "uint8", 4), ("labels", "uint8", 1))
+}
+INDEX = {
+    **{
+        f"{split}/{name}": (kind, 1)
+        for split in SPLITS
+        for name, kind in (
+            ("offsets", "<i8"),
+            ("labels", "<i8"),
+            ("crc32", "<u4"),
+            ("names", "|u1"),
+        )
+    },
+    "classes": ("|u1", 1),
+}
+"""The layouts: type and number of axes of the datasets that are read whole."""
+REQUIRED_ATTRIBUTES = ("name", "version", "source", "licence", "split")
+
+_DAMAGE = (OSError, RuntimeError, KeyError, TypeError, ValueError)  # what h5py raises for it
 _LIBVER = ("v110", "v110")  # fixed, for equal bytes; HDF5 checksums its own metadata since 1.8
 # HDF5's own locks fail on many network file systems, and there is nothing to lock here: a file is
 # written by one process, under a name of its own, and never changes under its final name.
@@ -36,9 +70,12 @@ _CHUNK = 1024  # samples
 _ASIDE = ".{name}.{random}.tmp"  # the file that is written before it gets its name
 
 
+# Image sets
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSet:
-    """An image set in memory: images uint8 (N, C, H, W), labels int64 (N,), and what it is."""
+    """An image set in memory: images uint8 (N, C, H, W), labels int64 (N,), and its attributes."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -46,67 +83,32 @@ class ImageSet:
     test_labels: Tensor
     attributes: Mapping[str, str]
 
-    def to(self, device: torch.device) -> Self:
-        """Return this set with its tensors on ``device``; those already there are not copied."""
-        return replace(
-            self,
-            train_images=self.train_images.to(device),
-            train_labels=self.train_labels.to(device),
-            test_images=self.test_images.to(device),
-            test_labels=self.test_labels.to(device),
-        )
-
 
 def write_store(path: str | Path, images: ImageSet) -> str:
-    """Write ``images`` to a new file and return its ``sha256``; the file appears whole or not.
+    """Write an image set to a new file, which appears whole or not at all; return its ``sha256``.
 
     Raises FileExistsError where ``path`` exists, ValueError for arrays or attributes that do not
     fit the layout.
     """
-    path = Path(path)
-    arrays = _to_arrays(images)
-    if problem := _layout_problem(arrays) or attribute_problem(images.attributes):
+    path, arrays = Path(path), _to_arrays(images)
+    problem = _layout_problem(arrays, IMAGES, images.attributes) or _size_problem(arrays)
+    if problem:
         raise ValueError(f"{path}: cannot be written: {problem}")
-    checksum = _checksum(arrays)
+    checksum = _checksum(arrays, IMAGES)
     with written_aside(path) as aside:
         _write_file(aside, arrays, {**images.attributes, "sha256": checksum})
     return checksum
 
 
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Give the path of a new file to write, which gets the name ``path`` if nothing is raised.
-
-    Raises FileExistsError where ``path`` exists by then; the file aside is gone in any case.
-    """
-    aside = path.with_name(_ASIDE.format(name=path.name, random=secrets.token_hex(8)))
-    try:
-        yield aside
-        _publish(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def remove_unfinished(path: str | Path) -> None:
-    """Delete what killed writers of ``path`` left beside it; call it only while nobody writes."""
-    path = Path(path)
-    for aside in path.parent.glob(_ASIDE.format(name=glob.escape(path.name), random="*")):
-        aside.unlink(missing_ok=True)
-
-
 def read_store(path: str | Path, *, cure: str = "delete it and make it again") -> ImageSet:
-    """Read and verify a file of this layout; ``cure`` ends the message when it is broken.
+    """Read and verify an image set; ``cure`` ends the message where the file is damaged.
 
-    Raises FileNotFoundError where there is no file, ValueError where it is not HDF5, misses a
-    dataset or an attribute, holds other shapes or types, does not match its checksum, or may not
-    be opened.
+    Raises FileNotFoundError where there is no file, ValueError where it cannot be opened or is not
+    HDF5, lacks a dataset or an attribute, holds other shapes or types, or does not match its
+    checksum.
     """
-    path = Path(path)
-    attributes, arrays = read_file(path, DATASETS, cure=cure)
-    problem = _layout_problem(arrays) or attribute_problem(attributes)
-    if problem is None and attributes.get("sha256") != _checksum(arrays):
-        problem = "the data do not match their sha256"
-    if problem:
+    attributes, arrays = _read_file(Path(path), IMAGES, cure)
+    if problem := _size_problem(arrays):
         raise ValueError(f"{path}: {problem}: {cure}")
     return ImageSet(
         train_images=torch.from_numpy(arrays["train/images"]),
@@ -117,52 +119,9 @@ def read_store(path: str | Path, *, cure: str = "delete it and make it again") -
     )
 
 
-def read_file(
-    path: Path, names: Sequence[str], *, cure: str
-) -> tuple[dict[str, str], dict[str, NDArray[np.generic]]]:
-    """Return a file's attributes and those of the datasets ``names`` that are in it, whole.
-
-    Raises FileNotFoundError where there is no file, ValueError where it cannot be read.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image set: {cure}")
-    try:
-        with open_file(path) as file:
-            attributes = {key: _text(value) for key, value in file.attrs.items()}
-            arrays = {name: np.asarray(file[name]) for name in names if name in file}
-    except DAMAGE as error:
-        reason = " ".join(str(error).split())  # HDF5's messages can take several lines
-        if isinstance(error, PermissionError):
-            cure = "ask its owner for the permission to read it"
-        elif "unable to lock file" in reason:  # the environment's setting goes before ours
-            cure = "set HDF5_USE_FILE_LOCKING=FALSE in the environment"
-        raise ValueError(f"{path}: not a readable HDF5 file ({reason}): {cure}") from error
-    return attributes, arrays
-
-
-def open_file(path: Path, *, new: bool = False) -> h5py.File:
-    """Open a store to read it, or a ``new`` file to write one; raises what h5py does."""
-    if new:
-        return h5py.File(path, "x", libver=_LIBVER, locking=_LOCKING)
-    return h5py.File(path, "r", locking=_LOCKING)
-
-
-def write_attributes(file: h5py.File, attributes: Mapping[str, str]) -> None:
-    """Write the attributes of a file, UTF-8."""
-    for key in sorted(attributes):
-        # Of fixed length: these lie in the header, which HDF5 checksums, and not in its heap.
-        file.attrs[key] = np.bytes_(attributes[key].encode())
-
-
-def attribute_problem(attributes: Mapping[str, str]) -> str | None:
-    """Say which of the attributes that every store has are missing, if any are."""
-    missing = [name for name in REQUIRED_ATTRIBUTES if not attributes.get(name)]
-    return f"attributes are missing: {', '.join(missing)}" if missing else None
-
-
-def _to_arrays(images: ImageSet) -> dict[str, NDArray[np.generic]]:
+def _to_arrays(images: ImageSet) -> dict[str, NDArray[Any]]:
     tensors = (images.train_images, images.train_labels, images.test_images, images.test_labels)
-    arrays = {name: tensor.cpu().numpy() for name, tensor in zip(DATASETS, tensors, strict=True)}
+    arrays = {name: tensor.cpu().numpy() for name, tensor in zip(IMAGES, tensors, strict=True)}
     for name in ("train/labels", "test/labels"):
         labels = arrays[name].astype(np.uint8)
         # Labels that a byte cannot hold keep their type, which the layout then refuses.
@@ -170,17 +129,7 @@ def _to_arrays(images: ImageSet) -> dict[str, NDArray[np.generic]]:
     return arrays
 
 
-def _text(value: object) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _layout_problem(arrays: Mapping[str, NDArray[np.generic]]) -> str | None:
-    for name in DATASETS:
-        if name not in arrays:
-            return f"dataset {name} is missing"
-        array, axes = arrays[name], 4 if name.endswith("images") else 1
-        if array.dtype != np.uint8 or array.ndim != axes:
-            return f"{name} must be uint8 with {axes} axes, not {array.dtype} {array.shape}"
+def _size_problem(arrays: Arrays) -> str | None:
     for split in ("train", "test"):
         images, labels = arrays[f"{split}/images"], arrays[f"{split}/labels"]
         if len(images) != len(labels) or not len(images):
@@ -190,31 +139,287 @@ def _layout_problem(arrays: Mapping[str, NDArray[np.generic]]) -> str | None:
     return None
 
 
-def _checksum(arrays: Mapping[str, NDArray[np.generic]]) -> str:
-    digest = hashlib.sha256()
-    for name in DATASETS:
-        dimensions = "x".join(map(str, arrays[name].shape))
-        digest.update(f"{name} uint8 {dimensions}\n".encode("ascii"))
-        digest.update(arrays[name].tobytes(order="C"))
-    return digest.hexdigest()
-
-
-def _write_file(
-    path: Path, arrays: Mapping[str, NDArray[np.generic]], attributes: Mapping[str, str]
-) -> None:
-    with open_file(path, new=True) as file:
-        write_attributes(file, attributes)
-        for name in DATASETS:
+def _write_file(path: Path, arrays: Arrays, attributes: Mapping[str, str]) -> None:
+    gzip = {"compression": "gzip", "compression_opts": 9}
+    with _open_file(path, new=True) as file:
+        _write_attributes(file, attributes)
+        for name in IMAGES:
             array = arrays[name]
             chunks = (min(len(array), _CHUNK), *array.shape[1:])
-            file.create_dataset(
-                name,
-                data=array,
-                chunks=chunks,
-                compression="gzip",
-                compression_opts=9,
-                track_times=False,
+            file.create_dataset(name, data=array, chunks=chunks, track_times=False, **gzip)
+
+
+# Image files
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FolderSplit:
+    """The image files of one split, sorted by class and name: ``names`` are "class/file".
+
+    ``sizes`` int64 (N,), in bytes; ``times`` int64 (N, 2), in nanoseconds: when the content and
+    when the status of the file changed last (mtime and ctime); ``labels`` int64 (N,).
+    """
+
+    folder: Path
+    names: Sequence[str]
+    sizes: NDArray[np.int64]
+    times: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+    def read(self, index: int) -> bytes:
+        """Return the content of a file.
+
+        Raises ValueError where it cannot be read or has another size than when it was listed.
+        """
+        path = self.folder / self.names[index]
+        content = read_content(path)
+        if len(content) != self.sizes[index]:
+            raise ValueError(
+                f"{path}: has {len(content)} bytes, and had {self.sizes[index]} a moment ago: wait "
+                "until nothing is written there any more, and start again"
             )
+        return content
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageFolder:
+    """A folder of image files: its ``classes`` in the order of their names, and its ``splits``."""
+
+    root: Path
+    classes: Sequence[str]
+    splits: Mapping[str, FolderSplit]
+
+
+class Records:
+    """The image files of one split of a store: ``targets`` are their labels, int64 (N,).
+
+    Processes may share it, by fork or pickle: each opens the file itself when it first reads.
+
+    ``columns``, each (N,): where the content of an image starts, its length, its CRC-32, its label,
+    and its number in the file. ``source``: the folder that the images came from.
+    """
+
+    def __init__(self, *, path: Path, split: str, source: str, columns: Arrays) -> None:
+        self._path, self._split, self._source, self._columns = path, split, source, columns
+        self._file: h5py.File | None = None
+        self._process: int | None = None  # which has opened the file
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self._columns["label"])
+
+    @property
+    def targets(self) -> Tensor:
+        """The labels, int64 (N,)."""
+        return torch.from_numpy(self._columns["label"].astype(np.int64))
+
+    def __getitem__(self, mask: Tensor) -> Self:
+        """Return the records where ``mask``, bool (N,), is true."""
+        columns = {name: column[mask.numpy()] for name, column in self._columns.items()}
+        return type(self)(path=self._path, split=self._split, source=self._source, columns=columns)
+
+    def read(self, index: int) -> bytes:
+        """Return the content of an image file; raises ValueError naming it where it is damaged."""
+        start, length, crc32, number = (
+            int(self._columns[name][index]) for name in ("start", "length", "crc32", "number")
+        )
+        try:
+            found: bytes = self._open()[f"{self._split}/bytes"][start : start + length].tobytes()
+        except _DAMAGE as error:
+            place = f"{self._path}: {self._split} image {number}"
+            raise ValueError(f"{place} cannot be read ({one_line(error)}): {CURE}") from error
+        if zlib.crc32(found) != crc32:
+            raise ValueError(f"{self._path}: its copy of {self.file(index)} is damaged: {CURE}")
+        return found
+
+    def file(self, index: int) -> str:
+        """Return the path of the file that an image was read from."""
+        return f"{self._source}/{self.names()[index]}"
+
+    def names(self) -> list[str]:
+        """Return the names of the images, "class/file"."""
+        names = _parted(np.asarray(self._open()[f"{self._split}/names"]))
+        return [names[number] for number in self._columns["number"]]
+
+    def holds(self, split: FolderSplit, watch: Watch) -> bool:
+        """Return whether these are exactly the files of ``split``: names and contents.
+
+        Raises ValueError where one of those cannot be read.
+        """
+        try:
+            return self.names() == list(split.names) and all(
+                self._reads_as(number, split.read(number)) for number in watch(range(len(self)))
+            )
+        finally:
+            self.close()
+
+    def _reads_as(self, index: int, content: bytes) -> bool:
+        try:
+            return self.read(index) == content
+        except ValueError:  # damaged
+            return False
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        if self._file is not None and self._process == os.getpid():
+            self._file.close()
+        self._file = None
+
+    def _open(self) -> h5py.File:
+        if self._file is None or self._process != os.getpid():
+            self._file, self._process = _open_file(self._path), os.getpid()
+        return self._file
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecordFile:
+    """An opened store of image files: its splits, the names of the classes, and its attributes."""
+
+    train: Records
+    val: Records
+    classes: Sequence[str]
+    attributes: Mapping[str, str]
+
+
+def write_records(
+    path: Path,
+    folder: ImageFolder,
+    attributes: Mapping[str, str],
+    *,
+    check: Callable[[bytes], object],
+    watch: Watch,
+) -> None:
+    """Write image files to a new file, which appears whole or not at all; one is in memory at once.
+
+    ``check`` raises ValueError for a content that is not an image. Raises ValueError naming a file
+    that is wrong, FileExistsError where ``path`` exists, and what h5py does where it cannot be
+    written.
+    """
+    arrays: dict[str, NDArray[Any]] = {"classes": _joined(folder.classes)}
+    with written_aside(path) as aside, _open_file(aside, new=True) as file:
+        for name, split in folder.splits.items():
+            offsets = np.concatenate([[0], split.sizes.cumsum()])
+            arrays[f"{name}/offsets"], arrays[f"{name}/labels"] = offsets, split.labels
+            arrays[f"{name}/names"] = _joined(split.names)
+            arrays[f"{name}/crc32"] = crc32 = np.zeros(len(split.names), dtype=np.uint32)
+            contents = file.create_dataset(
+                f"{name}/bytes", (offsets[-1],), "|u1", track_times=False
+            )
+            for number in watch(range(len(split.names))):
+                content = split.read(number)
+                try:
+                    check(content)
+                except ValueError as error:
+                    place = split.folder / split.names[number]
+                    raise ValueError(f"{place}: {error}: replace or remove it") from error
+                crc32[number] = zlib.crc32(content)
+                contents[offsets[number] : offsets[number + 1]] = np.frombuffer(content, np.uint8)
+        for name, (kind, _) in INDEX.items():
+            arrays[name] = arrays[name].astype(kind)
+            file.create_dataset(name, data=arrays[name], track_times=False)
+        _write_attributes(file, {**attributes, "sha256": _checksum(arrays, INDEX)})
+
+
+def read_records(path: Path, *, cure: str = CURE) -> RecordFile:
+    """Open a store of image files and verify all but the contents; ``cure`` ends its messages.
+
+    Raises FileNotFoundError where there is no file, ValueError where it is not HDF5, is truncated
+    or damaged, or of another layout.
+    """
+    attributes, arrays = _read_file(path, INDEX, cure)
+    splits = {
+        split: Records(
+            path=path,
+            split=split,
+            source=f"{attributes['source']}/{split}",
+            columns={
+                "start": arrays[f"{split}/offsets"][:-1],
+                "length": np.diff(arrays[f"{split}/offsets"]),
+                "crc32": arrays[f"{split}/crc32"],
+                "label": arrays[f"{split}/labels"],
+                "number": np.arange(len(arrays[f"{split}/labels"])),
+            },
+        )
+        for split in SPLITS
+    }
+    return RecordFile(**splits, classes=_parted(arrays["classes"]), attributes=attributes)
+
+
+def _joined(names: Iterable[str]) -> NDArray[Any]:
+    # As the file system has them: a name need not be UTF-8.
+    content = b"".join(os.fsencode(name) + b"\0" for name in names)
+    return np.frombuffer(content, dtype=np.uint8)
+
+
+def _parted(names: NDArray[Any]) -> list[str]:
+    return [os.fsdecode(name) for name in names.tobytes().split(b"\0")[:-1]]
+
+
+# Files of either layout
+
+
+def one_line(error: BaseException) -> str:
+    """Return the text of an error in one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_content(path: Path) -> bytes:
+    """Return the content of a file; raises ValueError naming it where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def check_attributes(
+    path: Path, found: Mapping[str, str], wanted: Mapping[str, str], cure: str
+) -> None:
+    """Raise ValueError, naming file and ``cure``, for a store of another name or version."""
+    for key in ("name", "version"):
+        if found[key] != wanted[key]:
+            raise ValueError(f"{path}: its {key} is {found[key]!r}, not {wanted[key]!r}: {cure}")
+
+
+@contextmanager
+def building(path: Path) -> Iterator[bool]:
+    """Lock the store at ``path`` for the process that builds it; yield whether it is missing.
+
+    Raises OSError, with the cure, for any OSError or RuntimeError: the store cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            remove_unfinished(path)  # the lock was free: their writers are dead
+            yield not path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: h5py's on a full disk, when closing
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise OSError(
+            f"{path}: cannot be written ({reason}): choose a folder for it with data.store=PATH "
+            "or FASTDEQ_CACHE"
+        ) from error
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yield the path of a new file to write, which gets the name ``path`` if nothing is raised.
+
+    Raises FileExistsError where ``path`` exists by then; the file aside is removed in any case.
+    """
+    aside = path.with_name(_ASIDE.format(name=path.name, random=secrets.token_hex(8)))
+    try:
+        yield aside
+        _publish(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed writers of ``path`` left beside it; call it only while nobody writes."""
+    for aside in path.parent.glob(_ASIDE.format(name=glob.escape(path.name), random="*")):
+        aside.unlink(missing_ok=True)
 
 
 def _publish(aside: Path, path: Path) -> None:
@@ -233,3 +438,66 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _open_file(path: Path, *, new: bool = False) -> h5py.File:
+    if new:
+        return h5py.File(path, "x", libver=_LIBVER, locking=_LOCKING)
+    return h5py.File(path, "r", locking=_LOCKING)
+
+
+def _write_attributes(file: h5py.File, attributes: Mapping[str, str]) -> None:
+    for key in sorted(attributes):
+        # Of fixed length: these lie in the header, which HDF5 checksums, and not in its heap.
+        file.attrs[key] = np.bytes_(attributes[key].encode())
+
+
+def _read_file(
+    path: Path, layout: Mapping[str, tuple[str, int]], cure: str
+) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
+    """Return the attributes and the datasets of a layout, verified; raises as `read_store`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image set: {cure}")
+    try:
+        with _open_file(path) as file:
+            attributes = {key: _text(value) for key, value in file.attrs.items()}
+            arrays = {name: np.asarray(file[name]) for name in layout if name in file}
+    except _DAMAGE as error:
+        reason = one_line(error)
+        if isinstance(error, PermissionError):
+            cure = "ask its owner for the permission to read it"
+        elif "unable to lock file" in reason:  # the environment overrides _LOCKING
+            cure = "set HDF5_USE_FILE_LOCKING=FALSE in the environment"
+        raise ValueError(f"{path}: not a readable HDF5 file ({reason}): {cure}") from error
+    problem = _layout_problem(arrays, layout, attributes)
+    if problem is None and attributes.get("sha256") != _checksum(arrays, layout):
+        problem = "the data do not match their sha256"
+    if problem:
+        raise ValueError(f"{path}: {problem}: {cure}")
+    return attributes, arrays
+
+
+def _layout_problem(
+    arrays: Arrays, layout: Mapping[str, tuple[str, int]], attributes: Mapping[str, str]
+) -> str | None:
+    for name, (kind, axes) in layout.items():
+        if name not in arrays:
+            return f"dataset {name} is missing"
+        array = arrays[name]
+        if array.dtype != np.dtype(kind) or array.ndim != axes:
+            return f"{name} must be {kind} with {axes} axes, not {array.dtype} {array.shape}"
+    missing = [name for name in REQUIRED_ATTRIBUTES if not attributes.get(name)]
+    return f"attributes are missing: {', '.join(missing)}" if missing else None
+
+
+def _checksum(arrays: Arrays, layout: Mapping[str, tuple[str, int]]) -> str:
+    digest = hashlib.sha256()
+    for name, (kind, _) in layout.items():
+        dimensions = "x".join(map(str, arrays[name].shape))
+        digest.update(f"{name} {kind} {dimensions}\n".encode("ascii"))
+        digest.update(arrays[name].tobytes(order="C"))
+    return digest.hexdigest()
+
+
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

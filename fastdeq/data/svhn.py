@@ -4,7 +4,6 @@ Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu, A. Y. Ng, Reading Digits in N
 Unsupervised Feature Learning, 2011. "Format 2", the cropped digits, as MATLAB 5 files.
 """
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +17,10 @@ from scipy.io import loadmat
 from torch import Tensor
 
 from fastdeq.data.cifar10 import Cifar10DataModule
-from fastdeq.data.sources import ImageSource, Publication, SourceFile
-from fastdeq.data.store import ImageSet
-from fastdeq.data.stored import StoredDataModule
+from fastdeq.data.module import data_module
+from fastdeq.data.published import ImageSource, SourceFile, StoredDataModule, sha256_of
+from fastdeq.data.store import ImageSet, one_line, read_content
 
-_SHAPE = (3, 32, 32)
 _CLASSES = 10
 _WANTED = "get train_32x32.mat and test_32x32.mat of SVHN's format 2 (cropped digits)"
 
@@ -30,28 +28,15 @@ _WANTED = "get train_32x32.mat and test_32x32.mat of SVHN's format 2 (cropped di
 @final
 @dataclass(frozen=True, kw_only=True)
 class SvhnImages(ImageSource):
-    """The files of the cropped digits, for training and for test. Verified are their MD5."""
-
-    publication: Publication
+    """The files of the cropped digits, for training and for test, verified by their MD5."""
 
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
         """Read the two files into one set, its labels 0..9 (see ``ImageSource``)."""
-        splits = [read_cropped_digits(path) for path in files]
+        train, test = (read_cropped_digits(path) for path in files)
         if verify:
-            for path, file in zip(files, self.publication.files, strict=True):
-                self.publication.verify_md5(path, file)
-        (train_images, train_labels), (test_images, test_labels) = splits
-        checksums = (f"{p.name} {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in files)
-        return ImageSet(
-            train_images=train_images,
-            train_labels=train_labels,
-            test_images=test_images,
-            test_labels=test_labels,
-            attributes={
-                **self.publication.attributes(),
-                "source_sha256": ", ".join(checksums),
-            },
-        )
+            for path, file in zip(files, self.files, strict=True):
+                self.verify_md5(path, file)
+        return self.image_set(train, test, {path: sha256_of(path) for path in files})
 
 
 def read_cropped_digits(path: str | Path) -> tuple[Tensor, Tensor]:
@@ -82,44 +67,40 @@ def read_cropped_digits(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    content = read_content(path)
     try:
         found: dict[str, Any] = loadmat(io.BytesIO(content), variable_names=("X", "y"))
     except NotImplementedError as error:  # SciPy's for HDF5
         raise ValueError(f"{path}: of MATLAB 7.3, as the full images are: {_WANTED}") from error
     except Exception as error:  # damage makes SciPy raise anything: it has no error of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ValueError(f"{path}: not a readable MATLAB 5 file ({reason}): {_WANTED}") from error
     return found
 
 
 SVHN = SvhnImages(
-    publication=Publication(
-        name="svhn",
-        title="SVHN",
-        version="2011",
-        source="Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu, A. Y. Ng, The Street View House "
-        "Numbers Dataset, http://ufldl.stanford.edu/housenumbers/",
-        licence="for non-commercial use only (Y. Netzer et al.)",
-        split="the authors': 73,257 for training, 26,032 for test, without the extra ones",
-        files=(
-            SourceFile(names=("train_32x32.mat",), md5="e26dedcc434d2e4c54c9b2d4a06d8373"),
-            SourceFile(names=("test_32x32.mat",), md5="eb5a983be6a315427106f1b164d9cef3"),
-        ),
-        folders=("SVHN",),
-        mirrors=("http://ufldl.stanford.edu/housenumbers/",),
-    )
+    name="svhn",
+    title="SVHN",
+    version="2011",
+    source="Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu, A. Y. Ng, The Street View House "
+    "Numbers Dataset, http://ufldl.stanford.edu/housenumbers/",
+    licence="for non-commercial use only (Y. Netzer et al.)",
+    split="the authors': 73,257 for training, 26,032 for test, without the extra ones",
+    files=(
+        SourceFile(names=("train_32x32.mat",), md5="e26dedcc434d2e4c54c9b2d4a06d8373"),
+        SourceFile(names=("test_32x32.mat",), md5="eb5a983be6a315427106f1b164d9cef3"),
+    ),
+    folders=("SVHN",),
+    mirrors=("http://ufldl.stanford.edu/housenumbers/",),
 )
 
 
 @final
+@data_module
 class SvhnDataModule(StoredDataModule):
-    """SVHN, digits of house numbers: batches as ``StoredDataModule`` says, (B, 3, 32, 32)."""
+    """SVHN, digits of house numbers: batches (B, 3, 32, 32), see ``StoredDataModule``."""
 
     source = SVHN
-    input_shape = _SHAPE
+    input_shape = (3, 32, 32)
     outputs = _CLASSES
-    normalization = Cifar10DataModule.normalization  # as published
+    published = Cifar10DataModule.published  # as it was published

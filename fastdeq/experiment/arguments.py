@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastdeq.experiment.explain import nearest
-from fastdeq.experiment.signatures import signature_of
+from fastdeq.experiment.signatures import is_plain_dataclass, signature_of
 from fastdeq.settings import check_bounds, describe, fits
 
 _DIRECTIVES = {
@@ -221,7 +221,7 @@ def _check_call(node: DictConfig, target: Any) -> None:
                 LIMITS[kind, of] for kind, of in LIMITS if of == name and issubclass(target, kind)
             )
             check_bounds(_key(child), values[name], next(limits, {}))
-    if hasattr(target, "__dataclass_fields__") and not any(map(_holds_made, values.values())):
+    if is_plain_dataclass(target) and not any(map(_holds_made, values.values())):
         _check_ranges(target, values, {name: _key(child) for name, child in children.items()}, key)
 
 
@@ -234,13 +234,14 @@ def _check_ranges(target: type, values: dict[str, Any], places: dict[str, str], 
 
 
 def named(text: str, places: Mapping[str, str], key: str) -> str:
-    """An error of a constructor whose first word is an argument, or <class>.<argument>, under the
-    key of that argument; any other one under the key of the node.
+    """An error of a constructor whose first word is an argument, <class>.<argument>, or
+    <argument>.<key>, under the key of that argument; any other one under the key of the node.
     """
     word = text.split(" ", 1)[0]
-    place = places.get(word.rpartition(".")[2])
-    if place is not None:
-        return place + text.removeprefix(word)
+    parts = word.split(".")
+    for number, part in enumerate(parts):
+        if part in places:
+            return ".".join([places[part], *parts[number + 1 :]]) + text.removeprefix(word)
     return f"{key}: {text}" if key else text
 
 

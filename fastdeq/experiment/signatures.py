@@ -29,7 +29,7 @@ class Signature:
 @functools.cache
 def signature_of(target: Any) -> Signature:
     """What can be known of a callable; one without a signature takes everything."""
-    if is_dataclass(target):  # whose __init__ may be one that checks, and takes anything
+    if is_plain_dataclass(target):  # whose __init__ may be one that checks, and takes anything
         own = [field for field in fields(target) if field.init]
         needed = (f.name for f in own if f.default is MISSING and f.default_factory is MISSING)
         names = tuple(field.name for field in own)
@@ -49,6 +49,14 @@ def signature_of(target: Any) -> Signature:
         other=various.get(inspect.Parameter.VAR_KEYWORD, Any),
         rest=various.get(inspect.Parameter.VAR_POSITIONAL, Any),
     )
+
+
+def is_plain_dataclass(target: Any) -> bool:
+    """Whether the fields of a dataclass are its arguments: not where a subclass adds `__init__`."""
+    if not inspect.isclass(target):
+        return False
+    owner = next(parent for parent in target.__mro__ if "__init__" in vars(parent))
+    return is_dataclass(target) and "__dataclass_fields__" in vars(owner)
 
 
 def _hints_of_class(cls: type) -> dict[str, Any]:

@@ -13,8 +13,7 @@ import torch
 
 from fastdeq.data import Cifar10DataModule, read_store
 from fastdeq.data.cifar10 import CIFAR10
-from tests.data.images import mirror, tree
-from tests.data.pictures import (
+from tests.data.cifar_svhn_files import (
     ARCHIVE,
     BATCHES,
     CLASSES,
@@ -33,6 +32,7 @@ from tests.data.pictures import (
     string,
     write_folder,
 )
+from tests.data.idx_files import mirror, tree
 
 OTHER = 1  # seed of pictures that are not the official ones
 
@@ -115,8 +115,8 @@ def test_files_written_by_python_3_are_read(tmp_path):
     write_folder(tmp_path / "root", files)
     data = cifar(tmp_path / "root", verify=False)
     assert holds_the_pictures(data)
-    assert data.facts["classes"] == ", ".join(CLASSES)
-    assert data.facts["version"] == "not verified"
+    assert data.metadata["classes"] == ", ".join(CLASSES)
+    assert data.metadata["version"] == "not verified"
 
 
 def test_batches_are_normalized_as_published(tmp_path):
@@ -143,11 +143,11 @@ def test_another_archive_is_named_with_the_cure(tmp_path):
     assert holds_the_pictures(cifar(tmp_path / "root", verify=False), OTHER)
 
 
-@pytest.mark.parametrize("name", [*BATCHES, META])
-def test_another_file_is_named_with_the_cure(tmp_path, name):
-    files = cifar_files() | {name: {**cifar_files(OTHER), META: meta(CLASSES[::-1])}[name]}
-    folder = write_folder(tmp_path / "root" / FOLDER, files)
-    assert "data.verify=false" in refusal(cifar(tmp_path / "root"), str(folder / name))
+def test_another_file_is_named_with_the_cure(tmp_path):
+    for name in [*BATCHES, META]:
+        files = cifar_files() | {name: {**cifar_files(OTHER), META: meta(CLASSES[::-1])}[name]}
+        folder = write_folder(tmp_path / "root" / FOLDER, files)
+        assert "data.verify=false" in refusal(cifar(tmp_path / "root"), str(folder / name)), name
 
 
 def test_a_pickle_is_verified_before_it_is_read(tmp_path):
@@ -155,7 +155,7 @@ def test_a_pickle_is_verified_before_it_is_read(tmp_path):
     place = str(folder / "test_batch")
     assert refusal(cifar(folder), place).startswith("not the official file")
     text = refusal(cifar(folder, verify=False), place)
-    assert text == "it asks for os.system, which is no part of such a file: not read"
+    assert text == "it asks for os.system, which is not part of such a file: not read"
 
 
 # What is wrong with the files, official or not
@@ -163,9 +163,8 @@ def test_a_pickle_is_verified_before_it_is_read(tmp_path):
 PIXELS, LABELS = pictures()[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "told"),
-    [
+def test_a_wrong_file_is_named_in_one_line(tmp_path):
+    for name, content, told in [
         ("data_batch_2", b"<html>", "not a readable pickle ("),
         ("data_batch_2", b"", "not a readable pickle ("),
         ("data_batch_2", batch(PIXELS, LABELS)[:-50], "not a readable pickle ("),
@@ -182,34 +181,32 @@ PIXELS, LABELS = pictures()[0]
         ("test_batch", batch(PIXELS[:0], []), "has no images"),
         (META, meta(CLASSES[:9]), "not 10 label_names, but 9"),
         (META, pickled({b"num_vis": string(b"3072")}), "has no list of 'label_names'"),
-    ],
-)
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_wrong_file_is_named_in_one_line(tmp_path, name, content, told, packed):
-    files = cifar_files() | {name: content}
-    root = tmp_path / "root"
-    if packed:
-        place = f"{write_archive(root, archive(files))}: {FOLDER}/{name}"
-    else:
-        place = str(write_folder(root, files) / name)
-    assert refusal(cifar(root, verify=False), place).startswith(told)
+    ]:
+        for packed in [True, False]:
+            files = cifar_files() | {name: content}
+            root = tmp_path / f"{packed}"
+            if packed:
+                place = f"{write_archive(root, archive(files))}: {FOLDER}/{name}"
+            else:
+                place = str(write_folder(root, files) / name)
+            assert refusal(cifar(root, verify=False), place).startswith(told), (name, told)
 
 
-@pytest.mark.parametrize("name", [*BATCHES, META])
-def test_a_member_that_is_missing_is_named_with_its_archive(tmp_path, name):
-    files = {key: content for key, content in cifar_files().items() if key != name}
-    path = write_archive(tmp_path / "root", archive(files))
-    text = refusal(cifar(tmp_path / "root", verify=False), str(path))
-    assert text == f"{FOLDER}/{name} is not in this archive: get it again"
+def test_a_member_that_is_missing_is_named_with_its_archive(tmp_path):
+    for name in [*BATCHES, META]:
+        files = {key: content for key, content in cifar_files().items() if key != name}
+        path = write_archive(tmp_path / "root", archive(files))
+        text = refusal(cifar(tmp_path / "root", verify=False), str(path))
+        assert text == f"{FOLDER}/{name} is not in this archive: get it again", name
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.8])
-@pytest.mark.parametrize("plain", [True, False])
-def test_a_truncated_archive_is_named(tmp_path, share, plain):
-    content = archive(cifar_files())
-    content = gzip.decompress(content) if plain else content
-    path = write_archive(tmp_path / "root", content[: int(share * len(content))])
-    refusal(cifar(tmp_path / "root", verify=False), str(path))
+def test_a_truncated_archive_is_named(tmp_path):
+    for share in [0.0, 0.001, 0.3, 0.8]:
+        for plain in [True, False]:
+            content = archive(cifar_files())
+            content = gzip.decompress(content) if plain else content
+            path = write_archive(tmp_path / "root", content[: int(share * len(content))])
+            refusal(cifar(tmp_path / "root", verify=False), str(path))
 
 
 def test_an_archive_of_something_else_is_named(tmp_path):
@@ -230,12 +227,12 @@ def test_a_member_that_is_a_link_is_not_followed(tmp_path):
     assert text.startswith(f"{FOLDER}/data_batch_1 is not in this archive")
 
 
-@pytest.mark.parametrize("name", [*BATCHES, META])
-def test_a_file_that_is_missing_is_named_with_its_folder(tmp_path, name):
-    folder = write_folder(tmp_path / "root" / FOLDER, cifar_files())
-    (folder / name).unlink()
-    text = refusal(cifar(tmp_path / "root"), str(folder))
-    assert text.startswith(f"{name} of CIFAR-10 is not there: ")
+def test_a_file_that_is_missing_is_named_with_its_folder(tmp_path):
+    for name in [*BATCHES, META]:
+        folder = write_folder(tmp_path / "root" / FOLDER, cifar_files())
+        (folder / name).unlink()
+        text = refusal(cifar(tmp_path / "root"), str(folder))
+        assert text.startswith(f"{name} of CIFAR-10 is not there: "), name
 
 
 def test_in_an_empty_root_the_archive_is_missed(tmp_path):
@@ -277,19 +274,18 @@ def test_unpacked_files_that_are_whole_are_not_downloaded(monkeypatch, tmp_path)
 
 
 def test_every_published_file_has_its_checksum():
-    publication = CIFAR10.publication
-    files = [*publication.files, *publication.unpacked]
+    files = [*CIFAR10.files, *CIFAR10.unpacked]
     assert [file.names[0] for file in files] == [ARCHIVE, *BATCHES, META]
     assert len({file.md5 for file in files}) == len(files)
     assert all(len(bytes.fromhex(file.md5)) == 16 for file in files)
-    assert len(publication.mirrors) >= 2
-    assert all(address.endswith("/") for address in publication.mirrors)
+    assert len(CIFAR10.mirrors) >= 2
+    assert all(address.endswith("/") for address in CIFAR10.mirrors)
 
 
 def _has_cifar() -> bool:
-    publication, root = CIFAR10.publication, Path(os.environ.get("FASTDEQ_DATA") or "/nowhere")
-    form = publication.form_in(root)
-    return all(file.find(publication.folder_in(root, form)) for file in form)
+    root = Path(os.environ.get("FASTDEQ_DATA") or "/nowhere")
+    form = CIFAR10.form_in(root)
+    return all(file.find(CIFAR10.folder_in(root, form)) for file in form)
 
 
 @pytest.mark.slow
@@ -298,7 +294,7 @@ def test_the_real_cifar10_has_the_published_size_and_mean(monkeypatch, tmp_path)
     monkeypatch.setattr(Cifar10DataModule, "source", CIFAR10)
     data = cifar(Path(os.environ["FASTDEQ_DATA"]), store=tmp_path, verify=False)
     data.load()
-    images = read_store(data.facts["file"])
+    images = read_store(data.metadata["file"])
     assert images.train_images.shape == (50_000, 3, 32, 32)
     assert images.test_images.shape == (10_000, 3, 32, 32)
     assert images.train_labels.bincount().tolist() == [5000] * 10

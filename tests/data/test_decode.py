@@ -10,7 +10,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from fastdeq.data.decode import CentralCrop, RandomCrop, decode
-from tests.data.folders import SIDE, Pixels, jpeg, noise, png
+from tests.data.image_folders import SIDE, Pixels, jpeg, noise, png
 
 
 def decoded(content: bytes) -> Pixels:
@@ -75,39 +75,40 @@ def keyed(key: tuple[int, ...], samples: Pixels, bits: int, **settings: bool) ->
     return decoded(png(stored, kind, before=chunk, bits=bits, **settings))
 
 
-@pytest.mark.parametrize("interlaced", [False, True])
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_a_transparent_grey_is_compared_in_the_files_units(bits, interlaced):
+def test_a_transparent_grey_is_compared_in_the_files_units():
     """Pillow 9281 and the PNG specification, third edition, 11.3.1.1 (tRNS)."""
-    samples = np.arange(2**bits * 3).reshape(3, -1, 1) % 2**bits
-    for key in range(2**bits) if bits < 8 else (0, 1, 85, 254, 255):
-        found = keyed((key,), samples, bits, interlaced=interlaced)
-        assert np.array_equal(found, on_white((key,), samples, bits)), key
+    for interlaced in [False, True]:
+        for bits in [1, 2, 4, 8]:
+            samples = np.arange(2**bits * 3).reshape(3, -1, 1) % 2**bits
+            for key in range(2**bits) if bits < 8 else (0, 1, 85, 254, 255):
+                found = keyed((key,), samples, bits, interlaced=interlaced)
+                assert np.array_equal(found, on_white((key,), samples, bits)), key
 
 
-@pytest.mark.parametrize("interlaced", [False, True])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_transparent_colour_of_sixteen_bits_is_compared_in_all_of_them(channels, interlaced):
+def test_a_transparent_colour_of_sixteen_bits_is_compared_in_all_of_them():
     """Pillow 9281: with the upper 8 alone, opaque black became white."""
-    values = [0, 1, 255, 256, 257, 0x0100, 0x1234, 0x1235, 0x1334, 0x3412, 0xFF00, 0xFFFF]
-    samples = np.array([values, values[::-1]])[..., None].repeat(channels, axis=-1)
-    for value in values:
-        key = (value,) * channels
-        found = keyed(key, samples, 16, interlaced=interlaced)
-        assert np.array_equal(found, on_white(key, samples, 16)), value
+    for interlaced in [False, True]:
+        for channels in [1, 3]:
+            values = [0, 1, 255, 256, 257, 0x0100, 0x1234, 0x1235, 0x1334, 0x3412, 0xFF00, 0xFFFF]
+            samples = np.array([values, values[::-1]])[..., None].repeat(channels, axis=-1)
+            for value in values:
+                key = (value,) * channels
+                found = keyed(key, samples, 16, interlaced=interlaced)
+                assert np.array_equal(found, on_white(key, samples, 16)), value
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_a_transparent_colour_is_one_whose_every_channel_is_equal(bits):
-    key = (10, 20, 30) if bits == 8 else (0x0A01, 0x1402, 0x1E03)
-    near = [
-        np.add(key, change) for change in np.vstack([np.eye(3, dtype=int), -np.eye(3, dtype=int)])
-    ]
-    samples = np.array([[key, *near, key[::-1], (0, 0, 0)]])
-    found = keyed(key, samples, bits)
-    assert np.array_equal(found, on_white(key, samples, bits))
-    assert found[0, 0].tolist() == [255] * 3
-    assert found[0, 1].tolist() == ([11, 20, 30] if bits == 8 else [10, 20, 30])
+def test_a_transparent_colour_is_one_whose_every_channel_is_equal():
+    for bits in [8, 16]:
+        key = (10, 20, 30) if bits == 8 else (0x0A01, 0x1402, 0x1E03)
+        near = [
+            np.add(key, change)
+            for change in np.vstack([np.eye(3, dtype=int), -np.eye(3, dtype=int)])
+        ]
+        samples = np.array([[key, *near, key[::-1], (0, 0, 0)]])
+        found = keyed(key, samples, bits)
+        assert np.array_equal(found, on_white(key, samples, bits)), bits
+        assert found[0, 0].tolist() == [255] * 3, bits
+        assert found[0, 1].tolist() == ([11, 20, 30] if bits == 8 else [10, 20, 30]), bits
 
 
 def test_of_a_transparent_colour_only_the_bits_of_the_image_count():
@@ -115,16 +116,16 @@ def test_of_a_transparent_colour_only_the_bits_of_the_image_count():
     assert np.array_equal(keyed((0xFFFD,), samples, 2), on_white((1,), samples, 2))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_every_colour_of_a_palette_has_its_own_transparency(bits):
-    count = min(2**bits, 4)
-    colours = np.array([[1, 2, 3], [200, 100, 50], [0, 0, 0], [255, 0, 10]], np.uint8)[:count]
-    alphas = np.array([0, 128, 255, 255])[:count]  # the file leaves the last ones out: opaque
-    chunks = {b"PLTE": colours.tobytes(), b"tRNS": bytes(alphas[:2].tolist())}
-    indices = np.arange(2 * count, dtype=np.uint8).reshape(2, -1) % count
-    found = decoded(png(indices, "palette", before=chunks, bits=bits))
-    laid = np.round(255 + (colours.astype(int) - 255) * alphas[:, None] / 255)
-    assert np.array_equal(found, laid[indices])
+def test_every_colour_of_a_palette_has_its_own_transparency():
+    for bits in [1, 2, 4, 8]:
+        count = min(2**bits, 4)
+        colours = np.array([[1, 2, 3], [200, 100, 50], [0, 0, 0], [255, 0, 10]], np.uint8)[:count]
+        alphas = np.array([0, 128, 255, 255])[:count]  # the file leaves the last ones out: opaque
+        chunks = {b"PLTE": colours.tobytes(), b"tRNS": bytes(alphas[:2].tolist())}
+        indices = np.arange(2 * count, dtype=np.uint8).reshape(2, -1) % count
+        found = decoded(png(indices, "palette", before=chunks, bits=bits))
+        laid = np.round(255 + (colours.astype(int) - 255) * alphas[:, None] / 255)
+        assert np.array_equal(found, laid[indices]), bits
 
 
 def test_of_sixteen_bits_of_transparency_the_upper_eight_count():
@@ -138,14 +139,14 @@ def test_of_sixteen_bits_of_transparency_the_upper_eight_count():
         assert np.array_equal(found, np.broadcast_to(expected, (1, 3, 3)))
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_an_image_with_a_transparent_colour_is_turned_too(bits):
-    samples = np.array([[[0], [7], [9]]]) * (2 ** (bits - 8))
-    stored = samples[..., 0].astype(np.uint16 if bits == 16 else np.uint8)
-    exif = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 274, 3, 1, 6, 0, 0)  # 6: a quarter clockwise
-    chunks = {b"tRNS": struct.pack(">H", samples[0, 1, 0]), b"eXIf": exif}
-    found = decoded(png(stored, "grey", before=chunks))
-    assert found.tolist() == [[[0] * 3], [[255] * 3], [[9] * 3]]
+def test_an_image_with_a_transparent_colour_is_turned_too():
+    for bits in [8, 16]:
+        samples = np.array([[[0], [7], [9]]]) * (2 ** (bits - 8))
+        stored = samples[..., 0].astype(np.uint16 if bits == 16 else np.uint8)
+        exif = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 274, 3, 1, 6, 0, 0)  # clockwise
+        chunks = {b"tRNS": struct.pack(">H", samples[0, 1, 0]), b"eXIf": exif}
+        found = decoded(png(stored, "grey", before=chunks))
+        assert found.tolist() == [[[0] * 3], [[255] * 3], [[9] * 3]], bits
 
 
 def test_cmyk_is_converted():
@@ -155,26 +156,26 @@ def test_cmyk_is_converted():
     assert np.abs(found - [255, 0, 255]).max() <= 3  # the loss of a constant image
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_as_their_metadata_say(orientation):
-    upright = np.zeros((16, 24, 3), np.uint8)
-    upright[:8, :8] = 255  # the upper left corner is white
-    # Where row 0 and column 0 of the stored image are to be seen (EXIF 2.3, tag 274).
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: np.rot90(upright),
-        7: np.rot90(upright, 2).transpose(1, 0, 2),
-        8: np.rot90(upright, -1),
-    }[orientation]
-    exif = Image.Exif()
-    exif[274] = orientation
-    found = decoded(jpeg(np.ascontiguousarray(stored), quality=95, exif=exif))
-    assert found.shape == upright.shape
-    assert np.array_equal(found > 127, upright > 127)
+def test_images_are_turned_as_their_metadata_say():
+    for orientation in range(1, 9):
+        upright = np.zeros((16, 24, 3), np.uint8)
+        upright[:8, :8] = 255  # the upper left corner is white
+        # Where row 0 and column 0 of the stored image are to be seen (EXIF 2.3, tag 274).
+        stored = {
+            1: upright,
+            2: upright[:, ::-1],
+            3: upright[::-1, ::-1],
+            4: upright[::-1],
+            5: upright.transpose(1, 0, 2),
+            6: np.rot90(upright),
+            7: np.rot90(upright, 2).transpose(1, 0, 2),
+            8: np.rot90(upright, -1),
+        }[orientation]
+        exif = Image.Exif()
+        exif[274] = orientation
+        found = decoded(jpeg(np.ascontiguousarray(stored), quality=95, exif=exif))
+        assert found.shape == upright.shape, orientation
+        assert np.array_equal(found > 127, upright > 127), orientation
 
 
 def test_metadata_that_cannot_be_read_say_nothing():
@@ -195,10 +196,10 @@ def test_the_shorter_side_is_resized_until_the_square_is_its_share():
     assert np.abs(found - expected[None, :, None]).max() <= 0.5
 
 
-@pytest.mark.parametrize(("size", "shorter"), [(224, 256), (32, 37), (299, 342)])
-def test_the_default_share_is_the_published_one(size, shorter):
-    crop = CentralCrop(size=size)
-    assert round(size / crop.share) == shorter
+def test_the_default_share_is_the_published_one():
+    for size, shorter in [(224, 256), (32, 37), (299, 342)]:
+        crop = CentralCrop(size=size)
+        assert round(size / crop.share) == shorter, size
 
 
 def test_a_jpeg_is_read_with_its_loss():
@@ -242,23 +243,24 @@ def test_the_place_of_a_crop_is_uniform_up_to_the_edges():
     assert ((counts - expected) ** 2 / expected).sum() < 66.6
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (3, 500), (500, 3), (640, 480), (32, 32)])
-def test_a_crop_lies_within_the_image(width, height):
-    left, top, right, bottom = boxes(RandomCrop(size=32), width, height, 500).T
-    assert (left >= 0).all()
-    assert (top >= 0).all()
-    assert (right <= width).all()
-    assert (bottom <= height).all()
-    assert (right > left).all()
-    assert (bottom > top).all()
+def test_a_crop_lies_within_the_image():
+    for width, height in [(1, 1), (3, 500), (500, 3), (640, 480), (32, 32)]:
+        left, top, right, bottom = boxes(RandomCrop(size=32), width, height, 500).T
+        assert (left >= 0).all(), (width, height)
+        assert (top >= 0).all(), (width, height)
+        assert (right <= width).all(), (width, height)
+        assert (bottom <= height).all(), (width, height)
+        assert (right > left).all(), (width, height)
+        assert (bottom > top).all(), (width, height)
 
 
-@pytest.mark.parametrize(
-    ("width", "height", "box"),
-    [(1000, 100, (433, 0, 566, 100)), (100, 1000, (0, 433, 100, 566)), (90, 100, (0, 0, 90, 100))],
-)
-def test_where_no_part_fits_it_is_the_largest_in_the_centre(width, height, box):
-    assert RandomCrop(size=32)._central(width, height) == box
+def test_where_no_part_fits_it_is_the_largest_in_the_centre():
+    for width, height, box in [
+        (1000, 100, (433, 0, 566, 100)),
+        (100, 1000, (0, 433, 100, 566)),
+        (90, 100, (0, 0, 90, 100)),
+    ]:
+        assert RandomCrop(size=32)._central(width, height) == box, box
 
 
 def test_a_part_of_the_whole_area_of_a_wide_image_is_the_central_one():
@@ -268,13 +270,13 @@ def test_a_part_of_the_whole_area_of_a_wide_image_is_the_central_one():
     )
 
 
-@pytest.mark.parametrize(("flip", "least", "most"), [(0, 0, 0), (1, 400, 400), (0.25, 57, 143)])
-def test_the_share_of_mirrored_images_is_as_set(flip, least, most):
-    pixels = noise(0, 8, 8)
-    crop = RandomCrop(size=8, area=(1, 1), ratio=(1, 1), flip=flip)
-    random, image = np.random.default_rng(0), Image.fromarray(pixels)
-    found = [np.asarray(crop.apply(image, random)) for _ in range(400)]
-    mirrored = [np.array_equal(one, pixels[:, ::-1]) for one in found]
-    plain = [np.array_equal(one, pixels) for one in found]
-    assert sum(mirrored) + sum(plain) == 400
-    assert least <= sum(mirrored) <= most  # 100 ± 5 standard deviations of 8.7
+def test_the_share_of_mirrored_images_is_as_set():
+    for flip, least, most in [(0, 0, 0), (1, 400, 400), (0.25, 57, 143)]:
+        pixels = noise(0, 8, 8)
+        crop = RandomCrop(size=8, area=(1, 1), ratio=(1, 1), flip=flip)
+        random, image = np.random.default_rng(0), Image.fromarray(pixels)
+        found = [np.asarray(crop.apply(image, random)) for _ in range(400)]
+        mirrored = [np.array_equal(one, pixels[:, ::-1]) for one in found]
+        plain = [np.array_equal(one, pixels) for one in found]
+        assert sum(mirrored) + sum(plain) == 400, flip
+        assert least <= sum(mirrored) <= most, flip  # 100 ± 5 standard deviations of 8.7

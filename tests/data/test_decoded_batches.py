@@ -13,9 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("PIL")
 
-from fastdeq.data import ImageFolderDataModule, Passes
+from fastdeq.data import EpochLoader, ImageFolderDataModule
 from fastdeq.data.decode import CentralCrop, decode, to_tensor
-from tests.data.folders import (
+from tests.data.image_folders import (
     SAMPLES,
     SIZE,
     VAL,
@@ -27,7 +27,7 @@ from tests.data.folders import (
     ready,
     write_images,
 )
-from tests.data.test_store import PROCESSES
+from tests.data.processes import PROCESSES
 
 pytestmark = pytest.mark.usefixtures("cache_aside")
 
@@ -41,7 +41,7 @@ def test_the_numbers_do_not_depend_on_the_workers(root):
         data.teardown()
 
 
-def loaders(data: ImageFolderDataModule) -> Sequence[Passes]:
+def loaders(data: ImageFolderDataModule) -> Sequence[EpochLoader]:
     """The training batches twice, for two epochs."""
     train = data.train_dataloader()
     return train, train, data.val_dataloader()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fastdeq.data import read_idx
-from fastdeq.data.idx import is_gzip
-from tests.data.images import idx, zipped
+from fastdeq.data.published import is_gzip
+from tests.data.idx_files import idx, zipped
 
 VALUES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4) * 10
 CONTENT = idx(VALUES)
@@ -26,17 +26,16 @@ def refusal(path: Path) -> str:
     return text.removeprefix(f"{path}: ")
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("shape", [(300,), (2, 3, 4), (1,), (1, 2, 1, 300)])
-def test_values_shape_and_checksum_are_those_of_the_content(tmp_path, shape, compressed):
-    # 300: a size that takes two bytes, whose order then matters
-    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    path = tmp_path / "file"
-    path.write_bytes(zipped(idx(values)) if compressed else idx(values))
-    read = read_idx(path)
-    assert read.values.dtype == np.uint8
-    assert np.array_equal(read.values, values)
-    assert read.sha256 == hashlib.sha256(idx(values)).hexdigest()
+def test_values_shape_and_checksum_are_those_of_the_content(tmp_path):
+    for compressed in [False, True]:
+        for shape in [(300,), (2, 3, 4), (1,), (1, 2, 1, 300)]:
+            values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+            path = tmp_path / "file"
+            path.write_bytes(zipped(idx(values)) if compressed else idx(values))
+            read = read_idx(path)
+            assert read.values.dtype == np.uint8, (shape, compressed)
+            assert np.array_equal(read.values, values), (shape, compressed)
+            assert read.sha256 == hashlib.sha256(idx(values)).hexdigest(), (shape, compressed)
 
 
 def test_the_format_is_that_of_the_publication():
@@ -64,14 +63,14 @@ def test_the_values_may_be_written_to(tmp_path):
 # What is wrong
 
 
-@pytest.mark.parametrize("kept", range(len(CONTENT)))
-def test_a_file_truncated_anywhere_is_refused(tmp_path, kept):
-    path = tmp_path / "file"
-    path.write_bytes(CONTENT[:kept])
-    text = refusal(path)
-    assert ("not an IDX file" if kept < 4 else "truncated") in text
-    if kept >= HEADER:
-        assert f"2 × 3 × 4 = 24 bytes of data, found {kept - HEADER}" in text
+def test_a_file_truncated_anywhere_is_refused(tmp_path):
+    for kept in range(len(CONTENT)):
+        path = tmp_path / "file"
+        path.write_bytes(CONTENT[:kept])
+        text = refusal(path)
+        assert ("not an IDX file" if kept < 4 else "truncated") in text, kept
+        if kept >= HEADER:
+            assert f"2 × 3 × 4 = 24 bytes of data, found {kept - HEADER}" in text, kept
 
 
 def test_a_compressed_file_truncated_anywhere_is_refused(tmp_path):
@@ -98,12 +97,12 @@ def test_a_flipped_bit_in_a_compressed_file_never_changes_what_is_read(tmp_path)
     assert refused >= 8 * (len(content) - 10)
 
 
-@pytest.mark.parametrize("extra", [b"\0", b"and more", CONTENT])
-def test_bytes_left_over_are_refused(tmp_path, extra):
-    path = tmp_path / "file"
-    for content in (CONTENT + extra, zipped(CONTENT + extra), zipped(CONTENT) + zipped(extra)):
-        path.write_bytes(content)
-        assert "bytes are left over after the 2 × 3 × 4 = 24" in refusal(path)
+def test_bytes_left_over_are_refused(tmp_path):
+    for extra in [b"\0", b"and more", CONTENT]:
+        path = tmp_path / "file"
+        for content in (CONTENT + extra, zipped(CONTENT + extra), zipped(CONTENT) + zipped(extra)):
+            path.write_bytes(content)
+            assert "bytes are left over after the 2 × 3 × 4 = 24" in refusal(path), extra
 
 
 def test_what_follows_a_compressed_file_is_refused(tmp_path):
@@ -112,9 +111,8 @@ def test_what_follows_a_compressed_file_is_refused(tmp_path):
     assert "damaged gzip file" in refusal(path)
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
+def test_what_is_no_idx_file_of_uint8_is_refused(tmp_path):
+    for content, told in [
         (b"", "not an IDX file: it begins with nothing"),
         (b"\x89PNG\r\n\x1a\n", "not an IDX file: it begins with 89 50 4e 47"),
         (b"<!DOCTYPE html>", "not an IDX file: it begins with 3c 21 44 4f"),
@@ -123,12 +121,10 @@ def test_what_follows_a_compressed_file_is_refused(tmp_path):
         (b"\0\0\x08\0" + bytes(8), "not an IDX file: it says that it has 0 axes"),
         (b"\0\0\x08\xff" + bytes(2000), "not an IDX file: it says that it has 255 axes"),
         (idx(np.zeros((3, 0, 4), dtype=np.uint8)), "its header says 3 × 0 × 4 values"),
-    ],
-)
-def test_what_is_no_idx_file_of_uint8_is_refused(tmp_path, content, told):
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    assert told in refusal(path)
+    ]:
+        path = tmp_path / "file"
+        path.write_bytes(content)
+        assert told in refusal(path), content
 
 
 def test_no_room_is_made_for_more_than_the_file_holds(tmp_path):

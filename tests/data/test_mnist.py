@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fastdeq.data import (
     write_store,
 )
 from fastdeq.data.mnist import FASHION_MNIST, MNIST
-from tests.data.images import (
+from tests.data.idx_files import (
     TEST,
     TRAIN,
     idx,
@@ -70,17 +71,18 @@ def refusal(data: StoredDataModule, path: Path, error: type[Exception] = ValueEr
 # What is read
 
 
-@pytest.mark.parametrize("place", [".", "mnist", "MNIST/raw"])
-@pytest.mark.parametrize("dot", "-.")
-@pytest.mark.parametrize("compressed", [True, False])
-def test_files_are_found_under_every_name_and_read_exactly(tmp_path, place, dot, compressed):
-    write_files(tmp_path / "root" / place, samples(), dot=dot, compressed=compressed)
-    train, test = mnist(tmp_path / "root").load()
-    arrays = samples()
-    assert np.array_equal(train.inputs[:, 0].numpy(), arrays[0])
-    assert np.array_equal(train.targets.numpy(), arrays[1])
-    assert np.array_equal(test.inputs[:, 0].numpy(), arrays[2])
-    assert np.array_equal(test.targets.numpy(), arrays[3])
+def test_files_are_found_under_every_name_and_read_exactly(tmp_path):
+    for place in [".", "mnist", "MNIST/raw"]:
+        for dot in "-.":
+            for compressed in [True, False]:
+                folder = tmp_path / f"{place}{dot}{compressed}"
+                write_files(folder / "root" / place, samples(), dot=dot, compressed=compressed)
+                train, test = mnist(folder / "root").load()
+                arrays = samples()
+                assert np.array_equal(train.inputs[:, 0].numpy(), arrays[0]), (place, dot)
+                assert np.array_equal(train.targets.numpy(), arrays[1]), (place, dot)
+                assert np.array_equal(test.inputs[:, 0].numpy(), arrays[2]), (place, dot)
+                assert np.array_equal(test.targets.numpy(), arrays[3]), (place, dot)
 
 
 def test_names_may_be_mixed_within_a_folder(tmp_path):
@@ -132,9 +134,9 @@ def test_a_hold_out_is_taken_from_the_training_images(tmp_path):
 def test_what_was_loaded_is_told(tmp_path):
     write_files(tmp_path, samples())
     data = loaded(mnist(tmp_path, store=tmp_path / "store"))
-    assert data.facts["file"] == str(tmp_path / "store" / "mnist.h5")
-    assert data.facts["licence"] == MNIST.publication.licence
-    assert data.facts["source_sha256"].split(", ")[0] == f"{NAMES[0]} {small_mnist().sha256[0]}"
+    assert data.metadata["file"] == str(tmp_path / "store" / "mnist.h5")
+    assert data.metadata["licence"] == MNIST.licence
+    assert data.metadata["source_sha256"].split(", ")[0] == f"{NAMES[0]} {small_mnist().sha256[0]}"
 
 
 # What is wrong with the files
@@ -148,38 +150,23 @@ def of_fashion(number: int) -> bytes:
     return idx(samples(FASHION)[number])
 
 
-@pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda content, _: content[:-1], "truncated: its header says"),
-        (lambda content, _: content[:3], "not an IDX file"),
-        (lambda content, _: flip(content), "not the official file of MNIST, the SHA-256"),
-        (lambda _, number: of_fashion(number), "not the official file of MNIST, the SHA-256"),
-        (lambda content, _: content + b"\0", "bytes are left over"),
-        (lambda content, _: b"\0\0\x0d" + content[3:], "IDX type 0x0d is not supported"),
-        (lambda *_: b"<!DOCTYPE html>", "not an IDX file: it begins with 3c 21 44 4f"),
-        (lambda content, _: zipped(content)[:-1], "damaged gzip file"),
-        (lambda content, _: flip(zipped(content)), "damaged gzip file"),
-        (lambda content, _: zipped(flip(content)), "not the official file of MNIST"),
-    ],
-    ids=[
-        "truncated",
-        "cut short",
-        "flipped",
-        "Fashion",
-        "left over",
-        "type",
-        "HTML",
-        "gzip truncated",
-        "gzip flipped",
-        "flipped before gzip",
-    ],
-)
-def test_a_wrong_file_is_named_in_one_line_and_leaves_nothing(tmp_path, number, change, told):
-    path = write_files(tmp_path / "root", samples(), compressed=False)[number]
-    path.write_bytes(change(path.read_bytes(), number))
-    assert told in refusal(mnist(tmp_path / "root"), path)
+def test_a_wrong_file_is_named_in_one_line_and_leaves_nothing(tmp_path):
+    for number in range(4):
+        for change, told in [
+            (lambda content, _: content[:-1], "truncated: its header says"),
+            (lambda content, _: content[:3], "not an IDX file"),
+            (lambda content, _: flip(content), "not the official file of MNIST, the SHA-256"),
+            (lambda _, number: of_fashion(number), "not the official file of MNIST, the SHA-256"),
+            (lambda content, _: content + b"\0", "bytes are left over"),
+            (lambda content, _: b"\0\0\x0d" + content[3:], "IDX type 0x0d is not supported"),
+            (lambda *_: b"<!DOCTYPE html>", "not an IDX file: it begins with 3c 21 44 4f"),
+            (lambda content, _: zipped(content)[:-1], "damaged gzip file"),
+            (lambda content, _: flip(zipped(content)), "damaged gzip file"),
+            (lambda content, _: zipped(flip(content)), "not the official file of MNIST"),
+        ]:
+            path = write_files(tmp_path / "root", samples(), compressed=False)[number]
+            path.write_bytes(change(path.read_bytes(), number))
+            assert told in refusal(mnist(tmp_path / "root"), path), (number, told)
 
 
 def test_the_whole_of_fashion_mnist_is_not_taken_for_mnist(tmp_path):
@@ -198,20 +185,21 @@ LOOKALIKES = {
 """Sets of the same file names, sizes and class counts as Fashion-MNIST."""
 
 
-@pytest.mark.parametrize("lookalike", LOOKALIKES)
-@pytest.mark.parametrize("compressed", [True, False])
-def test_a_set_that_looks_like_fashion_mnist_is_not_taken_for_it(tmp_path, lookalike, compressed):
+def test_a_set_that_looks_like_fashion_mnist_is_not_taken_for_it(monkeypatch, tmp_path):
     """torchvision 406: one MNIST-like set taken for another; 8783: EMNIST is transposed."""
-    root = tmp_path / "root"
-    path = write_files(root, LOOKALIKES[lookalike], compressed=compressed)[0]
-    text = refusal(FashionMnistDataModule(root=root), path)
-    told = "not the official file of" if compressed else "cannot be verified, for of"
-    assert text.startswith(f"{told} Fashion-MNIST")
-    assert text.endswith("or take your own files as they are with data.verify=false")
-    loaded(FashionMnistDataModule(root=root, verify=False))  # has a store of its own:
-    assert not (tmp_path / "cache" / "fashion_mnist.h5").exists()
-    with pytest.raises(FileNotFoundError, match="Fashion-MNIST is not here yet"):
-        FashionMnistDataModule().prepare_data()
+    for lookalike in LOOKALIKES:
+        for compressed in [True, False]:
+            root, cache = (tmp_path / f"{lookalike} {compressed} {name}" for name in "ab")
+            monkeypatch.setenv("FASTDEQ_CACHE", str(cache))
+            path = write_files(root, LOOKALIKES[lookalike], compressed=compressed)[0]
+            text = refusal(FashionMnistDataModule(root=root), path)
+            told = "not the official file of" if compressed else "cannot be verified, for of"
+            assert text.startswith(f"{told} Fashion-MNIST")
+            assert text.endswith("or take your own files as they are with data.verify=false")
+            loaded(FashionMnistDataModule(root=root, verify=False))  # has a store of its own:
+            assert not (cache / "fashion_mnist.h5").exists()
+            with pytest.raises(FileNotFoundError, match="Fashion-MNIST is not here yet"):
+                FashionMnistDataModule().prepare_data()
 
 
 def test_a_transposed_set_is_not_taken_for_mnist(tmp_path):
@@ -226,17 +214,18 @@ def test_compressed_fashion_mnist_is_verified_by_its_published_md5(tmp_path):
     assert "not the official file of Fashion-MNIST, the MD5 of the file is" in text
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_an_unpacked_file_of_fashion_mnist_is_refused_with_the_cure(tmp_path, number):
-    path = write_files(tmp_path / "root", samples(FASHION))[number]
-    path.unlink()
-    path = path.with_suffix("")
-    path.write_bytes(of_fashion(number))
-    assert refusal(FashionMnistDataModule(root=tmp_path / "root"), path) == (
-        "cannot be verified, for of Fashion-MNIST only the checksums of the .gz files are "
-        f"published: give the official {NAMES[number]} instead, or take your own files as they are "
-        "with data.verify=false"
-    )
+def test_an_unpacked_file_of_fashion_mnist_is_refused_with_the_cure(tmp_path):
+    for number in range(4):
+        folder = tmp_path / str(number)
+        path = write_files(folder / "root", samples(FASHION))[number]
+        path.unlink()
+        path = path.with_suffix("")
+        path.write_bytes(of_fashion(number))
+        assert refusal(FashionMnistDataModule(root=folder / "root"), path) == (
+            "cannot be verified, for of Fashion-MNIST only the checksums of the .gz files are "
+            f"published: give the official {NAMES[number]} instead, or take your own files as they "
+            "are with data.verify=false"
+        )
 
 
 @pytest.mark.parametrize(
@@ -249,11 +238,11 @@ def test_a_store_of_files_that_were_not_identified_is_refused_under_the_official
     """Such a store of unpacked look-alikes was once made as the official Fashion-MNIST."""
     write_files(tmp_path / "root", samples(seed), compressed=compressed)
     own = loaded(module(root=tmp_path / "root", verify=False))
-    images = read_store(own.facts["file"])
-    official = module.source.publication.attributes()
+    images = read_store(own.metadata["file"])
+    official = module.source.attributes()
     path = tmp_path / "cache" / f"{official['name']}.h5"
     write_store(path, replace(images, attributes={**images.attributes, **official}))
-    title = module.source.publication.title
+    title = module.source.title
     told = f"nothing shows that its files were the official ones of {title}: delete it and it is"
     with pytest.raises(ValueError, match=re.escape(f"{path}: {told} built again")):
         module().load()
@@ -262,23 +251,18 @@ def test_a_store_of_files_that_were_not_identified_is_refused_under_the_official
 Change = Callable[[list[np.ndarray]], object]
 
 
-@pytest.mark.parametrize(
-    ("change", "number", "told"),
-    [
+def test_files_that_do_not_fit_together_are_refused_even_unverified(tmp_path):
+    for change, number, told in [
         (lambda a: a.__setitem__(0, a[0][:, :27]), 0, "not images of 28 × 28, but (30, 27, 28)"),
         (lambda a: a.__setitem__(0, a[1]), 0, "not images of 28 × 28, but (30,)"),
         (lambda a: a.__setitem__(1, a[0]), 1, "not a label for each image, 30, but (30, 28, 28)"),
         (lambda a: a.__setitem__(3, a[3][:-1]), 3, "not a label for each image, 20, but (19,)"),
         (lambda a: a[1].__setitem__(7, 10), 1, "label 10 is not one of 0..9"),
-    ],
-)
-def test_files_that_do_not_fit_together_are_refused_even_unverified(
-    tmp_path, change: Change, number, told
-):
-    arrays = samples()
-    change(arrays)
-    path = write_files(tmp_path / "root", arrays)[number]
-    assert refusal(mnist(tmp_path / "root", verify=False), path) == told
+    ]:
+        arrays = samples()
+        change(arrays)
+        path = write_files(tmp_path / "root", arrays)[number]
+        assert refusal(mnist(tmp_path / "root", verify=False), path) == told, told
 
 
 # What is missing
@@ -296,13 +280,14 @@ def test_a_root_that_is_a_file_is_named(tmp_path):
     assert text == "no such folder: data.root is the folder with the files"
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_a_missing_file_is_named_with_its_folder(tmp_path, number):
-    folder = tmp_path / "root" / "MNIST" / "raw"
-    write_files(folder, samples(), dot=".")[number].unlink()
-    text = refusal(mnist(tmp_path / "root"), folder, FileNotFoundError)
-    assert text.startswith(f"{NAMES[number]} of MNIST is not there: ")
-    assert "data.download=true" in text
+def test_a_missing_file_is_named_with_its_folder(tmp_path):
+    for number in range(4):
+        place = tmp_path / str(number)
+        folder = place / "root" / "MNIST" / "raw"
+        write_files(folder, samples(), dot=".")[number].unlink()
+        text = refusal(mnist(place / "root"), folder, FileNotFoundError)
+        assert text.startswith(f"{NAMES[number]} of MNIST is not there: "), number
+        assert "data.download=true" in text, number
 
 
 def test_an_empty_root_is_named(tmp_path):
@@ -335,11 +320,11 @@ def test_files_of_ones_own_never_mix_with_the_official_ones(tmp_path):
     assert stores[-1] == "mnist.h5"
     for seed, data in {0: official, **own}.items():
         assert labels(data) == samples(seed)[3].tolist()
-    assert official.facts["version"] == "1998"
+    assert official.metadata["version"] == "1998"
     for data in own.values():
-        assert data.facts["version"] == "not verified"
-        assert data.facts["source"] == "files of the user's own, in the format of MNIST"
-        assert data.facts["licence"] == "that of these files"
+        assert data.metadata["version"] == "not verified"
+        assert data.metadata["source"] == "files of the user's own, in the format of MNIST"
+        assert data.metadata["licence"] == "that of these files"
     # And again, from the stores
     assert labels(loaded(mnist(sets[0]))) == samples(0)[3].tolist()
     assert labels(loaded(mnist(sets[3], verify=False))) == samples(3)[3].tolist()
@@ -348,33 +333,31 @@ def test_files_of_ones_own_never_mix_with_the_official_ones(tmp_path):
 def test_even_the_official_files_are_marked_when_they_were_not_verified(tmp_path):
     write_files(tmp_path / "root", samples())
     data = loaded(mnist(tmp_path / "root", verify=False))
-    assert Path(data.facts["file"]).name != "mnist.h5"
-    assert data.facts["version"] == "not verified"
+    assert Path(data.metadata["file"]).name != "mnist.h5"
+    assert data.metadata["version"] == "not verified"
 
 
 def test_a_store_that_was_not_verified_is_refused_under_the_official_name(tmp_path):
     write_files(tmp_path / "root", samples(2))
     data = loaded(mnist(tmp_path / "root", verify=False))
-    Path(data.facts["file"]).rename(tmp_path / "cache" / "mnist.h5")
+    Path(data.metadata["file"]).rename(tmp_path / "cache" / "mnist.h5")
     with pytest.raises(ValueError, match=r"its version is 'not verified', not '1998': delete it"):
         mnist(tmp_path / "root").load()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_settings_that_make_no_sense_are_refused_by_name():
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"verify": False}, "verify=false is for files of your own: give data.root=PATH too"),
         ({"verify": False, "root": ".", "download": True}, "set one of them"),
-        ({"verify": "no"}, "verify must be true or false, not 'no'"),
-        ({"download": 1}, "download must be true or false, not 1"),
-        ({"root": 3}, "root must be the path of a folder, not 3"),
-        ({"store": ""}, "store must be the path of a folder, not ''"),
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused_by_name(settings, message):
-    with pytest.raises(ValueError, match=message):
-        MnistDataModule(**settings)
+        ({"verify": "no"}, "MnistDataModule.verify is 'no', but must be true or false"),
+        ({"download": 1}, "MnistDataModule.download is 1, but must be true or false"),
+        ({"root": 3}, "MnistDataModule.root is 3, but must be text or a Path or None"),
+        ({"store": ""}, "store is empty, but must be the path of a folder"),
+        ({"batch_size": 0}, "MnistDataModule.batch_size is 0, but must be finite and at least 1"),
+    ]
+    for settings, message in cases:
+        with pytest.raises((TypeError, ValueError), match=message):
+            MnistDataModule(**settings)
 
 
 # The published sets themselves
@@ -382,12 +365,11 @@ def test_settings_that_make_no_sense_are_refused_by_name(settings, message):
 
 def test_every_published_file_has_its_checksums_and_two_mirrors():
     for source in (MNIST, FASHION_MNIST):
-        publication = source.publication
-        assert [file.names[0] for file in publication.files] == NAMES
-        assert len({file.md5 for file in publication.files}) == 4
-        assert all(len(bytes.fromhex(file.md5)) == 16 for file in publication.files)
-        assert len(publication.mirrors) >= 2
-        assert all(address.endswith("/") for address in publication.mirrors)
+        assert [file.names[0] for file in source.files] == NAMES
+        assert len({file.md5 for file in source.files}) == 4
+        assert all(len(bytes.fromhex(file.md5)) == 16 for file in source.files)
+        assert len(source.mirrors) >= 2
+        assert all(address.endswith("/") for address in source.mirrors)
     assert all(len(bytes.fromhex(checksum)) == 32 for checksum in MNIST.sha256)
 
 
@@ -409,10 +391,8 @@ def test_the_real_mnist_has_the_published_size_mean_and_std(monkeypatch, tmp_pat
     assert len(data.train_dataloader()) == 469  # of 128
 
 
-def test_a_publication_under_another_name_has_its_own_store(monkeypatch, tmp_path):
-    source = small_mnist()
-    renamed = replace(source, publication=replace(source.publication, name="kmnist"))
-    monkeypatch.setattr(MnistDataModule, "source", renamed)
+def test_a_set_under_another_name_has_its_own_store(monkeypatch, tmp_path):
+    monkeypatch.setattr(MnistDataModule, "source", replace(small_mnist(), name="kmnist"))
     write_files(tmp_path / "root", samples())
     loaded(mnist(tmp_path / "root"))
     assert (tmp_path / "cache" / "kmnist.h5").is_file()

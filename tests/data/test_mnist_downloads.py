@@ -3,7 +3,7 @@
 import pytest
 
 from fastdeq.data import MnistDataModule
-from tests.data.images import (
+from tests.data.idx_files import (
     idx,
     labels,
     loaded,

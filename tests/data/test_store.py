@@ -2,9 +2,7 @@
 
 import errno
 import fcntl
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -15,46 +13,51 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeq.data import ImageSet, read_store
-from fastdeq.data import build as build_module
+from fastdeq.data import ImageSet, MnistDataModule, Samples, StoredDataModule, read_store
+from fastdeq.data import published as published_module
 from fastdeq.data import store as store_module
-from fastdeq.data.build import StoredSet, store_folder
 from fastdeq.data.mnist import FASHION_MNIST
-from tests.data.images import published, samples, small_mnist, tree, write_files
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["fastdeq.data"])  # imported once for all of them
-PATIENCE = 60  # seconds until a process that hangs fails its test
+from fastdeq.data.published import store_folder
+from tests.data.idx_files import published, samples, small_mnist, tree, write_files
+from tests.data.processes import PATIENCE, PROCESSES, die, run_until_killed
 
 BUILT = [".mnist.h5.lock", "mnist.h5"]  # what lies in the folder after any successful build
 
 
-def stored(folder: Path) -> StoredSet:
+class SmallMnist(StoredDataModule):
+    """MNIST, whose official files are those of ``samples()``."""
+
+    source = small_mnist()
+    input_shape = (1, 28, 28)
+    outputs = 10
+    published = MnistDataModule.published
+
+
+class SmallFashion(SmallMnist):
+    source = published(FASHION_MNIST, samples(seed=1))
+
+
+def stored(folder: Path) -> SmallMnist:
     """The small MNIST, its files in ``folder``/files, its store in ``folder``/store."""
-    return StoredSet(
-        source=small_mnist(),
-        root=folder / "files",
-        store=folder / "store",
-        download=False,
-        verify=True,
-    )
+    return SmallMnist(root=folder / "files", store=folder / "store")
 
 
 @pytest.fixture
-def ready(tmp_path: Path) -> StoredSet:
+def ready(tmp_path: Path) -> SmallMnist:
     """A set whose files are there and whose store is not."""
     write_files(tmp_path / "files", samples())
     return stored(tmp_path)
 
 
-def holds_the_samples(images: ImageSet) -> bool:
-    train_images, train_labels, test_images, test_labels = samples()
-    return (
-        np.array_equal(images.train_images[:, 0].numpy(), train_images)
-        and np.array_equal(images.train_labels.numpy(), train_labels)
-        and np.array_equal(images.test_images[:, 0].numpy(), test_images)
-        and np.array_equal(images.test_labels.numpy(), test_labels)
-    )
+def build(data: SmallMnist) -> Path:
+    """The path of the store, which is there now."""
+    data.prepare()
+    return Path(str(data.store)) / f"{data.source.name}.h5"
+
+
+def holds_the_samples(splits: tuple[Samples, Samples]) -> bool:
+    found = [x.numpy() for split in splits for x in (split.inputs.squeeze(1), split.targets)]
+    return all(map(np.array_equal, found, samples()))
 
 
 def contents(folder: Path) -> list[str]:
@@ -65,34 +68,34 @@ def contents(folder: Path) -> list[str]:
 
 
 def test_a_store_is_built_from_the_files_and_read_from_then_on(ready, tmp_path):
-    path = ready.ensure()
+    path = build(ready)
     assert path == tmp_path / "store" / "mnist.h5"
     assert contents(path.parent) == BUILT
     before = path.stat()
-    for file in ready.root.iterdir():
+    for file in (tmp_path / "files").iterdir():
         file.unlink()
-    images = ready.read(ready.ensure())
-    assert holds_the_samples(images)
-    assert images.train_images.dtype == images.test_images.dtype == torch.uint8
-    assert images.train_labels.dtype == images.test_labels.dtype == torch.int64
+    train, test = splits = ready.load()
+    assert holds_the_samples(splits)
+    assert train.inputs.dtype == test.inputs.dtype == torch.uint8
+    assert train.targets.dtype == test.targets.dtype == torch.int64
     assert path.stat() == before
 
 
 def test_a_store_that_is_deleted_is_built_again_with_the_same_bytes(ready):
-    path = ready.ensure()
+    path = build(ready)
     first = path.read_bytes()
     path.unlink()
-    assert ready.ensure().read_bytes() == first
+    assert build(ready).read_bytes() == first
 
 
 def test_the_store_says_what_it_is(ready):
-    attributes = ready.read(ready.ensure()).attributes
-    publication = ready.source.publication
+    ready.load()
+    attributes, info = ready.metadata, ready.source
     for key in ("name", "version", "source", "licence", "split"):
-        assert attributes[key] == getattr(publication, key)
+        assert attributes[key] == getattr(info, key)
     checksums = ", ".join(
         f"{file.names[0]} {checksum}"
-        for file, checksum in zip(publication.files, ready.source.sha256, strict=True)
+        for file, checksum in zip(info.files, ready.source.sha256, strict=True)
     )
     assert attributes["source_sha256"] == checksums
 
@@ -120,10 +123,6 @@ def test_the_folder_of_the_store_is_given_or_found_in_the_environment(
 # Broken off
 
 
-def die(*_: object, **__: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def die_at_the_third_dataset(group: h5py.Group, *arguments: object, **settings: object) -> object:
     if len(group) == 1 and len(group["train"]) == 2:
         group.file.flush()  # so that what was written lies in the file
@@ -143,20 +142,13 @@ PLACES: dict[str, tuple[object, str, Callable[..., object]]] = {
 def build_until_killed(place: str, folder: Path) -> None:
     owner, name, replacement = PLACES[place]
     with patch.object(owner, name, replacement):
-        stored(folder).ensure()
+        stored(folder).prepare()
 
 
 def die_after_naming(folder: Path) -> None:
     flush = store_module._flush
     with patch.object(store_module, "_flush", lambda path: die() if path.is_dir() else flush(path)):
-        stored(folder).ensure()
-
-
-def run_until_killed(target: Callable[..., None], *arguments: object) -> None:
-    process = PROCESSES.Process(target=target, args=arguments)
-    process.start()
-    process.join(PATIENCE)
-    assert process.exitcode == -signal.SIGKILL
+        stored(folder).prepare()
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -165,7 +157,7 @@ def test_a_killed_build_leaves_no_store_and_the_next_one_cleans_up(ready, tmp_pa
     left = contents(tmp_path / "store")
     assert "mnist.h5" not in left
     assert len([name for name in left if name.endswith(".tmp")]) == (place != next(iter(PLACES)))
-    assert holds_the_samples(ready.read(ready.ensure()))
+    assert holds_the_samples(ready.load())
     assert contents(tmp_path / "store") == BUILT
 
 
@@ -180,7 +172,7 @@ def test_a_build_killed_in_the_middle_leaves_a_file_that_is_refused(ready, tmp_p
 def test_a_build_killed_after_the_store_has_its_name_leaves_it_whole(ready, tmp_path):
     run_until_killed(die_after_naming, tmp_path)
     assert (tmp_path / "store" / "mnist.h5").is_file()
-    assert holds_the_samples(ready.read(ready.ensure()))
+    assert holds_the_samples(ready.load())
 
 
 @pytest.mark.parametrize(
@@ -195,22 +187,22 @@ def test_a_build_that_fails_leaves_no_file_and_says_what_to_do(ready, tmp_path, 
     with patch.object(h5py.Group, "create_dataset", side_effect=error):
         if told is None:
             with pytest.raises(KeyboardInterrupt):
-                ready.ensure()
+                build(ready)
         else:
             with pytest.raises(OSError, match=told) as caught:
-                ready.ensure()
+                build(ready)
             text = str(caught.value)
             assert text.startswith(f"{tmp_path / 'store' / 'mnist.h5'}: cannot be written (")
             assert "data.store=PATH or FASTDEQ_CACHE" in text
             assert "\n" not in text
     assert contents(tmp_path / "store") == [".mnist.h5.lock"]
-    assert holds_the_samples(ready.read(ready.ensure()))
+    assert holds_the_samples(ready.load())
 
 
 def test_a_folder_that_cannot_be_made_is_named_with_the_cure(ready, tmp_path):
     (tmp_path / "store").write_text("in the way")
     with pytest.raises(OSError, match=r"store/mnist\.h5: cannot be written \(.*data\.store=PATH"):
-        ready.ensure()
+        build(ready)
     assert (tmp_path / "store").read_text() == "in the way"
 
 
@@ -226,21 +218,21 @@ def build_and_wait(folder: Path, writing: Event, go_on: Event) -> None:
         write(*arguments)  # type: ignore[arg-type]
 
     with patch.object(store_module, "_write_file", slowly):
-        stored(folder).ensure()
+        stored(folder).prepare()
 
 
 def build_second(folder: Path, at_the_lock: Event) -> None:
-    build = build_module._build
+    build = published_module._build
 
     def announced(path: Path, images: ImageSet) -> None:
         at_the_lock.set()
         build(path, images)
 
     with (
-        patch.object(build_module, "_build", announced),
+        patch.object(published_module, "_build", announced),
         patch.object(store_module, "_write_file", side_effect=AssertionError("written twice")),
     ):
-        assert holds_the_samples(stored(folder).read(stored(folder).ensure()))
+        assert holds_the_samples(stored(folder).load())
 
 
 def test_of_two_processes_at_once_one_builds_and_both_have_the_whole_store(ready, tmp_path):
@@ -256,7 +248,7 @@ def test_of_two_processes_at_once_one_builds_and_both_have_the_whole_store(ready
         process.join(PATIENCE)
         assert process.exitcode == 0
     assert contents(tmp_path / "store") == BUILT
-    assert holds_the_samples(ready.read(ready.ensure()))
+    assert holds_the_samples(ready.load())
 
 
 def test_what_another_process_writes_beside_is_left_alone(ready, tmp_path):
@@ -264,17 +256,17 @@ def test_what_another_process_writes_beside_is_left_alone(ready, tmp_path):
     (tmp_path / "store").mkdir()
     other = tmp_path / "store" / ".mnist-0123456789ab.h5.00.tmp"
     other.write_text("half")
-    ready.ensure()
+    build(ready)
     assert other.read_text() == "half"
 
 
 # Damaged
 
 
-def refusal(stored_set: StoredSet, path: Path) -> str:
+def refusal(data: SmallMnist, path: Path) -> str:
     """What reading the store says: one line with the file's name and the cure."""
     with pytest.raises(ValueError, match=r"delete it and it is built again$") as caught:
-        stored_set.read(path)
+        data.load()
     text = str(caught.value)
     assert text.startswith(f"{path}: ")
     assert "\n" not in text
@@ -282,7 +274,7 @@ def refusal(stored_set: StoredSet, path: Path) -> str:
 
 
 def test_a_store_truncated_anywhere_is_refused_with_the_cure(ready):
-    path = ready.ensure()
+    path = build(ready)
     content = path.read_bytes()
     for kept in [*range(0, len(content), 997), len(content) - 1]:
         path.write_bytes(content[:kept])
@@ -290,20 +282,18 @@ def test_a_store_truncated_anywhere_is_refused_with_the_cure(ready):
 
 
 def test_a_flipped_bit_never_changes_what_is_read(ready):
-    path = ready.ensure()
-    content, whole = path.read_bytes(), ready.read(path)
+    path = build(ready)
+    content, whole = path.read_bytes(), read_store(path)
     noticed, bits = 0, range(0, 8 * len(content), 1009)  # prime: every region and every bit
     for bit in bits:
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         try:
-            read = ready.read(path)
+            assert holds_the_samples(ready.load()), bit
+            assert read_store(path).attributes == whole.attributes, bit
         except ValueError as error:
             noticed += str(error).startswith(f"{path}: ")
-        else:
-            assert holds_the_samples(read), bit
-            assert read.attributes == whole.attributes, bit
     # The rest falls into bytes that the format leaves unused.
     assert noticed > 0.8 * len(bits)
 
@@ -319,7 +309,7 @@ def write_other_layout(path: Path) -> None:
 
 def write_group_as_dataset(path: Path) -> None:
     with h5py.File(path, "w") as file:
-        for name in store_module.DATASETS:
+        for name in store_module.IMAGES:
             file.create_group(name)
 
 
@@ -333,42 +323,33 @@ def write_other_label(path: Path) -> None:
         file["test/labels"][0] = (file["test/labels"][0] + 1) % 10
 
 
-@pytest.mark.parametrize(
-    ("write", "told"),
-    [
+def test_a_file_that_is_not_the_store_is_refused_with_the_cure(ready):
+    for write, told in [
         (write_text, "not a readable HDF5 file"),
         (write_other_layout, "dataset train/images is missing"),
         (write_group_as_dataset, "train/images must be uint8 with 4 axes"),
         (write_without_checksum, "the data do not match their sha256"),
         (write_other_label, "the data do not match their sha256"),
-    ],
-)
-def test_a_file_that_is_not_the_store_is_refused_with_the_cure(ready, write, told):
-    path = ready.ensure()
-    write(path)
-    assert told in refusal(ready, path)
-    path.unlink()  # as the message says
-    assert holds_the_samples(ready.read(ready.ensure()))
+    ]:
+        path = build(ready)
+        write(path)
+        assert told in refusal(ready, path), told
+        path.unlink()  # as the message says
+        assert holds_the_samples(ready.load()), told
 
 
 def test_the_store_of_another_set_is_refused_with_the_cure(ready, tmp_path):
     write_files(tmp_path / "fashion", samples(seed=1))
-    fashion = StoredSet(
-        source=published(FASHION_MNIST, samples(seed=1)),
-        root=tmp_path / "fashion",
-        store=tmp_path / "store",
-        download=False,
-        verify=True,
-    )
+    fashion = SmallFashion(root=tmp_path / "fashion", store=tmp_path / "store")
     path = tmp_path / "store" / "mnist.h5"
-    fashion.ensure().rename(path)
-    assert "its name is 'fashion_mnist', not 'mnist'" in refusal(ready, ready.ensure())
+    build(fashion).rename(path)
+    assert "its name is 'fashion_mnist', not 'mnist'" in refusal(ready, path)
 
 
 def test_reading_leaves_no_trace_beside_the_store(ready, tmp_path):
-    path = ready.ensure()
+    build(ready)
     before = tree(tmp_path)
-    ready.read(path)
+    ready.load()
     assert tree(tmp_path) == before
 
 
@@ -378,29 +359,29 @@ def test_reading_leaves_no_trace_beside_the_store(ready, tmp_path):
 @pytest.mark.skipif("HDF5_USE_FILE_LOCKING" in os.environ, reason="HDF5's locks are set outside")
 def test_reading_does_not_depend_on_locks(ready):
     # On network file systems without locks HDF5 fails as it does here, where another has the lock.
-    path = ready.ensure()
+    path = build(ready)
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert holds_the_samples(ready.read(path))
+        assert holds_the_samples(ready.load())
 
 
 @pytest.mark.skipif("HDF5_USE_FILE_LOCKING" in os.environ, reason="HDF5's locks are set outside")
 def test_a_failing_lock_names_the_variable_that_turns_locks_off(ready, monkeypatch):
-    path = ready.ensure()
+    path = build(ready)
     monkeypatch.setattr(store_module, "_LOCKING", True)  # as the environment can decide
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="unable to lock file") as caught:
-            ready.read(path)
+            ready.load()
     assert str(caught.value).endswith(": set HDF5_USE_FILE_LOCKING=FALSE in the environment")
     assert "\n" not in str(caught.value)
 
 
 def test_a_store_that_may_not_be_read_is_not_to_be_deleted(ready):
-    path = ready.ensure()
+    build(ready)
     denied = PermissionError(errno.EACCES, "Permission denied")
     with (
         patch.object(h5py, "File", side_effect=denied),
         pytest.raises(ValueError, match=r"Permission denied.*ask its owner for the permission"),
     ):
-        ready.read(path)
+        ready.load()

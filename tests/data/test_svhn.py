@@ -12,8 +12,7 @@ from scipy.io import savemat
 
 from fastdeq.data import SvhnDataModule, read_cropped_digits
 from fastdeq.data.svhn import SVHN
-from tests.data.images import mirror
-from tests.data.pictures import (
+from tests.data.cifar_svhn_files import (
     MAT,
     digits,
     element,
@@ -23,6 +22,7 @@ from tests.data.pictures import (
     svhn_files,
     write_folder,
 )
+from tests.data.idx_files import mirror
 
 X, Y = digits()[0]
 WANTED = "get train_32x32.mat and test_32x32.mat of SVHN's format 2 (cropped digits)"
@@ -74,12 +74,12 @@ def test_one_pixel_of_a_file_by_hand_is_where_it_belongs(tmp_path):
     assert labels.dtype == torch.int64
 
 
-@pytest.mark.parametrize("compressed", [True, False])
-def test_files_by_scipy_are_read(tmp_path, compressed):
-    savemat(tmp_path / "a.mat", {"X": X, "y": Y, "more": 1}, do_compression=compressed)
-    images, labels = read_cropped_digits(tmp_path / "a.mat")
-    assert np.array_equal(images.numpy(), X.transpose(3, 2, 0, 1))
-    assert labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2]
+def test_files_by_scipy_are_read(tmp_path):
+    for compressed in [True, False]:
+        savemat(tmp_path / "a.mat", {"X": X, "y": Y, "more": 1}, do_compression=compressed)
+        images, labels = read_cropped_digits(tmp_path / "a.mat")
+        assert np.array_equal(images.numpy(), X.transpose(3, 2, 0, 1)), compressed
+        assert labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2], compressed
 
 
 def test_compressed_matrices_by_hand_are_read(tmp_path):
@@ -106,9 +106,8 @@ def test_batches_are_normalized_as_published(tmp_path):
 # What is wrong with the files
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
+def test_a_wrong_file_is_named_in_one_line(tmp_path):
+    for content, told in [
         (mat(matrix(b"X", X)), f"has no array y: {WANTED}"),
         (mat(matrix(b"digitStruct", Y)), f"has no array X: {WANTED}"),
         (mat(matrix(b"X", X[:31]), matrix(b"y", Y)), "X must be uint8 (32, 32, 3, N), not uint8 ("),
@@ -122,13 +121,13 @@ def test_batches_are_normalized_as_published(tmp_path):
         (mat(element(15, b"no zlib"), b"") + bytes(9), "not a readable MATLAB 5 file ("),
         (b"<!DOCTYPE html><html>" * 20, "not a readable MATLAB 5 file ("),
         (b"", "not a readable MATLAB 5 file ("),
-    ],
-)
-@pytest.mark.parametrize("name", MAT)
-@pytest.mark.parametrize("verify", [True, False])
-def test_a_wrong_file_is_named_in_one_line(tmp_path, name, content, told, verify):
-    folder = write_folder(tmp_path / "root", svhn_files() | {name: content})
-    assert refusal(SvhnDataModule(root=folder, verify=verify), folder / name).startswith(told)
+    ]:
+        for name in MAT:
+            for verify in [True, False]:
+                folder = write_folder(tmp_path / "root", svhn_files() | {name: content})
+                assert refusal(
+                    SvhnDataModule(root=folder, verify=verify), folder / name
+                ).startswith(told), (name, told)
 
 
 def test_a_real_hdf5_file_is_refused(tmp_path):
@@ -152,12 +151,13 @@ def test_a_file_that_is_not_official_is_named_with_the_cure(tmp_path, number):
     assert (len(train), len(test)) == (12, 11)
 
 
-@pytest.mark.parametrize("name", MAT)
-def test_a_missing_file_is_named_with_its_folder(tmp_path, name):
-    folder = write_folder(tmp_path / "root" / "SVHN", svhn_files())
-    (folder / name).unlink()
-    text = refusal(SvhnDataModule(root=tmp_path / "root"), folder)
-    assert text.startswith(f"{name} of SVHN is not there: ")
+def test_a_missing_file_is_named_with_its_folder(tmp_path):
+    for name in MAT:
+        place = tmp_path / name
+        folder = write_folder(place / "root" / "SVHN", svhn_files())
+        (folder / name).unlink()
+        text = refusal(SvhnDataModule(root=place / "root"), folder)
+        assert text.startswith(f"{name} of SVHN is not there: "), name
 
 
 def test_the_files_are_downloaded(monkeypatch, tmp_path):
@@ -169,6 +169,6 @@ def test_the_files_are_downloaded(monkeypatch, tmp_path):
 
 
 def test_every_published_file_has_its_checksum():
-    assert [file.names for file in SVHN.publication.files] == [(name,) for name in MAT]
-    assert all(len(bytes.fromhex(file.md5)) == 16 for file in SVHN.publication.files)
-    assert all(address.endswith("/") for address in SVHN.publication.mirrors)
+    assert [file.names for file in SVHN.files] == [(name,) for name in MAT]
+    assert all(len(bytes.fromhex(file.md5)) == 16 for file in SVHN.files)
+    assert all(address.endswith("/") for address in SVHN.mirrors)

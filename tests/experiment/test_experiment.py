@@ -14,7 +14,7 @@ from fastdeq.data import Cifar10DataModule, read_digits
 from fastdeq.experiment.folder import make_folder
 from fastdeq.experiment.run import read_score
 from tests.configurations import composed
-from tests.data.pictures import cifar_files, small_cifar, write_folder
+from tests.data.cifar_svhn_files import cifar_files, small_cifar, write_folder
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning"

@@ -10,9 +10,7 @@ from omegaconf import OmegaConf
 
 from tests.commands import ROOT, CommandLine
 from tests.configurations import GROUPS, NEEDS, composed
-from tests.data.folders import images, write_images
-from tests.data.images import samples, small_mnist, write_files
-from tests.data.pictures import (
+from tests.data.cifar_svhn_files import (
     ARCHIVE,
     archive,
     cifar_files,
@@ -21,6 +19,8 @@ from tests.data.pictures import (
     svhn_files,
     write_folder,
 )
+from tests.data.idx_files import samples, small_mnist, write_files
+from tests.data.image_folders import images, write_images
 
 EXPERIMENTS = GROUPS["experiment"]
 FULLY_CONNECTED = ["deq", "skip_deq", "skip_reg_deq"]

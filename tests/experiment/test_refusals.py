@@ -10,8 +10,8 @@ import torch
 from fastdeq.data import ImageFolderDataModule
 from tests.commands import SHORT, CommandLine, a_run, refused
 from tests.damage import cut, empty, flip, replace
-from tests.data.folders import images, write_images
-from tests.data.images import samples, small_mnist, write_files
+from tests.data.idx_files import samples, small_mnist, write_files
+from tests.data.image_folders import images, write_images
 
 TYPOS = {
     "modle=deq": ("'modle'", "did you mean", "'model'"),

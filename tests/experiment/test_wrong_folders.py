@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("PIL")
 
 from fastdeq.data import decode as decode_module
-from fastdeq.data.build import CURE
 from fastdeq.data.command import main
-from tests.data.folders import (
+from fastdeq.data.store import CURE
+from tests.data.image_folders import (
     RUN,
     SAMPLES,
     folder,
@@ -79,9 +79,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "no classes": (bare, "train", "has no images: it must have a folder of them for each class"),
     "empty class": (empty_class, "train/dog", "has no images: add some, or remove this class"),
-    "flat": (put("val/0.JPEG"), "val/0.JPEG", "an image that is in no class: sort the images of "),
+    "flat": (put("val/0.JPEG"), "val/0.JPEG", "an image outside of a class: sort the images of "),
     "nested": (put("val/cat/a/0.png"), "val/cat/a", "a folder among the images of a class"),
-    "other kind": (put("val/cat/a.gif"), "val/cat/a.gif", "no image by its name among the images"),
+    "other kind": (
+        put("val/cat/a.gif"),
+        "val/cat/a.gif",
+        "not an image by its name among the ",
+    ),
     "dangling": (dangling, "val/cat/x.png", "cannot be read (No such file or directory)"),
     "text": (
         put("val/dog/x.png", b"<html>"),
@@ -147,7 +151,7 @@ def test_with_verify_an_image_is_decoded_before_it_gets_into_the_store(root, tmp
     (root / "train/eel/x.png").unlink()
     data = folder(root, verify=True)
     data.load()
-    assert data.facts["checked"] == "whole images"
+    assert data.metadata["checked"] == "whole images"
     assert len(folder(root).load()[0]) == SAMPLES  # which asks for less
 
 
@@ -174,24 +178,25 @@ def test_a_store_whose_images_were_not_decoded_does_not_pass_for_verified(root, 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"size": 0}, "size must be an integer of at least 1, not 0"),
-        ({"workers": -1}, "workers must be an integer of at least 0, not -1"),
-        ({"workers": "many"}, "workers must be an integer"),
-        ({"crop_share": 0}, "crop_share must be above 0 and at most 1, not 0"),
-        ({"crop_share": 1.5}, "crop_share must be above 0 and at most 1"),
-        ({"crop_area": 0.5}, "crop_area must be two numbers"),
+        ({"size": 0}, "size is 0, but must be finite and at least 1"),
+        ({"workers": -1}, "workers is -1, but must be finite and at least 0"),
+        ({"workers": "many"}, "workers is 'many', but must be a whole number"),
+        ({"crop_share": 0}, "crop_share is 0, but must be finite and above 0 and at most 1"),
+        ({"crop_share": 1.5}, "crop_share is 1.5, but must be finite and above 0 and at most 1"),
+        ({"crop_area": 0.5}, "crop_area is 0.5, but must be a list, each a number"),
+        ({"crop_area": [0.5]}, "crop_area must be two numbers"),
         ({"crop_area": [0.5, 0.1]}, r"crop_area must rise from above 0, not \[0\.5, 0\.1\]"),
         ({"crop_area": [0.5, 2]}, "crop_area must be at most 1"),
         ({"crop_ratio": [0, 1]}, "crop_ratio must rise from above 0"),
-        ({"crop_ratio": ["a", 1]}, "crop_ratio must be a finite number, not 'a'"),
-        ({"flip": 2}, "flip must be from 0 to 1, not 2"),
-        ({"classes": 0}, "classes must be an integer of at least 1, not 0"),
-        ({"verify": "yes"}, "verify must be true or false, not 'yes'"),
-        ({"root": 3}, "root must be the path of a folder, not 3"),
+        ({"crop_ratio": ["a", 1]}, r"crop_ratio is \['a', 1\], but must be a list, each a number"),
+        ({"flip": 2}, "flip is 2, but must be finite and at least 0 and at most 1"),
+        ({"classes": 0}, "classes is 0, but must be finite and at least 1"),
+        ({"verify": "yes"}, "verify is 'yes', but must be true or false"),
+        ({"root": 3}, "root is 3, but must be text or a Path or None"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_by_name(settings, told):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises((TypeError, ValueError), match=told):
         folder(**{"root": None, **settings})
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from fastdeq.report.command import main as report
 from tests.commands import CommandLine, a_run
-from tests.data.images import samples, write_files
+from tests.data.idx_files import samples, write_files
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

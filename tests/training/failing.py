@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastdeq import DeepEquilibriumNetwork, DEQChain
-from fastdeq.data.passes import Batch
+from fastdeq.data import Batch
 from fastdeq.nn import DenseCell
 from fastdeq.solvers import LimitedMemoryBroydenSolver
 from fastdeq.training import (

@@ -11,8 +11,7 @@ from torch import nn
 
 from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork
 from fastdeq.adjoints import AbstractAdjoint
-from fastdeq.data.batches import Batches
-from fastdeq.data.passes import Batch
+from fastdeq.data import Batch, Batches
 from fastdeq.nn import DenseCell
 from fastdeq.training import (
     AbstractTask,

@@ -13,7 +13,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from fastdeq.data.passes import Batch
+from fastdeq.data import Batch
 from fastdeq.experiment.launch import free_port, leave
 from fastdeq.training import Failures, PayloadDDPStrategy, Resumption, payload_strategy
 from tests.training.failing import NAN, task_of

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from fastdeq.data.passes import Batch
+from fastdeq.data import Batch
 from fastdeq.runs.files import is_sealed
 from fastdeq.solution import Status
 from fastdeq.training import (

@@ -7,8 +7,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from fastdeq import DeepEquilibriumNetwork, DEQChain
 from fastdeq.adjoints import JacobianFree
-from fastdeq.data.batches import Batches
-from fastdeq.data.passes import Batch
+from fastdeq.data import Batch, Batches
 from fastdeq.regularizers import residual_loss, skip_loss
 from fastdeq.training import (
     ClassificationTask,

@@ -117,15 +117,12 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
 
 def small_cifar(*, mirrors: Sequence[str] = ("http://127.0.0.1:9/",)) -> Cifar10Images:
     """CIFAR-10 whose official files are ``cifar_files()``."""
-    files, told = cifar_files(), CIFAR10.publication
+    files = cifar_files()
     return replace(
         CIFAR10,
-        publication=replace(
-            told,
-            files=(replace(told.files[0], md5=md5(archive(files))),),
-            unpacked=tuple(replace(one, md5=md5(files[one.names[0]])) for one in told.unpacked),
-            mirrors=tuple(mirrors),
-        ),
+        files=(replace(CIFAR10.files[0], md5=md5(archive(files))),),
+        unpacked=tuple(replace(one, md5=md5(files[one.names[0]])) for one in CIFAR10.unpacked),
+        mirrors=tuple(mirrors),
     )
 
 
@@ -176,9 +173,9 @@ def svhn_files(seed: int = 0) -> dict[str, bytes]:
 
 def small_svhn(*, mirrors: Sequence[str] = ("http://127.0.0.1:9/",)) -> SvhnImages:
     """SVHN whose official files are ``svhn_files()``."""
-    files, told = svhn_files(), SVHN.publication
-    official = tuple(replace(one, md5=md5(files[one.names[0]])) for one in told.files)
-    return replace(SVHN, publication=replace(told, files=official, mirrors=tuple(mirrors)))
+    files = svhn_files()
+    official = tuple(replace(one, md5=md5(files[one.names[0]])) for one in SVHN.files)
+    return replace(SVHN, files=official, mirrors=tuple(mirrors))
 
 
 def md5(content: bytes) -> str:

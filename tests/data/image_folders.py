@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastdeq.data import Batch, ImageFolderDataModule, Passes
+from fastdeq.data import Batch, EpochLoader, ImageFolderDataModule
 
 Pixels = NDArray[Any]
 
@@ -116,7 +116,7 @@ def ready(root: Path, *, rank: int = 0, ranks: int = 1, **settings: Any) -> Imag
     return data
 
 
-def inputs(batches: Passes) -> Tensor:
+def inputs(batches: EpochLoader) -> Tensor:
     return torch.cat([batch.inputs for batch in batches])
 
 

@@ -76,12 +76,13 @@ def published(
     contents = [idx(array) for array in arrays]
     files = tuple(
         replace(file, md5=hashlib.md5(zipped(content)).hexdigest())
-        for file, content in zip(source.publication.files, contents, strict=True)
+        for file, content in zip(source.files, contents, strict=True)
     )
     checksums = tuple(hashlib.sha256(content).hexdigest() for content in contents)
     return replace(
         source,
-        publication=replace(source.publication, files=files, mirrors=tuple(mirrors)),
+        files=files,
+        mirrors=tuple(mirrors),
         sha256=checksums if source.sha256 else (),
     )
 

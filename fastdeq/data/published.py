@@ -1,0 +1,361 @@
+"""Published image sets: description, search, download and verification of their files.
+
+``StoredDataModule`` builds a store from the files of a set once, and reads it from then on.
+"""
+
+import hashlib
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import pooch  # type: ignore[import-untyped]
+from torch import Tensor
+
+from fastdeq.data.module import (
+    InMemoryDataModule,
+    NormalizationSetting,
+    Samples,
+    data_module,
+    image_samples,
+)
+from fastdeq.data.store import CURE, ImageSet, building, check_attributes, read_store, write_store
+from fastdeq.settings import setting
+
+_TIMEOUT = 30  # seconds without an answer or without a byte
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """A file of a published set: the ``names`` it goes by, the mirrors' first, and its ``md5``."""
+
+    names: tuple[str, ...]
+    md5: str
+
+    def find(self, folder: Path) -> Path | None:
+        """Return the file in ``folder`` under the first of its names that is there."""
+        return next((folder / name for name in self.names if (folder / name).is_file()), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """An image set as published.
+
+    ``name``: of its store. ``version``, ``source``, ``licence``, ``split``: attributes of the
+    store. ``files``: the form in which the mirrors have it. ``unpacked``: the files in these where
+    they are an archive, a second form of the set. ``folders``: where files of either form may lie
+    beneath a data folder. ``mirrors``: addresses that the first name of a file is appended to.
+    """
+
+    name: str
+    title: str
+    version: str
+    source: str
+    licence: str
+    split: str
+    files: tuple[SourceFile, ...]
+    folders: tuple[str, ...]
+    mirrors: tuple[str, ...]
+    unpacked: tuple[SourceFile, ...] = ()
+
+    def attributes(self, *, verify: bool = True) -> dict[str, str]:
+        """Return the attributes of a store; of files that were not verified, it says so."""
+        keys = ("name", "version", "source", "licence", "split")
+        attributes = {key: getattr(self, key) for key in keys}
+        if not verify:
+            attributes |= {
+                "version": "not verified",
+                "source": f"files of the user's own, in the format of {self.title}",
+                "licence": "that of these files",
+            }
+        return attributes
+
+    def form_in(self, root: Path) -> tuple[SourceFile, ...]:
+        """Return the form that is at or beneath ``root``: the more complete one, else ``files``."""
+        forms = [form for form in (self.files, self.unpacked) if form]
+        return min(
+            forms, key=lambda form: len(missing_in(self.folder_in(root, form), form)) / len(form)
+        )
+
+    def folder_in(self, root: Path, form: Sequence[SourceFile]) -> Path:
+        """Return the folder at or beneath ``root`` that holds the most files of a form.
+
+        Where none holds any, that is ``root/<name>``. Sets share file names. Therefore the folders
+        named after the set come first, and a data folder that has them is not taken for the set.
+        """
+        folders = [root / self.name, *(root / folder for folder in self.folders), root]
+        return min(folders, key=lambda folder: len(missing_in(folder, form)))
+
+    def verify_md5(self, path: Path, file: SourceFile) -> None:
+        """Raise ValueError, naming file and cure, unless ``path`` has the MD5 of ``file``."""
+        md5 = partial(hashlib.md5, usedforsecurity=False)  # where policy forbids MD5 for security
+        with path.open("rb") as content:
+            found = hashlib.file_digest(content, md5).hexdigest()
+        if found != file.md5:
+            raise self.not_official(path, "MD5 of the file", found)
+
+    def not_official(self, path: Path, kind: str, found: str) -> ValueError:
+        """Return the error for a file with another checksum, of this kind, than published."""
+        return ValueError(
+            f"{path}: not the official file of {self.title}, the {kind} is {found}: delete it and "
+            "get it again, or take your own files as they are with data.verify=false"
+        )
+
+
+class ImageSource(DatasetInfo, ABC):
+    """A published image set that can be read: how its files are verified, and what is in them."""
+
+    @abstractmethod
+    def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
+        """Read ``files``, one for each of a form and in their order.
+
+        With ``verify`` they must be the official ones. Raises ValueError naming the file and what
+        is wrong with it.
+        """
+
+    def image_set(
+        self,
+        train: tuple[Tensor, Tensor],
+        test: tuple[Tensor, Tensor],
+        checksums: Mapping[Path, str],
+        **attributes: str,
+    ) -> ImageSet:
+        """Return images and labels of both splits with the attributes of the set."""
+        sources = ", ".join(f"{path.name} {checksum}" for path, checksum in checksums.items())
+        return ImageSet(
+            train_images=train[0],
+            train_labels=train[1],
+            test_images=test[0],
+            test_labels=test[1],
+            attributes={**self.attributes(), **attributes, "source_sha256": sources},
+        )
+
+    def is_official(self, attributes: Mapping[str, str]) -> bool:
+        """Return whether a store with these attributes was made from the official files."""
+        return True  # unless a source knows better: no store is made before they are verified
+
+
+def missing_in(folder: Path, form: Sequence[SourceFile]) -> list[SourceFile]:
+    """Return the files that are not in ``folder``."""
+    return [file for file in form if file.find(folder) is None]
+
+
+def is_gzip(path: Path) -> bool:
+    """Return whether the file begins as gzip does, whatever its name says."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def download(files: Iterable[SourceFile], folder: Path, mirrors: Sequence[str]) -> None:
+    """Fetch ``files`` into ``folder``, each from the first of ``mirrors`` that gives the right one.
+
+    Several processes may do this at once: a file appears whole and verified by its MD5.
+    Raises OSError, in one line with the failure of every mirror, for a file that none of them
+    gives, or where the folder cannot be written.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be made ({error.strerror}): choose another") from error
+    failures: dict[str, str] = {}
+    try:
+        for file in files:
+            # A mirror that failed once comes last: it may take its whole timeout again.
+            failures |= _fetch(file, folder, sorted(mirrors, key=failures.__contains__))
+    except BaseException:
+        for path in new:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+
+
+def _fetch(file: SourceFile, folder: Path, mirrors: Sequence[str]) -> dict[str, str]:
+    """Fetch one file; return the failures of the mirrors that were tried in vain."""
+    name, failures = file.names[0], dict[str, str]()
+    for mirror in mirrors:
+        bar = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=_TIMEOUT)
+        known_hash = f"md5:{file.md5}"
+        try:
+            # Writes aside and renames: a file under its own name is whole and has its MD5.
+            pooch.retrieve(mirror + name, known_hash, fname=name, path=folder, downloader=bar)
+            (folder / name).chmod(0o644)  # it was a temporary file, for this user alone
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            failures[mirror] = _reason(error)
+        else:
+            return failures
+    reasons = "; ".join(f"{mirror} ({reason})" for mirror, reason in failures.items())
+    raise OSError(
+        f"{name} could not be downloaded: {reasons}: try again later, or get it by other means and "
+        "give its folder as data.root"
+    )
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Say why in a few words: requests' own messages name objects and run over several lines."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"{response.status_code} {response.reason}"
+    if type(error) is ValueError:  # pooch's; requests' are of subclasses
+        return "another MD5 than the published one"
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+def store_folder(store: str | Path | None) -> Path:
+    """Return ``store``, or where it is None the folder that the environment names.
+
+    That is $FASTDEQ_CACHE, else $XDG_CACHE_HOME/fastdeq, else ~/.cache/fastdeq.
+    """
+    if store is not None:
+        return given_folder("store", store)
+    if cache := os.environ.get("FASTDEQ_CACHE"):
+        return Path(cache).expanduser()
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache).expanduser() / "fastdeq"
+    return Path.home() / ".cache" / "fastdeq"
+
+
+def given_folder(name: str, folder: str | Path) -> Path:
+    """Return the path of a folder that was given; ValueError for an empty one."""
+    if not str(folder):
+        raise ValueError(f"{name} is empty, but must be the path of a folder")
+    return Path(folder).expanduser()
+
+
+def existing_folder(root: Path, holds: str) -> Path:
+    """Return ``root``; FileNotFoundError or NotADirectoryError where it is missing or a file."""
+    if not root.is_dir():
+        kind = NotADirectoryError if root.exists() else FileNotFoundError
+        raise kind(f"{root}: no such folder: data.root is the folder with {holds}")
+    return root
+
+
+@data_module
+class StoredDataModule(InMemoryDataModule):
+    """Batches of a published image set, float32 (B, C, H, W) normalized, labels int64 (B,).
+
+    The set is kept in a store, ``<store>/<name>.h5``, which is built once from its source files.
+
+    ``root``: a folder that has the source files, or a folder with them; None: no such folder.
+    ``store``: the folder of the store (see ``store_folder``). ``download``: whether source files
+    that are missing are fetched, into ``root`` (or a folder of the set in it), or without it into
+    ``<store>/<name>``. ``verify``: whether the source files must be the official ones; if not, the
+    name of the store has a checksum of their contents, so that different sets never mix.
+    ``normalization``: see ``Normalization.configured``.
+
+    A subclass is final. It defines ``source`` and ``published`` beside what ``InMemoryDataModule``
+    needs.
+
+    Raises ValueError for ``verify=False`` without a ``root`` or with ``download``, and what
+    ``InMemoryDataModule`` raises. ``prepare_data`` and ``setup`` raise FileNotFoundError or
+    NotADirectoryError for a ``root`` or source files that are missing; ValueError for source files
+    or a store that are damaged or not the official ones; OSError where the store or a download
+    cannot be written.
+    """
+
+    root: str | Path | None = None
+    store: str | Path | None = None
+    download: bool = False
+    verify: bool = True
+    batch_size: int = setting(default=128, at_least=1)
+    eval_batch_size: int = setting(default=1000, at_least=1)
+    normalization: NormalizationSetting = "published"
+
+    source: ClassVar[ImageSource]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._root = None if self.root is None else given_folder("root", self.root)
+        self._store = store_folder(self.store)
+        if not self.verify and self.root is None:
+            raise ValueError("verify=false is for files of your own: give data.root=PATH too")
+        if not self.verify and self.download:
+            raise ValueError(
+                "verify=false is for files of your own and download=true for the official ones: "
+                "set one of them"
+            )
+
+    def prepare(self) -> None:
+        """Build the store if it is missing."""
+        self._ensure()
+
+    def load(self) -> tuple[Samples, Samples]:
+        """Read and verify the store; build it if it is missing."""
+        path = self._ensure()
+        images = self._read(path)
+        self.metadata = {"file": str(path), **images.attributes}
+        return image_samples(images)
+
+    def _ensure(self) -> Path:
+        """Return the path of the store, built if it was missing.
+
+        Building is exclusive, other processes wait for it; it leaves a whole store or none.
+        """
+        if self._root is not None:
+            existing_folder(self._root, "the files")
+        path = self._store / f"{self.source.name}.h5"
+        if self.verify and path.exists():
+            return path
+        files = self._find_files()
+        if not self.verify:
+            checksums = b"".join(bytes.fromhex(sha256_of(file)) for file in files)
+            path = path.with_stem(f"{path.stem}-{hashlib.sha256(checksums).hexdigest()[:12]}")
+        if not path.exists():
+            images = self.source.read(files, verify=self.verify)
+            own = self.source.attributes(verify=self.verify)
+            _build(path, replace(images, attributes={**images.attributes, **own}))
+        return path
+
+    def _read(self, path: Path) -> ImageSet:
+        images = read_store(path, cure=CURE)
+        check_attributes(path, images.attributes, self.source.attributes(verify=self.verify), CURE)
+        if self.verify and not self.source.is_official(images.attributes):
+            raise ValueError(
+                f"{path}: nothing shows that its files were the official ones of "
+                f"{self.source.title}: {CURE}"
+            )
+        return images
+
+    def _find_files(self) -> list[Path]:
+        """Return the source files in the order of their form, downloaded if necessary."""
+        wanted = self.source
+        form = wanted.files if self._root is None else wanted.form_in(self._root)
+        if missing_in(self._folder(form), form) and self.download:
+            form = wanted.files  # the form that the mirrors have
+            download(missing_in(self._folder(form), form), self._folder(form), wanted.mirrors)
+        folder = self._folder(form)
+        missing = missing_in(folder, form)
+        if missing and self._root is None:
+            raise FileNotFoundError(
+                f"{wanted.title} is not here yet: give the folder with its files, data.root=PATH "
+                "(or FASTDEQ_DATA), or download it with data.download=true"
+            )
+        if missing:
+            place = folder if folder.is_dir() else self._root
+            raise FileNotFoundError(
+                f"{place}: {missing[0].names[0]} of {wanted.title} is not there: give the folder "
+                "that has it as data.root, or download it with data.download=true"
+            )
+        return [file for file in (file.find(folder) for file in form) if file is not None]
+
+    def _folder(self, form: Sequence[SourceFile]) -> Path:
+        """Return the folder in which files of this form are, or belong."""
+        if self._root is None:
+            return self._store / self.source.name
+        return self.source.folder_in(self._root, form)
+
+
+def _build(path: Path, images: ImageSet) -> None:
+    with building(path) as missing:
+        if missing:
+            write_store(path, images)
