@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def usage() -> str:
-    """Return what the command says when it is asked for help."""
+    """Return the text of --help."""
     return (
         "usage: python -m fastdeq.data NAME [key=value ...]\n\n"
         "Prepares a data set, or verifies it where it is ready, and shows what it holds.\n"
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if name not in SETS:
         raise UsageError(_unknown("data set", name, SETS))
     defaults = {
-        # Of None alone it could not be told that a number is meant.
+        # None alone does not say that a number is meant.
         key: 0 if parameter.annotation == int | None else parameter.default
         for key, parameter in inspect.signature(SETS[name]).parameters.items()
     }

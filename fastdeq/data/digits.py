@@ -42,7 +42,7 @@ class DigitsDataModule(InMemoryDataModule):
     batch_size: int = setting(default=64, at_least=1)
     eval_batch_size: int = setting(default=360, at_least=1)
     normalization: NormalizationSetting = "published"
-    augmentation: None = field(default=None, init=False)
+    augmentation: None = field(default=None, init=False)  # not an argument
 
     input_shape = (1, 8, 8)
     outputs = 10

@@ -37,7 +37,7 @@ class PolynomialDataModule(InMemoryDataModule):
     noise: float = setting(default=0.005, at_least=0)
     batch_size: int = setting(default=64, at_least=1)
     eval_batch_size: int = setting(default=128, at_least=1)
-    augmentation: None = field(default=None, init=False)  # of images alone
+    augmentation: None = field(default=None, init=False)  # not an argument
 
     input_shape = (1,)
     outputs = 1

@@ -93,7 +93,7 @@ def small_mnist(*, mirrors: Sequence[str] = ("http://127.0.0.1:9/",)) -> IdxImag
 
 
 def loaded(data: StoredDataModule) -> StoredDataModule:
-    """The same, ready to be asked for batches."""
+    """The same, ready to yield batches."""
     data.prepare_data()
     data.setup()
     return data
@@ -116,9 +116,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def __init__(
-        self, files: Mapping[str, bytes], asked: list[str], lost: int, *rest: object
+        self, files: Mapping[str, bytes], requested: list[str], lost: int, *rest: object
     ) -> None:
-        self._files, self._asked, self._lost = files, asked, lost
+        self._files, self._asked, self._lost = files, requested, lost
         super().__init__(*rest)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
@@ -135,16 +135,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def mirror(files: Mapping[str, bytes], *, lost: int = 0) -> Iterator[tuple[str, list[str]]]:
-    """A server on this machine: its address, and the names it was asked for so far.
+    """A server on this machine: its address, and the names that were requested so far.
 
     ``lost``: how many bytes it promises beyond those it sends before it hangs up.
     """
-    asked: list[str] = []
-    with http.server.HTTPServer(("127.0.0.1", 0), partial(_Handler, files, asked, lost)) as server:
+    requested: list[str] = []
+    with http.server.HTTPServer(
+        ("127.0.0.1", 0), partial(_Handler, files, requested, lost)
+    ) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}/", asked
+            yield f"http://127.0.0.1:{server.server_port}/", requested
         finally:
             server.shutdown()
             thread.join()

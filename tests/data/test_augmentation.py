@@ -124,8 +124,8 @@ def test_settings_out_of_range_are_refused_by_name():
         (PadCrop, {"padding": -1}, "padding is -1, but must be finite and at least 0"),
         (PadCrop, {"padding": 1.5}, "padding is 1.5, but must be a whole number"),
     ]
-    for kind, settings, told in cases:
-        with pytest.raises((TypeError, ValueError), match=told):
+    for kind, settings, message in cases:
+        with pytest.raises((TypeError, ValueError), match=message):
             kind(**settings)
 
 
@@ -137,7 +137,7 @@ def make(augmentation: Sequence[Augmentation] = EVERY, **settings) -> Batches:
     return Batches(IMAGES, torch.arange(SAMPLES), augmentation=augmentation, **settings)
 
 
-def one_pass(batches: EpochLoader) -> list[Tensor]:
+def one_epoch(batches: EpochLoader) -> list[Tensor]:
     return [batch.inputs for batch in batches]
 
 
@@ -146,7 +146,7 @@ def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 
 
 def by_place(batches: EpochLoader) -> Tensor:
-    return torch.cat(one_pass(batches))
+    return torch.cat(one_epoch(batches))
 
 
 def test_the_order_is_the_same_with_and_without_augmentation():
@@ -156,12 +156,12 @@ def test_the_order_is_the_same_with_and_without_augmentation():
 
 def test_the_same_seed_and_epoch_give_the_same_images_whatever_else_is_drawn():
     torch.manual_seed(1)
-    first = one_pass(make())
+    first = one_epoch(make())
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    assert equal(one_pass(make()), first)
+    assert equal(one_epoch(make()), first)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not equal(one_pass(make(seed=8)), first)
+    assert not equal(one_epoch(make(seed=8)), first)
 
 
 def test_every_epoch_draws_anew():
@@ -179,13 +179,13 @@ def test_the_batch_size_does_not_matter():
 def test_restored_batches_are_augmented_as_they_would_have_been():
     for given in range(6):
         uninterrupted, interrupted, resumed = make(), make(), make(seed=99)
-        expected = one_pass(uninterrupted) + one_pass(uninterrupted)
+        expected = one_epoch(uninterrupted) + one_epoch(uninterrupted)
         iterator = iter(interrupted)
         before = [next(iterator).inputs for _ in range(given)]
         resumed.load_state_dict(interrupted.state_dict())
-        after = one_pass(resumed)
-        if given < len(resumed):  # otherwise the first pass was already the next epoch
-            after += one_pass(resumed)
+        after = one_epoch(resumed)
+        if given < len(resumed):  # otherwise the first one was already the next epoch
+            after += one_epoch(resumed)
         assert equal(before + after, expected), given
 
 
@@ -200,8 +200,8 @@ def test_the_parts_of_all_ranks_are_the_batch_of_one():
 
 def test_augmentation_comes_before_the_normalization():
     normalization = Normalization(scale=2.0, mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0))
-    found = one_pass(make((PadCrop(padding=8),), normalization=normalization))
-    plain = one_pass(make((PadCrop(padding=8),)))
+    found = one_epoch(make((PadCrop(padding=8),), normalization=normalization))
+    plain = one_epoch(make((PadCrop(padding=8),)))
     mean, std = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])
     expected = [(x / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1) for x in plain]
     assert equal(found, expected)
@@ -213,7 +213,7 @@ def test_without_augmentation_nothing_is_copied():
     assert next(iter(batches)).inputs.data_ptr() == IMAGES.data_ptr()
 
 
-def test_inputs_that_are_no_images_are_refused():
+def test_inputs_that_are_not_images_are_refused():
     numbers = torch.arange(4).view(4, 1)
     with pytest.raises(ValueError, match=r"augmentation needs images \(N, C, H, W\), not \(4, 1\)"):
         Batches(numbers, numbers, batch_size=2, augmentation=EVERY)
@@ -251,11 +251,11 @@ def test_a_restored_module_augments_as_it_would_have():
     whole, interrupted, resumed = (Pictures(augmentation=EVERY) for _ in range(3))
     for data in (whole, interrupted, resumed):
         data.setup()
-    expected = one_pass(whole.train_dataloader())
+    expected = one_epoch(whole.train_dataloader())
     iterator = iter(interrupted.train_dataloader())
     before = [next(iterator).inputs for _ in range(2)]
     resumed.load_state_dict(interrupted.state_dict())
-    assert equal(before + one_pass(resumed.train_dataloader()), expected)
+    assert equal(before + one_epoch(resumed.train_dataloader()), expected)
 
 
 def test_under_overfit_batches_images_stay_as_they_are():
@@ -267,13 +267,13 @@ def test_under_overfit_batches_images_stay_as_they_are():
 
 
 def test_an_augmentation_that_does_not_fit_is_refused_when_it_is_given():
-    for augmentation, told in [
+    for augmentation, message in [
         ([ResizeCrop(resize=42, size=32)], r"makes images of \(3, 32, 32\) from \(3, 8, 8\): keep"),
         ("flip", "augmentation is 'flip', but must be a list, each an Augmentation"),
         ([RandomFlip], "augmentation is .*, but must be a list, each an Augmentation"),
         (RandomFlip(), "augmentation is .*, but must be a list, each an Augmentation"),
     ]:
-        with pytest.raises((TypeError, ValueError), match=told):
+        with pytest.raises((TypeError, ValueError), match=message):
             Pictures(augmentation=augmentation)
 
 
@@ -302,6 +302,6 @@ def test_a_gpu_gives_the_same_images():
         seed=7,
         augmentation=EVERY,
     )
-    for found, expected in zip(one_pass(on_gpu), one_pass(make()), strict=True):
+    for found, expected in zip(one_epoch(on_gpu), one_epoch(make()), strict=True):
         assert found.is_cuda
         torch.testing.assert_close(found.cpu(), expected)

@@ -1,4 +1,4 @@
-"""Batches: what a pass gives, in which order, and where it goes on after an interruption."""
+"""Batches: what an epoch yields, in which order, and where it continues when interrupted."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def make(**settings) -> Batches:
     return Batches(torch.arange(SAMPLES).view(-1, 1), torch.arange(SAMPLES), **settings)
 
 
-def one_pass(batches: Batches) -> list[list[int]]:
+def one_epoch(batches: Batches) -> list[list[int]]:
     return [batch.targets.tolist() for batch in batches]
 
 
@@ -24,9 +24,9 @@ def flat(batches: list[list[int]]) -> list[int]:
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_pass_gives_every_sample_once_in_full_batches_but_the_last(shuffle):
+def test_an_epoch_yields_every_sample_once_in_full_batches_but_the_last(shuffle):
     batches = make(shuffle=shuffle)
-    given = one_pass(batches)
+    given = one_epoch(batches)
     assert [len(batch) for batch in given] == [5, 5, 5, 5, 3]
     assert sorted(flat(given)) == list(range(SAMPLES))
     assert len(batches) == 5
@@ -40,78 +40,78 @@ def test_inputs_and_targets_stay_together():
 
 def test_drop_last_leaves_out_only_the_incomplete_batch():
     batches = make(drop_last=True)
-    given = one_pass(batches)
+    given = one_epoch(batches)
     assert [len(batch) for batch in given] == [5, 5, 5, 5]
     assert len(batches) == 4
     assert len(set(flat(given))) == 20
 
 
-def test_without_shuffle_every_pass_is_in_stored_order():
+def test_without_shuffle_every_epoch_is_in_stored_order():
     batches = make(shuffle=False)
-    assert flat(one_pass(batches)) == flat(one_pass(batches)) == list(range(SAMPLES))
+    assert flat(one_epoch(batches)) == flat(one_epoch(batches)) == list(range(SAMPLES))
 
 
 def test_the_same_seed_gives_the_same_order_whatever_else_is_drawn():
     torch.manual_seed(1)
-    first = one_pass(make())
+    first = one_epoch(make())
     torch.manual_seed(2)
-    assert one_pass(make()) == first
-    assert one_pass(make(seed=8)) != first
+    assert one_epoch(make()) == first
+    assert one_epoch(make(seed=8)) != first
 
 
 def test_shuffling_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
-    one_pass(make())
+    one_epoch(make())
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_passes_are_epochs_of_different_order():
+def test_epochs_differ_in_order():
     batches = make()
-    passes = [flat(one_pass(batches)) for _ in range(3)]
+    epochs = [flat(one_epoch(batches)) for _ in range(3)]
     assert batches.epoch == 2
-    assert len({tuple(order) for order in passes}) == 3
+    assert len({tuple(order) for order in epochs}) == 3
 
 
 def test_seed_and_epoch_are_not_interchangeable():
     one, other = make(seed=0), make(seed=1)
     one.set_epoch(1)
     other.set_epoch(0)
-    assert one_pass(one) != one_pass(other)
+    assert one_epoch(one) != one_epoch(other)
 
 
 def test_set_epoch_gives_that_epochs_order():
     batches, again = make(), make()
-    third = [one_pass(batches) for _ in range(3)][2]
+    third = [one_epoch(batches) for _ in range(3)][2]
     again.set_epoch(2)
-    assert one_pass(again) == third
+    assert one_epoch(again) == third
     again.set_epoch(2)
-    assert one_pass(again) == third
+    assert one_epoch(again) == third
 
 
-def test_a_pass_broken_off_is_followed_by_the_next_epoch():
+def test_an_epoch_broken_off_is_followed_by_the_next_epoch():
     batches, whole = make(), make()
     next(iter(batches))
-    one_pass(whole)
-    assert one_pass(batches) == one_pass(whole)
+    one_epoch(whole)
+    assert one_epoch(batches) == one_epoch(whole)
 
 
 def test_an_iterator_that_is_not_used_changes_nothing():
     batches = make()
     iter(batches)
     iter(batches)
-    assert one_pass(batches) == one_pass(make())
+    assert one_epoch(batches) == one_epoch(make())
 
 
 def test_a_restored_position_gives_exactly_the_batches_not_yet_given():
     for given in range(6):
         uninterrupted, interrupted, resumed = make(), make(), make(seed=99)
-        expected = one_pass(uninterrupted) + one_pass(uninterrupted)
+        expected = one_epoch(uninterrupted) + one_epoch(uninterrupted)
         iterator = iter(interrupted)
         before = [next(iterator).targets.tolist() for _ in range(given)]
         resumed.load_state_dict(interrupted.state_dict())
-        after = one_pass(resumed)
-        if given < len(resumed):  # otherwise the first pass was already the next epoch
-            after += one_pass(resumed)
+        after = one_epoch(resumed)
+        if given < len(resumed):  # otherwise the first one was already the next epoch
+            after += one_epoch(resumed)
         assert before + after == expected
 
 
@@ -123,10 +123,10 @@ def test_a_restored_position_survives_set_epoch_of_its_own_epoch_only():
     resumed = make()
     resumed.load_state_dict(state)
     resumed.set_epoch(3)
-    assert len(one_pass(resumed)) == 4
+    assert len(one_epoch(resumed)) == 4
     resumed.load_state_dict(state)
     resumed.set_epoch(4)
-    assert len(one_pass(resumed)) == 5
+    assert len(one_epoch(resumed)) == 5
 
 
 def test_the_state_is_plain_integers():
@@ -164,7 +164,7 @@ def parts(ranks: int, **settings) -> list[tuple[Batch, ...]]:
 def test_the_parts_of_a_batch_are_disjoint_and_together_the_whole_one():
     for shuffle in [True, False]:
         for ranks in [1, 2, 3, 4, 5, 8]:
-            whole = one_pass(make(shuffle=shuffle))
+            whole = one_epoch(make(shuffle=shuffle))
             for together, expected in zip(parts(ranks, shuffle=shuffle), whole, strict=True):
                 counted = [part.targets.tolist() for part in together if part.weight > 0]
                 assert flat(counted) == expected, (ranks, shuffle)
@@ -197,10 +197,10 @@ def test_a_position_saved_by_one_rank_is_that_of_all():
         next(iterator), next(iterator)
     states = [batches.state_dict() for batches in ranks]
     assert states[0] == states[1] == states[2]
-    expected = one_pass(make(rank=2, ranks=3))[2:]
+    expected = one_epoch(make(rank=2, ranks=3))[2:]
     resumed = make(rank=2, ranks=3)
     resumed.load_state_dict(states[0])
-    assert one_pass(resumed) == expected
+    assert one_epoch(resumed) == expected
 
 
 def test_the_number_of_batches_does_not_depend_on_the_ranks():
@@ -261,5 +261,5 @@ def test_a_normalization_that_cannot_be_computed_is_refused():
 def test_the_order_is_the_same_on_a_gpu_and_batches_stay_there():
     inputs, targets = torch.arange(SAMPLES).view(-1, 1), torch.arange(SAMPLES)
     on_gpu = Batches(inputs.cuda(), targets.cuda(), batch_size=5, shuffle=True, seed=7)
-    assert one_pass(on_gpu) == one_pass(make())
+    assert one_epoch(on_gpu) == one_epoch(make())
     assert next(iter(on_gpu)).inputs.is_cuda

@@ -39,7 +39,7 @@ OTHER = 1  # seed of pictures that are not the official ones
 
 @pytest.fixture(autouse=True)
 def _small_set(monkeypatch, tmp_path):
-    """The pictures play the official set, the user's cache lies aside, and no proxy is asked."""
+    """The pictures play the official set, the user's cache lies aside, and no proxy is used."""
     monkeypatch.setattr(Cifar10DataModule, "source", small_cifar())
     monkeypatch.setenv("FASTDEQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -164,7 +164,7 @@ PIXELS, LABELS = pictures()[0]
 
 
 def test_a_wrong_file_is_named_in_one_line(tmp_path):
-    for name, content, told in [
+    for name, content, message in [
         ("data_batch_2", b"<html>", "not a readable pickle ("),
         ("data_batch_2", b"", "not a readable pickle ("),
         ("data_batch_2", batch(PIXELS, LABELS)[:-50], "not a readable pickle ("),
@@ -189,7 +189,7 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path):
                 place = f"{write_archive(root, archive(files))}: {FOLDER}/{name}"
             else:
                 place = str(write_folder(root, files) / name)
-            assert refusal(cifar(root, verify=False), place).startswith(told), (name, told)
+            assert refusal(cifar(root, verify=False), place).startswith(message), (name, message)
 
 
 def test_a_member_that_is_missing_is_named_with_its_archive(tmp_path):
@@ -254,20 +254,20 @@ def test_the_archive_is_downloaded_also_where_unpacked_files_are_incomplete(
         files = cifar_files()
         del files["data_batch_3"]
         write_folder(root / FOLDER, files)
-    with mirror({ARCHIVE: archive(cifar_files())}) as (address, asked):
+    with mirror({ARCHIVE: archive(cifar_files())}) as (address, requested):
         monkeypatch.setattr(Cifar10DataModule, "source", small_cifar(mirrors=[address]))
         assert holds_the_pictures(cifar(root, download=True))
         assert holds_the_pictures(cifar(root, download=True))
-    assert asked == [ARCHIVE]
+    assert requested == [ARCHIVE]
     assert (root / "cifar10" / ARCHIVE).is_file()
 
 
 def test_unpacked_files_that_are_whole_are_not_downloaded(monkeypatch, tmp_path):
     write_folder(tmp_path / "root", cifar_files())
-    with mirror({}) as (address, asked):
+    with mirror({}) as (address, requested):
         monkeypatch.setattr(Cifar10DataModule, "source", small_cifar(mirrors=[address]))
         assert holds_the_pictures(cifar(tmp_path / "root", download=True))
-    assert not asked
+    assert not requested
 
 
 # The published set itself

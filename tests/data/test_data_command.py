@@ -37,7 +37,7 @@ def _small_sets(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTDEQ_DATA", raising=False)
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
+def shown_by(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, str]:
     """What the command prints where all is well, by title."""
     assert main(arguments) == 0
     printed = capsys.readouterr()
@@ -61,7 +61,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int) ->
 def test_mnist_is_prepared_and_shown(capsys, tmp_path):
     write_files(tmp_path / "root", samples())
     store = tmp_path / "store"
-    shown = told(capsys, "mnist", f"root={tmp_path / 'root'}", f"store={store}")
+    shown = shown_by(capsys, "mnist", f"root={tmp_path / 'root'}", f"store={store}")
     size = (store / "mnist.h5").stat().st_size
     pixels = samples()[0] / 255
     assert shown["set"] == "mnist"
@@ -79,22 +79,22 @@ def test_mnist_is_prepared_and_shown(capsys, tmp_path):
 def test_the_second_run_needs_no_source_files_and_shows_the_same(capsys, tmp_path):
     paths = write_files(tmp_path / "root", samples())
     command = ("mnist", f"root={tmp_path / 'root'}")
-    first = told(capsys, *command)
+    first = shown_by(capsys, *command)
     store = tmp_path / "cache" / "mnist.h5"
     before = store.stat()
     for path in paths:
         path.unlink()
-    assert told(capsys, *command) == first
+    assert shown_by(capsys, *command) == first
     assert store.stat() == before
 
 
 def test_digits_and_polynomial_need_nothing(capsys, tmp_path):
-    digits = told(capsys, "digits")
+    digits = shown_by(capsys, "digits")
     assert digits["train"] == "1,437 samples of 1 × 8 × 8"
     assert digits["test"] == "360 samples of 1 × 8 × 8"
     assert digits["mean"].startswith("0.304982 (training pixels / 16; ")
     assert digits["std"].startswith("0.375789 (training pixels / 16; ")
-    line = told(capsys, "polynomial", "samples=100", "low=0.5")
+    line = shown_by(capsys, "polynomial", "samples=100", "low=0.5")
     assert line["train"] == "100 samples of 1"
     assert line["test"] == "128 samples of 1"
     assert line["inputs"] == "0.5 to 1"  # of the test points, which come last
@@ -114,14 +114,14 @@ def test_the_set_is_downloaded_where_that_is_asked_for(capsys, monkeypatch, tmp_
 def test_the_environment_names_the_root_unless_it_is_given(capsys, monkeypatch, tmp_path):
     write_files(tmp_path / "root", samples())
     monkeypatch.setenv("FASTDEQ_DATA", str(tmp_path / "root"))
-    assert told(capsys, "mnist")["train"] == "30 samples of 1 × 28 × 28"
+    assert shown_by(capsys, "mnist")["train"] == "30 samples of 1 × 28 × 28"
     text = refused(capsys, "mnist", "root=/nowhere", status=1)
     assert text.startswith("/nowhere: no such folder")
 
 
 def test_keys_may_be_written_as_for_training_and_as_the_messages_do(capsys, tmp_path):
     write_files(tmp_path / "root", samples(2))
-    shown = told(capsys, "mnist", f"data.root={tmp_path / 'root'}", "data.verify=False")
+    shown = shown_by(capsys, "mnist", f"data.root={tmp_path / 'root'}", "data.verify=False")
     assert shown["version"] == "not verified"
 
 
@@ -178,14 +178,14 @@ def test_wrong_data_have_status_1(capsys, tmp_path):
 def test_a_damaged_store_has_status_1_and_the_cure(capsys, tmp_path):
     write_files(tmp_path / "root", samples())
     command = ("mnist", f"root={tmp_path / 'root'}")
-    shown = told(capsys, *command)
+    shown = shown_by(capsys, *command)
     store = tmp_path / "cache" / "mnist.h5"
     store.write_bytes(store.read_bytes()[:-1])
     text = refused(capsys, *command, status=1)
     assert text.startswith(f"{store}: ")
     assert text.endswith("delete it and it is built again")
     store.unlink()
-    assert told(capsys, *command) == shown
+    assert shown_by(capsys, *command) == shown
 
 
 def test_data_that_are_not_there_have_status_1(capsys):

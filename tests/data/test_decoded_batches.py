@@ -89,11 +89,11 @@ def test_a_samples_crop_is_that_of_its_place_whatever_the_batch_size(root):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("seen", [1, 3, 5, 7])
-def test_a_restored_module_goes_on_with_exactly_the_batches_not_yet_given(root, workers, seen):
+def test_a_restored_module_continues_with_exactly_the_batches_not_yet_given(root, workers, seen):
     whole, broken_off, resumed = (ready(root, workers=workers) for _ in range(3))
     expected = two_epochs(whole)
     batches = broken_off.train_dataloader()
-    # Two passes in a row, of 5 batches each; the workers are up to four batches ahead.
+    # Two epochs in a row, of 5 batches each; the workers are up to four batches ahead.
     given = (batch.inputs for _ in range(2) for batch in batches)
     before = [next(given) for _ in range(seen)]
     resumed.load_state_dict(broken_off.state_dict())
@@ -113,7 +113,7 @@ def two_epochs(data: ImageFolderDataModule) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_pass_that_is_given_up_leaves_the_next_one_alone(root, workers):
+def test_an_epoch_that_is_given_up_leaves_the_next_one_alone(root, workers):
     expected = two_epochs(ready(root))[5:]
     data = ready(root, workers=workers)
     batches = data.train_dataloader()
@@ -123,7 +123,7 @@ def test_a_pass_that_is_given_up_leaves_the_next_one_alone(root, workers):
     data.teardown()
 
 
-def test_workers_stay_from_pass_to_pass_and_end_with_the_module(root):
+def test_workers_stay_from_epoch_to_epoch_and_end_with_the_module(root):
     data = ready(root, workers=2)
     batches = data.val_dataloader()
     pids = []

@@ -267,7 +267,7 @@ def test_asking_for_batches_before_setup_says_what_to_do():
         DigitsDataModule().train_dataloader()
 
 
-def test_settings_that_are_no_integers_are_refused_by_name():
+def test_settings_that_are_not_integers_are_refused_by_name():
     for name in ["batch_size", "eval_batch_size", "seed", "validation"]:
         settings: dict[str, Any] = {name: "abc"}
         with pytest.raises(TypeError, match=rf"^DigitsDataModule\.{name} is 'abc', but"):
@@ -278,7 +278,7 @@ def test_settings_that_are_no_integers_are_refused_by_name():
 @pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning")
 @pytest.mark.parametrize("length", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 12}])
 def test_a_run_resumed_anywhere_sees_exactly_the_batches_not_yet_seen(tmp_path, length):
-    # Four batches an epoch: every step is a place to be cut off, and so is the end of an epoch.
+    # Four batches per epoch: every step is a place to be cut off, and so is the end of an epoch.
     def data() -> DigitsDataModule:
         return DigitsDataModule(batch_size=360, seed=3)
 

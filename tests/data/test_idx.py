@@ -1,4 +1,4 @@
-"""The IDX reader: what it reads, and that nothing wrong passes for an array."""
+"""The IDX reader: what it reads, and that nothing wrong is taken for an array."""
 
 import hashlib
 import struct
@@ -111,8 +111,8 @@ def test_what_follows_a_compressed_file_is_refused(tmp_path):
     assert "damaged gzip file" in refusal(path)
 
 
-def test_what_is_no_idx_file_of_uint8_is_refused(tmp_path):
-    for content, told in [
+def test_what_is_not_an_idx_file_of_uint8_is_refused(tmp_path):
+    for content, message in [
         (b"", "not an IDX file: it begins with nothing"),
         (b"\x89PNG\r\n\x1a\n", "not an IDX file: it begins with 89 50 4e 47"),
         (b"<!DOCTYPE html>", "not an IDX file: it begins with 3c 21 44 4f"),
@@ -124,12 +124,12 @@ def test_what_is_no_idx_file_of_uint8_is_refused(tmp_path):
     ]:
         path = tmp_path / "file"
         path.write_bytes(content)
-        assert told in refusal(path), content
+        assert message in refusal(path), content
 
 
-def test_no_room_is_made_for_more_than_the_file_holds(tmp_path):
+def test_no_memory_is_allocated_for_more_than_the_file_holds(tmp_path):
     path = tmp_path / "file"
-    # 2⁹⁶ bytes: an attempt to make room for them would end in a MemoryError or an OverflowError.
+    # 2⁹⁶ bytes: an attempt to allocate them would end in a MemoryError or an OverflowError.
     path.write_bytes(b"\0\0\x08\x03" + struct.pack(">3I", *[2**32 - 1] * 3) + b"few")
     assert "truncated" in refusal(path)
     assert "found 3" in refusal(path)

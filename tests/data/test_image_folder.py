@@ -454,7 +454,7 @@ def write_other_type(path: Path) -> None:
 
 
 def test_a_file_that_is_not_the_store_is_refused_with_the_cure(root, tmp_path):
-    for write, told in [
+    for write, message in [
         (lambda path: path.write_text("<html>"), "not a readable HDF5 file"),
         (write_other_layout, "dataset train/offsets is missing"),
         (write_other_type, "train/crc32 must be <u4 with 1 axes, not float64"),
@@ -464,8 +464,8 @@ def test_a_file_that_is_not_the_store_is_refused_with_the_cure(root, tmp_path):
         folder(root).prepare_data()
         (path,) = stores(tmp_path)
         write(path)
-        assert told in (text := refusal(folder(root), path)), told
-        assert text.endswith(CURE), told
+        assert message in (text := refusal(folder(root), path)), message
+        assert text.endswith(CURE), message
         path.unlink()
 
 
@@ -496,22 +496,22 @@ def test_of_many_classes_the_command_shows_the_range(tmp_path, capsys):
     assert shown["classes"] == "00, 01, 02, 03, 04, 05, 06, 07, 08, 09 and 20 more"
 
 
-def figures(run: Path) -> dict[str, float]:
+def metrics(run: Path) -> dict[str, float]:
     found = json.loads((run / "summary.json").read_text())["figures"]
     return {name: value for name, value in found.items() if "seconds" not in name}
 
 
-def test_a_run_has_the_same_figures_whoever_decodes(root, command):
+def test_a_run_has_the_same_metrics_whoever_decodes(root, command):
     alone, helped = (
         a_run(command, *RUN, f"data.root={root}", w) for w in ("seed=0", "data.workers=2")
     )
-    assert figures(alone) == figures(helped)
+    assert metrics(alone) == metrics(helped)
     assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-def test_one_and_two_processes_have_the_same_figures(root, command):
+def test_one_and_two_processes_have_the_same_metrics(root, command):
     # No batch statistics: of these, each process would have its part's.
     dense = ("arch=fc", "model=skip_deq", "data.size=8", "sizes.features=192")
     short = ("data.eval_batch_size=7", "trainer.max_epochs=1", "trainer.accelerator=cpu")
@@ -522,7 +522,7 @@ def test_one_and_two_processes_have_the_same_figures(root, command):
         answer = command.process(*shared, *chosen)
         assert answer.status == 0, answer.err
         (added,) = set(command.folder.rglob("summary.json")) - before
-        runs.append(figures(added.parent))
+        runs.append(metrics(added.parent))
     alone, together = runs
     assert set(alone) == set(together)
     for name, value in alone.items():

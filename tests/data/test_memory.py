@@ -13,7 +13,7 @@ PINNED = [11, 16, 19, 35, 37]  # the five of 40 that are held out
 
 
 class Numbers(InMemoryDataModule):
-    """Sample i is the number i, training from 0 and test from 1000; counts what it is asked for."""
+    """Sample i is the number i, training from 0 and test from 1000; counts the calls."""
 
     input_shape = (1,)
     outputs = 1
@@ -133,7 +133,7 @@ def test_under_overfit_batches_every_epoch_repeats_the_same_batches():
     assert len(first) == 4
 
 
-def test_a_restored_module_goes_on_with_exactly_the_batches_not_yet_given():
+def test_a_restored_module_continues_with_exactly_the_batches_not_yet_given():
     for seen in [0, 1, 3, 6, 8]:
         whole, interrupted, resumed = ready(), ready(), ready(seed=5)
         batches = whole.train_dataloader()
@@ -153,7 +153,7 @@ def test_a_restored_module_goes_on_with_exactly_the_batches_not_yet_given():
         assert before + after == expected, seen
 
 
-def test_before_the_first_batch_there_is_no_position_to_save():
+def test_before_the_first_batch_there_is_not_position_to_save():
     data = Numbers()
     assert data.state_dict() == {}
     data.load_state_dict({})
@@ -233,7 +233,7 @@ def test_asking_for_batches_before_setup_says_what_to_do():
             getattr(Numbers(), loader)()
 
 
-def test_settings_that_are_no_counts_are_refused_by_name():
+def test_settings_that_are_not_counts_are_refused_by_name():
     for name in ["batch_size", "eval_batch_size", "seed", "validation"]:
         for value in [-1, 1.5, "3", True, None]:
             said = rf"^Numbers\.{name} is {value!r}, but must be "

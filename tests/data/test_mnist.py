@@ -40,7 +40,7 @@ NAMES = names()
 
 @pytest.fixture(autouse=True)
 def _small_sets(monkeypatch, tmp_path):
-    """The samples play the official sets, the user's cache lies aside, and no proxy is asked."""
+    """The samples play the official sets, the user's cache lies aside, and no proxy is used."""
     monkeypatch.setattr(MnistDataModule, "source", small_mnist())
     monkeypatch.setattr(
         FashionMnistDataModule, "source", published(FASHION_MNIST, samples(FASHION))
@@ -131,7 +131,7 @@ def test_a_hold_out_is_taken_from_the_training_images(tmp_path):
     assert sum(len(batch.targets) for batch in data.train_dataloader()) == TRAIN - 10
 
 
-def test_what_was_loaded_is_told(tmp_path):
+def test_what_was_loaded_is_reported(tmp_path):
     write_files(tmp_path, samples())
     data = loaded(mnist(tmp_path, store=tmp_path / "store"))
     assert data.metadata["file"] == str(tmp_path / "store" / "mnist.h5")
@@ -152,7 +152,7 @@ def of_fashion(number: int) -> bytes:
 
 def test_a_wrong_file_is_named_in_one_line_and_leaves_nothing(tmp_path):
     for number in range(4):
-        for change, told in [
+        for change, message in [
             (lambda content, _: content[:-1], "truncated: its header says"),
             (lambda content, _: content[:3], "not an IDX file"),
             (lambda content, _: flip(content), "not the official file of MNIST, the SHA-256"),
@@ -166,7 +166,7 @@ def test_a_wrong_file_is_named_in_one_line_and_leaves_nothing(tmp_path):
         ]:
             path = write_files(tmp_path / "root", samples(), compressed=False)[number]
             path.write_bytes(change(path.read_bytes(), number))
-            assert told in refusal(mnist(tmp_path / "root"), path), (number, told)
+            assert message in refusal(mnist(tmp_path / "root"), path), (number, message)
 
 
 def test_the_whole_of_fashion_mnist_is_not_taken_for_mnist(tmp_path):
@@ -193,8 +193,8 @@ def test_a_set_that_looks_like_fashion_mnist_is_not_taken_for_it(monkeypatch, tm
             monkeypatch.setenv("FASTDEQ_CACHE", str(cache))
             path = write_files(root, LOOKALIKES[lookalike], compressed=compressed)[0]
             text = refusal(FashionMnistDataModule(root=root), path)
-            told = "not the official file of" if compressed else "cannot be verified, for of"
-            assert text.startswith(f"{told} Fashion-MNIST")
+            message = "not the official file of" if compressed else "cannot be verified, for of"
+            assert text.startswith(f"{message} Fashion-MNIST")
             assert text.endswith("or take your own files as they are with data.verify=false")
             loaded(FashionMnistDataModule(root=root, verify=False))  # has a store of its own:
             assert not (cache / "fashion_mnist.h5").exists()
@@ -243,8 +243,8 @@ def test_a_store_of_files_that_were_not_identified_is_refused_under_the_official
     path = tmp_path / "cache" / f"{official['name']}.h5"
     write_store(path, replace(images, attributes={**images.attributes, **official}))
     title = module.source.title
-    told = f"nothing shows that its files were the official ones of {title}: delete it and it is"
-    with pytest.raises(ValueError, match=re.escape(f"{path}: {told} built again")):
+    message = f"nothing shows that its files were the official ones of {title}: delete it and it is"
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message} built again")):
         module().load()
 
 
@@ -252,7 +252,7 @@ Change = Callable[[list[np.ndarray]], object]
 
 
 def test_files_that_do_not_fit_together_are_refused_even_unverified(tmp_path):
-    for change, number, told in [
+    for change, number, message in [
         (lambda a: a.__setitem__(0, a[0][:, :27]), 0, "not images of 28 × 28, but (30, 27, 28)"),
         (lambda a: a.__setitem__(0, a[1]), 0, "not images of 28 × 28, but (30,)"),
         (lambda a: a.__setitem__(1, a[0]), 1, "not a label for each image, 30, but (30, 28, 28)"),
@@ -262,7 +262,7 @@ def test_files_that_do_not_fit_together_are_refused_even_unverified(tmp_path):
         arrays = samples()
         change(arrays)
         path = write_files(tmp_path / "root", arrays)[number]
-        assert refusal(mnist(tmp_path / "root", verify=False), path) == told, told
+        assert refusal(mnist(tmp_path / "root", verify=False), path) == message, message
 
 
 # What is missing
@@ -296,7 +296,7 @@ def test_an_empty_root_is_named(tmp_path):
     assert text.startswith(f"{NAMES[0]} of MNIST is not there")
 
 
-def test_without_a_root_the_choices_are_told(tmp_path):
+def test_without_a_root_the_choices_are_reported(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         mnist(None).prepare_data()
     assert str(caught.value) == (

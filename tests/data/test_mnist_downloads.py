@@ -34,15 +34,15 @@ def with_mirrors(monkeypatch, *mirrors: str) -> None:
 
 
 def test_files_are_downloaded_once_checked_and_read(monkeypatch, tmp_path):
-    with mirror(OFFICIAL) as (address, asked):
+    with mirror(OFFICIAL) as (address, requested):
         with_mirrors(monkeypatch, address)
         assert labels(loaded(MnistDataModule(root=None, download=True))) == samples()[3].tolist()
-        assert asked == NAMES
+        assert requested == NAMES
         (tmp_path / "cache" / "mnist.h5").unlink()
         loaded(
             MnistDataModule(root=None, download=True)
         )  # built again from the files that are there
-        assert asked == NAMES
+        assert requested == NAMES
     assert tree(tmp_path / "cache" / "mnist") == OFFICIAL
     assert loaded(MnistDataModule(root=None))  # and without leave to download
 
@@ -50,10 +50,10 @@ def test_files_are_downloaded_once_checked_and_read(monkeypatch, tmp_path):
 def test_into_a_given_root_only_what_is_missing_is_downloaded(monkeypatch, tmp_path):
     folder = tmp_path / "root" / "MNIST" / "raw"
     write_files(folder, samples(), dot=".", compressed=False)[2].unlink()
-    with mirror(OFFICIAL) as (address, asked):
+    with mirror(OFFICIAL) as (address, requested):
         with_mirrors(monkeypatch, address)
         loaded(MnistDataModule(root=tmp_path / "root", download=True))
-    assert asked == [NAMES[2]]
+    assert requested == [NAMES[2]]
     assert (folder / NAMES[2]).read_bytes() == OFFICIAL[NAMES[2]]
     assert not (tmp_path / "cache" / "mnist").exists()
 
@@ -79,12 +79,12 @@ def test_downloaded_files_can_be_read_by_others(monkeypatch, tmp_path):
     [WRONG, {}, {name: content[:-9] for name, content in OFFICIAL.items()}],
     ids=["wrong", "missing", "cut"],
 )
-def test_a_mirror_that_fails_is_followed_by_the_next_and_asked_last(monkeypatch, tmp_path, bad):
-    with mirror(bad) as (first, first_asked), mirror(OFFICIAL) as (second, second_asked):
+def test_a_mirror_that_fails_is_followed_by_the_next_and_tried_last(monkeypatch, tmp_path, bad):
+    with mirror(bad) as (first, first_requested), mirror(OFFICIAL) as (second, second_requested):
         with_mirrors(monkeypatch, first, second)
         assert labels(loaded(MnistDataModule(root=None, download=True))) == samples()[3].tolist()
-    assert first_asked == NAMES[:1]
-    assert second_asked == NAMES
+    assert first_requested == NAMES[:1]
+    assert second_requested == NAMES
     assert tree(tmp_path / "cache" / "mnist") == OFFICIAL
 
 
@@ -104,7 +104,7 @@ def test_a_mirror_that_hangs_up_is_followed_by_the_next(monkeypatch, tmp_path):
     assert tree(tmp_path / "cache" / "mnist") == OFFICIAL
 
 
-def test_when_all_mirrors_fail_each_one_is_told_with_its_reason(monkeypatch, tmp_path):
+def test_when_all_mirrors_fail_each_one_is_reported_with_its_reason(monkeypatch, tmp_path):
     with mirror({}) as (gone, _):
         pass
     with mirror(WRONG) as (wrong, _), mirror({}) as (empty, _):
@@ -131,17 +131,17 @@ def test_a_download_that_fails_later_keeps_the_files_that_are_whole(monkeypatch,
 
 
 def test_nothing_is_downloaded_without_leave(monkeypatch, tmp_path):
-    with mirror(OFFICIAL) as (address, asked):
+    with mirror(OFFICIAL) as (address, requested):
         with_mirrors(monkeypatch, address)
         with pytest.raises(FileNotFoundError, match=r"download it with data\.download=true"):
             MnistDataModule(root=None).prepare_data()
-    assert not asked
+    assert not requested
 
 
-def test_a_folder_that_cannot_be_made_is_named_before_anything_is_asked(monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_requested(monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("in the way")
-    with mirror(OFFICIAL) as (address, asked):
+    with mirror(OFFICIAL) as (address, requested):
         with_mirrors(monkeypatch, address)
         with pytest.raises(OSError, match=r"cache/mnist: cannot be made \(.*\): choose another$"):
             MnistDataModule(root=None, download=True).prepare_data()
-    assert not asked
+    assert not requested

@@ -34,7 +34,7 @@ def test_an_array_of_numpy_1_comes_back():
 
 
 def test_a_pickle_that_asks_for_more_is_refused_in_one_line(tmp_path, monkeypatch):
-    for content, told in [
+    for content, message in [
         (b"cos\nsystem\n(S'touch hit'\ntR.", "it asks for os.system"),
         (b"cbuiltins\neval\n(S'1'\ntR.", "it asks for builtins.eval"),
         (b"c__builtin__\ngetattr\n.", "it asks for __builtin__.getattr"),
@@ -48,7 +48,7 @@ def test_a_pickle_that_asks_for_more_is_refused_in_one_line(tmp_path, monkeypatc
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ValueError, match="not part of such a file: not read") as caught:
             read_pickle(content)
-        assert str(caught.value).startswith(told), content
+        assert str(caught.value).startswith(message), content
         assert "\n" not in str(caught.value), content
         assert not list(tmp_path.iterdir()), content
 
@@ -59,13 +59,13 @@ def test_a_pickle_cannot_set_attributes_on_what_it_finds():
             read_pickle(b"c" + name + b"\n(N}S'__call__'\nNstb.")
 
 
-def test_codecs_that_are_no_text_are_refused():
+def test_codecs_that_are_not_text_are_refused():
     for codec in ("zlib", "rot13"):
         with pytest.raises(ValueError, match="is not a text encoding"):
             read_pickle(f"c_codecs\nencode\n(Vx\nV{codec}\ntR.".encode())
 
 
-def test_a_damaged_pickle_is_told_in_one_line():
+def test_a_damaged_pickle_is_reported_in_one_line():
     for content in [
         b"",
         b"<!DOCTYPE html>",

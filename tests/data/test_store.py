@@ -176,20 +176,20 @@ def test_a_build_killed_after_the_store_has_its_name_leaves_it_whole(ready, tmp_
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (RuntimeError("Can't decrement id ref count\n  (unable to close)"), "unable to close"),
         (KeyboardInterrupt(), None),
     ],
 )
-def test_a_build_that_fails_leaves_no_file_and_says_what_to_do(ready, tmp_path, error, told):
+def test_a_build_that_fails_leaves_no_file_and_says_what_to_do(ready, tmp_path, error, message):
     with patch.object(h5py.Group, "create_dataset", side_effect=error):
-        if told is None:
+        if message is None:
             with pytest.raises(KeyboardInterrupt):
                 build(ready)
         else:
-            with pytest.raises(OSError, match=told) as caught:
+            with pytest.raises(OSError, match=message) as caught:
                 build(ready)
             text = str(caught.value)
             assert text.startswith(f"{tmp_path / 'store' / 'mnist.h5'}: cannot be written (")
@@ -324,7 +324,7 @@ def write_other_label(path: Path) -> None:
 
 
 def test_a_file_that_is_not_the_store_is_refused_with_the_cure(ready):
-    for write, told in [
+    for write, message in [
         (write_text, "not a readable HDF5 file"),
         (write_other_layout, "dataset train/images is missing"),
         (write_group_as_dataset, "train/images must be uint8 with 4 axes"),
@@ -333,9 +333,9 @@ def test_a_file_that_is_not_the_store_is_refused_with_the_cure(ready):
     ]:
         path = build(ready)
         write(path)
-        assert told in refusal(ready, path), told
+        assert message in refusal(ready, path), message
         path.unlink()  # as the message says
-        assert holds_the_samples(ready.load()), told
+        assert holds_the_samples(ready.load()), message
 
 
 def test_the_store_of_another_set_is_refused_with_the_cure(ready, tmp_path):

@@ -30,7 +30,7 @@ WANTED = "get train_32x32.mat and test_32x32.mat of SVHN's format 2 (cropped dig
 
 @pytest.fixture(autouse=True)
 def _small_set(monkeypatch, tmp_path):
-    """The digits play the official set, the user's cache lies aside, and no proxy is asked."""
+    """The digits play the official set, the user's cache lies aside, and no proxy is used."""
     monkeypatch.setattr(SvhnDataModule, "source", small_svhn())
     monkeypatch.setenv("FASTDEQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -107,7 +107,7 @@ def test_batches_are_normalized_as_published(tmp_path):
 
 
 def test_a_wrong_file_is_named_in_one_line(tmp_path):
-    for content, told in [
+    for content, message in [
         (mat(matrix(b"X", X)), f"has no array y: {WANTED}"),
         (mat(matrix(b"digitStruct", Y)), f"has no array X: {WANTED}"),
         (mat(matrix(b"X", X[:31]), matrix(b"y", Y)), "X must be uint8 (32, 32, 3, N), not uint8 ("),
@@ -127,7 +127,7 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path):
                 folder = write_folder(tmp_path / "root", svhn_files() | {name: content})
                 assert refusal(
                     SvhnDataModule(root=folder, verify=verify), folder / name
-                ).startswith(told), (name, told)
+                ).startswith(message), (name, message)
 
 
 def test_a_real_hdf5_file_is_refused(tmp_path):
@@ -161,11 +161,11 @@ def test_a_missing_file_is_named_with_its_folder(tmp_path):
 
 
 def test_the_files_are_downloaded(monkeypatch, tmp_path):
-    with mirror(svhn_files()) as (address, asked):
+    with mirror(svhn_files()) as (address, requested):
         monkeypatch.setattr(SvhnDataModule, "source", small_svhn(mirrors=[address]))
         train, _ = SvhnDataModule(download=True).load()
     assert len(train) == 12
-    assert asked == list(MAT)
+    assert requested == list(MAT)
 
 
 def test_every_published_file_has_its_checksum():

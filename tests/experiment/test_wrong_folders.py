@@ -103,17 +103,17 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str, str]] = {
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_a_folder_that_is_not_as_it_must_be_is_refused_in_one_line(root, tmp_path, case):
-    change, place, told = FOLDERS[case]
+    change, place, message = FOLDERS[case]
     change(root)
-    assert refusal(folder(root), root / place).startswith(told)
+    assert refusal(folder(root), root / place).startswith(message)
     assert not stores(tmp_path)
 
 
 def test_of_many_missing_classes_the_first_are_named(tmp_path):
     contents = {f"train/{i:02}/0.png": png(noise(0)) for i in range(12)}
     root = write_images(tmp_path / "root", contents | {"val/00/0.png": png(noise(0))})
-    told = "val has no folder for 01, 02, 03, 04, 05 and 6 more: both need the same classes"
-    assert refusal(folder(root), root) == told
+    message = "val has no folder for 01, 02, 03, 04, 05 and 6 more: both need the same classes"
+    assert refusal(folder(root), root) == message
 
 
 def test_a_root_that_is_missing_is_named(tmp_path):
@@ -122,7 +122,7 @@ def test_a_root_that_is_missing_is_named(tmp_path):
         folder(None).prepare_data()
 
 
-def test_a_file_that_is_no_store_is_no_root(tmp_path):
+def test_a_file_that_is_not_store_is_not_root(tmp_path):
     (tmp_path / "x.h5").write_text("<html>")
     text = refusal(folder(tmp_path / "x.h5"), tmp_path / "x.h5")
     assert text.endswith("give the folder that it was made from")
@@ -168,15 +168,15 @@ def test_without_it_an_image_that_cannot_be_decoded_is_named_when_it_is_read(roo
     data.teardown()
 
 
-def test_a_store_whose_images_were_not_decoded_does_not_pass_for_verified(root, tmp_path):
+def test_a_store_whose_images_were_not_decoded_is_not_taken_for_verified(root, tmp_path):
     folder(root).prepare_data()
     (path,) = stores(tmp_path)
-    told = f"was built without decoding its images: for data.verify=true {CURE}"
-    assert refusal(folder(root, verify=True), path) == told
+    message = f"was built without decoding its images: for data.verify=true {CURE}"
+    assert refusal(folder(root, verify=True), path) == message
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"size": 0}, "size is 0, but must be finite and at least 1"),
         ({"workers": -1}, "workers is -1, but must be finite and at least 0"),
@@ -195,8 +195,8 @@ def test_a_store_whose_images_were_not_decoded_does_not_pass_for_verified(root, 
         ({"root": 3}, "root is 3, but must be text or a Path or None"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_by_name(settings, told):
-    with pytest.raises((TypeError, ValueError), match=told):
+def test_settings_that_make_no_sense_are_refused_by_name(settings, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         folder(**{"root": None, **settings})
 
 
