@@ -18,6 +18,7 @@ from fastdeq.nn.call import CellCall
 from fastdeq.solvers import LimitedMemoryBroydenSolver
 from tests.cells import EXACT, TIGHT, DenseTanh
 from tests.loops import each
+from tests.nn.layers import recorded_masks
 
 WIDTH = 6
 
@@ -53,13 +54,6 @@ def grads(module: nn.Module) -> list[Tensor]:
     assert len(found) == len(list(module.parameters()))
     module.zero_grad(set_to_none=True)
     return found
-
-
-def recorded_masks(dropout: VariationalDropout) -> list[Tensor]:
-    """Filled at every evaluation; with p = 0.5 the ratio is exactly 0 or 2."""
-    masks: list[Tensor] = []
-    dropout.register_forward_hook(lambda _, given, out: masks.append((out / given[0]).detach()))
-    return masks
 
 
 def all_equal(masks: list[Tensor]) -> bool:

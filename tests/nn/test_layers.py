@@ -1,7 +1,5 @@
 """The equilibrium layers: what they return, count, train, copy and refuse."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,17 +16,9 @@ from fastdeq.solvers import (
     NewtonKrylov,
     Picard,
 )
-from tests.cells import EXACT, TIGHT, DenseTanh
+from tests.cells import EXACT, TIGHT
 from tests.loops import each
-
-WIDTH = 4
-
-
-class Dense(DenseTanh):
-    """A contraction."""
-
-    def __init__(self, extra: nn.Module | None = None) -> None:
-        super().__init__(WIDTH, 0.7, extra)
+from tests.nn.layers import WIDTH, Dense, build, dense_input, every_start, grad
 
 
 class Conv(nn.Module):
@@ -60,31 +50,8 @@ class TwoScales(nn.Module):
         )
 
 
-def dense_input(batch: int = 3) -> Tensor:
-    return torch.randn(batch, WIDTH, dtype=torch.float64)
-
-
 def conv_input(batch: int = 3) -> Tensor:
     return torch.randn(batch, 2, 4, 4, dtype=torch.float64)
-
-
-def explicit_network() -> nn.Module:
-    return nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
-
-
-def grad(p: Tensor) -> Tensor:
-    assert p.grad is not None
-    return p.grad.clone()
-
-
-def build(start: str, cell: nn.Module, **options: Any) -> DeepEquilibriumNetwork:
-    if start == "vanilla":
-        return DeepEquilibriumNetwork(cell, **options)
-    explicit = explicit_network() if start == "explicit" else None
-    return SkipDeepEquilibriumNetwork(cell, explicit, **options)
-
-
-start = each("start", ["vanilla", "explicit", "skip_reg"])
 
 
 # What a call returns
@@ -98,7 +65,7 @@ def test_the_output_is_an_equilibrium_of_the_cell(cell, x):
     assert torch.linalg.vector_norm(f(y, x) - y) < 1e-11 * torch.linalg.vector_norm(y)
 
 
-@start
+@every_start
 def test_the_solution_holds_the_figures_of_the_returned_state(start):
     layer, x = build(start, Dense(), solver=Picard(tol=1e-3)), dense_input()
     y, solution = layer(x)
@@ -137,7 +104,7 @@ def test_the_jacobian_loss_comes_on_request_and_is_that_at_the_equilibrium():
         ContinuousSolver(method="vcab3"),
     ],
 )
-@start
+@every_start
 def test_nfe_is_the_number_of_calls_of_the_cell(start, solver):
     cell = Dense()
     _, solution = build(start, cell, solver=solver)(dense_input(1))
@@ -145,7 +112,7 @@ def test_nfe_is_the_number_of_calls_of_the_cell(start, solver):
     assert cell.calls == solution.nfe.item() + (start == "skip_reg")
 
 
-@start
+@every_start
 def test_the_cell_is_called_as_often_as_the_slowest_sample_needs(start):
     cell = Dense()
     x = dense_input(4) * torch.tensor([[9.0], [1.0], [0.1], [3.0]])  # saturated ones are easy
@@ -220,7 +187,10 @@ def test_a_state_of_several_scales():
 # Gradients
 
 
-@each("cell, x", [(Dense, dense_input), (Conv, conv_input)])
+@pytest.mark.parametrize(
+    ("cell", "x"),
+    [(Dense, dense_input), pytest.param(Conv, conv_input, marks=pytest.mark.slow)],
+)
 def test_the_gradients_of_the_layer_are_those_of_finite_differences(cell, x):
     layer = DeepEquilibriumNetwork(
         cell(), solver=LimitedMemoryBroydenSolver(tol=1e-14, max_steps=100), adjoint=EXACT

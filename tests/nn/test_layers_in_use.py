@@ -18,12 +18,12 @@ from fastdeq.solvers import (
 )
 from tests.cells import TIGHT
 from tests.loops import each
-from tests.nn.test_layers import WIDTH, Dense, build, dense_input, explicit_network, grad, start
+from tests.nn.layers import WIDTH, Dense, build, dense_input, every_start, explicit_network, grad
 
 # Pretraining and the explicit prediction
 
 
-@start
+@every_start
 def test_a_fixed_depth_is_the_unrolled_loop_with_its_gradients(start):
     layer, x = build(start, Dense()), dense_input()
     y, solution = layer(x, depth=3)
@@ -170,7 +170,7 @@ def test_without_gradients_the_value_is_the_same_and_holds_no_graph():
 
 
 @each("adjoint", [Implicit(), JacobianFree(), Phantom(), Unrolled()])
-@start
+@every_start
 def test_under_autocast_the_state_stays_float32_and_weights_keep_their_gradients(start, adjoint):
     # Older torch reuses casts made without gradients where gradients are on (pytorch 112583).
     cell, x = Dense(), dense_input().float()

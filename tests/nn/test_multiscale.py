@@ -28,26 +28,13 @@ from fastdeq.regularizers import skip_loss
 from fastdeq.solvers import Anderson, LimitedMemoryBroydenSolver
 from fastdeq.training import Pretraining
 from tests.loops import each
+from tests.nn.scales import WIDTHS, Injected, dense_cell
 from tests.problems import dense_jacobian
 
-WIDTHS = (4, 3, 2, 1)
 STARTS = ("vanilla", "skip", "skip_reg")
 
 every_start = each("start", STARTS)
 every_normalization = each("normalization", ["batch", "group"])
-
-
-class Injected(nn.Module):
-    """tanh(W z / 2 + x)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.state = nn.Linear(width, width, bias=False)
-        nn.init.orthogonal_(self.state.weight, 0.4)
-
-    def forward(self, z: Tensor, x: Tensor | None = None) -> Tensor:
-        h: Tensor = self.state(z)
-        return torch.tanh(h if x is None else h + x)
 
 
 class Predicted(nn.Module):
@@ -59,25 +46,6 @@ class Predicted(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(predict(x) for predict in self.maps)
-
-
-def scaled_linear(inputs: int, outputs: int) -> nn.Module:
-    layer = nn.Linear(inputs, outputs)
-    nn.init.orthogonal_(layer.weight, 0.2)
-    return layer
-
-
-def dense_cell(post_fusion: bool = False) -> MultiScaleCell:
-    """Four scales of widths 4, 3, 2, 1, contractive: the first release's test."""
-    return MultiScaleCell(
-        [Injected(width) for width in WIDTHS],
-        [
-            [nn.Identity() if j == i else scaled_linear(WIDTHS[j], WIDTHS[i]) for i in range(4)]
-            for j in range(4)
-        ],
-        [[width] for width in WIDTHS],
-        [nn.Tanh() for _ in WIDTHS] if post_fusion else None,
-    )
 
 
 def set_mapping(cell: MultiScaleCell, j: int, i: int, module: nn.Module) -> None:

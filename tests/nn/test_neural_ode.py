@@ -17,8 +17,8 @@ from fastdeq.nn import (
     weight_norm,
 )
 from tests.cells import DenseTanh
-from tests.nn.test_call_invariants import recorded_masks
-from tests.nn.test_multiscale import WIDTHS, dense_cell
+from tests.nn.layers import recorded_masks
+from tests.nn.scales import WIDTHS, dense_cell
 from tests.training.tasks import CLASSES, FEATURES, make_task, samples, train_figures
 
 pytest.importorskip("torchdiffeq")

@@ -13,7 +13,7 @@ from fastdeq.regularizers import jacobian_loss
 from fastdeq.solution import Status
 from fastdeq.solvers import LimitedMemoryBroydenSolver, NewtonKrylov, Picard
 from tests.loops import each
-from tests.numerics.test_adjoints import BACKWARD, FORWARD, cotangent, flat, gradients, solved
+from tests.numerics.gradients import BACKWARD, FORWARD, cotangent, flat, gradients, solved
 from tests.problems import problem_named
 
 # When the backward pass meets NaN

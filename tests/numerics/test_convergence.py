@@ -24,7 +24,16 @@ from tests.problems import SOLVERS
 MODES: tuple[TerminationMode, ...] = get_args(TerminationMode)
 WITHOUT_END = (Status.DIVERGED, Status.STALLED)
 
-every_solver = pytest.mark.parametrize("name", SOLVERS)
+
+def every_solver_slow_for(*slow: str) -> pytest.MarkDecorator:
+    """Every solver; for those in `slow` the test takes more than three seconds."""
+    marks = dict.fromkeys(slow, pytest.mark.slow)
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=marks.get(name, ())) for name in SOLVERS]
+    )
+
+
+every_solver = every_solver_slow_for()
 
 
 class PreNorm(nn.Module):
@@ -65,7 +74,7 @@ def test_a_pre_norm_block_is_not_converged_at_any_default():
         assert float(z.norm(dim=2).max()) < 100, seed
 
 
-@every_solver
+@every_solver_slow_for("newton_krylov")
 @each("dtype", [torch.float32, torch.float64])
 def test_a_constant_residual_is_no_convergence_in_any_mode(name, dtype):
     # f(z) = z + 1 has no equilibrium. For Newton, 1 − f' = 0 leaves it where it is.
@@ -78,7 +87,7 @@ def test_a_constant_residual_is_no_convergence_in_any_mode(name, dtype):
         assert (result.value.abs() <= 20).all(), where
 
 
-@every_solver
+@every_solver_slow_for("newton_krylov")
 def test_one_direction_that_runs_away_is_no_convergence(name):
     # 99 entries contract, one has slope 1: of the residual's norm it is a tenth at the start.
     slope = torch.cat((torch.ones(1), torch.full((99,), 0.5)))

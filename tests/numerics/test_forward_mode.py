@@ -16,7 +16,7 @@ from fastdeq.regularizers import jacobian_loss, spectral_radius
 from fastdeq.solvers import NewtonKrylov, Picard, solve
 from tests.cells import DenseTanh
 from tests.loops import each
-from tests.numerics.test_adjoints import FORWARD, flat, solved
+from tests.numerics.gradients import FORWARD, flat, solved
 from tests.problems import SOLVERS, Problem, problem_named
 
 F64 = torch.float64

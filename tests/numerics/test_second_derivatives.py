@@ -14,7 +14,7 @@ from fastdeq.nn import DenseCell, ExplicitNetwork, UnrolledNetwork
 from fastdeq.regularizers import jacobian_loss
 from fastdeq.solvers import Picard
 from tests.loops import each
-from tests.numerics.test_adjoints import FORWARD, flat, solved
+from tests.numerics.gradients import FORWARD, flat, solved
 from tests.problems import SOLVERS, problem_named
 
 F64 = torch.float64

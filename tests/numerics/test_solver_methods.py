@@ -18,7 +18,7 @@ from fastdeq.solvers import (
 )
 from fastdeq.solvers.base import Problem as Evaluations
 from tests.loops import each
-from tests.numerics.test_solvers import TOL, run
+from tests.numerics.solves import TOL, run
 from tests.problems import Scripted, problem_named
 
 # Methods, each by what it alone promises

@@ -14,9 +14,9 @@ from fastdeq.solvers import (
     solve,
 )
 from tests.loops import each
-from tests.problems import FACTORIES, HOPELESS, SOLVERS, Problem, problem_named, tanh
+from tests.numerics.solves import TOL, run
+from tests.problems import FACTORIES, HOPELESS, SOLVERS, problem_named, tanh
 
-TOL = 1e-8
 MAX_STEPS = 4000  # vcab3 on nearly_singular takes 2500
 # At a rate above 0.9913 a step, thirty steps differ by less than the factor 1.3 of the stall rule.
 STALLS = {("picard_damped", "nearly_singular"), ("vcab3", "nearly_singular")}
@@ -24,11 +24,6 @@ STALLS = {("picard_damped", "nearly_singular"), ("vcab3", "nearly_singular")}
 every_solver = pytest.mark.parametrize("name", SOLVERS)
 pairs = [(solver, problem) for solver in SOLVERS for problem in FACTORIES]
 every_pair = pytest.mark.parametrize(("name", "problem_name"), pairs)
-
-
-def run(solver: AbstractSolver, problem: Problem, z0: Tensor | None = None, **options):
-    with torch.no_grad():
-        return solve(solver, problem.flat_f, problem.flat_z0 if z0 is None else z0, **options)
 
 
 def made(name: str, **fields) -> AbstractSolver:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import get_args
 
 import torch
@@ -41,6 +42,7 @@ def rule(mode: TerminationMode) -> Termination:
     return Termination(mode=mode, abstol=ABSTOL, reltol=RELTOL)
 
 
+@cache
 def iterates() -> list[Iterate]:
     """600 (4, 3) iterates whose entries lie on both sides of every tolerance, zeros included."""
     generator = torch.Generator().manual_seed(0)

@@ -261,7 +261,7 @@ def test_the_lists_that_the_guide_names_exist():
         ("problems", "HOPELESS"),
         ("test_solvers", "STALLS"),
         ("test_adjoints", "SLOW"),
-        ("test_adjoints", "BACKWARD"),
+        ("gradients", "BACKWARD"),
         ("test_adjoints", "APPROXIMATE"),
         ("test_forward_mode", "WITHOUT_GRAPH"),
         ("test_wrong_input", "ADJOINTS"),
