@@ -1,4 +1,4 @@
-"""The precision of what is computed around f: never below that of the states."""
+"""The precision of the arithmetic around f: never below that of the states."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ from fastdeq.notation import FlatMap
 
 @contextmanager
 def full_precision(f: FlatMap, device: torch.device) -> Iterator[FlatMap]:
-    """Autocast off inside, but not in the f that is handed back: it computes as outside.
+    """Disable autocast inside, except in the f that is yielded, which computes as outside.
 
-    Without this, matrix products of float32 states, a solver's histories say, would be taken in
+    Without this, matrix products of float32 states, such as a solver's histories, would run in
     bfloat16.
     """
     kind = device.type
@@ -31,7 +31,7 @@ def full_precision(f: FlatMap, device: torch.device) -> Iterator[FlatMap]:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """The tensor in float32 where its dtype is a shorter one, such as bfloat16; else as it is.
+    """The tensor in float32 where its dtype is narrower, such as bfloat16; else unchanged.
 
     For losses and metrics: bfloat16 rounds a mean to three digits.
     """

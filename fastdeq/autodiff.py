@@ -1,5 +1,5 @@
-"""Products with the Jacobian of f and its transpose, exact and matrix-free, and what they need
-to know of autograd's graphs and kernels."""
+"""Exact, matrix-free vjps and jvps of f, and the helpers for autograd's graphs and kernels that
+they need."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from fastdeq.notation import FlatMap
 
 
 def vjp(output: Tensor, z: Tensor, v: Tensor, *, create_graph: bool = False) -> Tensor:
-    """Jᵀ v, (B, D), through the graph from z to output = f(z), which is kept for the next product.
+    """Jᵀ v, (B, D), through the graph from z to output = f(z), which is retained for the next call.
 
     Differentiates with respect to z alone: parameters are not reached.
     """
@@ -38,16 +38,16 @@ def jvp(f: FlatMap, z: Tensor, v: Tensor) -> Tensor:
     except NotImplementedError as error:
         reason = str(error).partition("\n")[0]
         raise NotImplementedError(
-            f"an operation in f lacks the forward-mode derivatives of products with J ({reason}): "
+            f"an operation in f lacks the forward-mode derivatives of a jvp ({reason}): "
             "use another solver than NewtonKrylov, or another operation"
         ) from error
     return torch.zeros_like(z) if tangent is None else tangent.to(z.dtype)
 
 
 def edges_behind(tensor: Tensor) -> Iterator[tuple[Any, int]]:
-    """The edges of the autograd graph from which a tensor was made: (node, number of its output).
+    """The edges of the autograd graph behind a tensor: (node, index of its output).
 
-    Lazy: who looks for one thing sees a few nodes only.
+    Lazy: a search that ends early visits only a few nodes.
     """
     waiting, seen = [tensor.grad_fn], set()
     while waiting:
@@ -66,10 +66,10 @@ def carries_tangent(v: Tensor) -> bool:
 
 @contextmanager
 def unfused_attention() -> Iterator[None]:
-    """Within, attention is computed operation by operation, as its formula says.
+    """Within, attention is computed operation by operation, without fused kernels.
 
-    PyTorch's fused kernels, which also stand behind `nn.MultiheadAttention` and the transformer
-    layers, have neither a double backward nor a forward mode (pytorch issue 116350).
+    PyTorch's fused kernels, which `nn.MultiheadAttention` and the transformer layers also use, have
+    neither a double backward nor a forward mode (pytorch issue 116350).
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -31,17 +31,17 @@ def fixed_point(
 
     f: maps a state to one of the same shape. What it needs besides z (input, parameters) it closes
         over; their gradients arrive by ordinary backpropagation.
-    z0: where to start: a (B, ...) floating-point tensor, or a tuple of them, one a scale. It gets
-        gradients only from the unrolled adjoint: an equilibrium does not depend on its start.
+    z0: the initial state: a (B, ...) floating-point tensor, or a tuple of them, one per scale. It
+        gets gradients only from the unrolled adjoint: an equilibrium does not depend on its start.
     trace: record the history of residual norms ("residuals"), or of states too ("states").
 
-    Returns a `Solution`. A sample that did not converge is no error: its best iterate is returned
-    and `solution.status` says what happened.
+    Returns a `Solution`. A sample that does not converge is not an error: its best iterate is
+    returned, and `solution.status` reports what happened.
 
-    Raises: TypeError for settings that are no solver or adjoint, and for a z0 or an f(z) that is
-    not floating point; ValueError for an empty batch, for f(z) of another shape than z, and for an
-    adjoint that cannot serve the solver; RuntimeError in forward-mode differentiation, but with the
-    unrolled adjoint. Warns (RuntimeWarning) where f itself is not finite.
+    Raises: TypeError for settings that are not a solver or an adjoint, and for a z0 or an f(z) that
+    is not floating point; ValueError for an empty batch, for f(z) of another shape than z, and for
+    an adjoint that does not support the solver; RuntimeError in forward-mode differentiation,
+    except with the unrolled adjoint. Warns (RuntimeWarning) where f itself is not finite.
     """
     check_settings(solver, adjoint)
     if trace not in (None, *get_args(TraceKind)):
@@ -77,7 +77,7 @@ def fixed_depth(f: StateMap, z0: State, *, depth: int) -> Solution:
 def unsolved(
     layout: Layout, z0: State, last: Tensor, z: Tensor, *, steps: Tensor, nfe: Tensor
 ) -> Solution:
-    """What is known about z = f(last), both (B, D), where no equilibrium was asked for.
+    """The record of z = f(last), both (B, D), where no equilibrium was requested.
 
     steps, nfe: (B,).
     """
@@ -117,10 +117,10 @@ def _flat(f: StateMap, layout: Layout) -> FlatMap:
 
 
 def _without_nonfinite(found: Equilibrium) -> tuple[Tensor, SolveStats]:
-    """Keep the solver's state where f is not finite even there, and say so."""
+    """Keep the solver's state where f is not finite even there, and warn."""
     value, forward = found.value, found.forward
     finite = torch.isfinite(value.detach().sum(dim=1))
-    if bool(finite.all()):  # waits for the device, once a solve
+    if bool(finite.all()):  # waits for the device, once per solve
         return value, forward.stats
     lost = int((~finite).sum())
     warnings.warn(
@@ -136,9 +136,9 @@ def _without_nonfinite(found: Equilibrium) -> tuple[Tensor, SolveStats]:
 
 
 def check_settings(solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:
-    """Refuse what is no solver or no adjoint, and an adjoint that cannot serve the solver.
+    """Refuse what is not a solver or an adjoint, and an adjoint that does not support the solver.
 
-    Raises: TypeError with an example of what to give; ValueError where the two do not go together.
+    Raises: TypeError with an example of what to give; ValueError where the two do not match.
     """
     for given, kind, example in (
         (solver, AbstractSolver, "fastdeq.solvers.Anderson()"),
@@ -146,5 +146,5 @@ def check_settings(solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:
     ):
         if not isinstance(given, kind):
             hint = "an instance" if isinstance(given, type) else "settings"
-            raise TypeError(f"{given!r} is no {kind.__name__}: give {hint}, such as {example}")
+            raise TypeError(f"{given!r} is not an {kind.__name__}: give {hint}, such as {example}")
     adjoint.check(solver)

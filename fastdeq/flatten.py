@@ -23,9 +23,9 @@ class Layout:
 
     @staticmethod
     def of(z0: State, name: str = "z0") -> "Layout":
-        """Read the layout off a start, or off another state, which errors then call `name`.
+        """The layout of a start, or of another state, which errors then call `name`.
 
-        Raises: TypeError for what is no floating-point tensor; ValueError for an empty batch, an
+        Raises: TypeError for what is not a floating-point tensor; ValueError for an empty batch, an
         unbatched tensor, or scales that disagree about the batch.
         """
         scales = _as_tuple(z0, name)
@@ -58,8 +58,8 @@ class Layout:
     def flatten_output(self, output: State, z: Tensor) -> Tensor:
         """The same for what f returned at the flat state `z`.
 
-        Raises: TypeError or ValueError where f(z) is not of the kind and shape of z: its imaginary
-            part would be lost, or its gradients.
+        Raises: TypeError or ValueError where f(z) does not have the dtype and shape of z: its
+            imaginary part, or its gradients, would be lost.
         """
         scales = _as_tuple(output, "f(z)")
         wanted = [(len(z), *shape) for shape in self.shapes]
@@ -78,7 +78,7 @@ class Layout:
 
     def unflatten(self, flat: Tensor) -> State:
         """The scales as views of the flat tensor (copies only where the dtype differs)."""
-        if self.single:  # one plain view; those of split() refuse to be written to, with a riddle
+        if self.single:  # one plain view: writing into those of split() raises an obscure error
             return flat.view(len(flat), *self.shapes[0]).to(self.dtypes[0])
         sizes = [shape.numel() for shape in self.shapes]
         return tuple(
@@ -97,7 +97,7 @@ def _as_tuple(state: State, name: str) -> tuple[Tensor, ...]:
             odd = [type(scale).__name__ for scale in scales if not isinstance(scale, Tensor)]
             kind = f"tuple with {', '.join(odd)}"
         raise TypeError(
-            f"{name} must be a tensor or a tuple of tensors, one a scale; it is a {kind}"
+            f"{name} must be a tensor or a tuple of tensors, one per scale; it is a {kind}"
         )
     if not scales:
         raise ValueError(f"{name} is an empty tuple: give at least one scale")

@@ -6,22 +6,22 @@ from torch import Tensor
 
 from fastdeq.norms import sample_norm
 
-_FIRST = 4  # rows that a history has room for at first
+_FIRST = 4  # initial capacity of a history, in rows
 
 
 class History:
-    """The newest rows of a method, each (B, D), `memory` of them at most: then the oldest goes.
+    """The newest rows of a method, each (B, D), `memory` of them at most: the oldest is replaced.
 
-    A row is written into a store that doubles until it has room for `memory` rows: a short solve
-    takes little memory, a step reads its history without copying it, and all copies that the
-    growing takes are less than one of the full history. With gradients on, every row makes a new
-    store instead, so that the unrolled adjoint may differentiate through the old ones.
+    A row is written into a buffer that doubles until its capacity is `memory` rows: a short solve
+    uses little memory, a step reads its history without a copy, and all copies made for growing
+    are together smaller than one of the full history. With gradients enabled, every row makes a
+    new buffer instead, so that the unrolled adjoint can differentiate through the old ones.
     """
 
     def __init__(self, memory: int) -> None:
         self.memory = memory
         self._pushed = 0
-        self._store: Tensor | None = None
+        self._buffer: Tensor | None = None
 
     def __len__(self) -> int:
         return min(self._pushed, self.memory)
@@ -29,36 +29,36 @@ class History:
     @property
     def rows(self) -> Tensor:
         """(B, k, D), a view, in no particular order once rows have been replaced; k is above 0."""
-        assert self._store is not None
-        return self._store[:, : len(self)]
+        assert self._buffer is not None
+        return self._buffer[:, : len(self)]
 
     def push(self, row: Tensor) -> None:
         """Add `row`, (B, D)."""
         if torch.is_grad_enabled():
             kept = [self.rows[:, max(0, len(self) + 1 - self.memory) :]] if len(self) else []
-            self._store = torch.cat((*kept, row[:, None]), dim=1)
-            self._pushed = self._store.shape[1]
+            self._buffer = torch.cat((*kept, row[:, None]), dim=1)
+            self._pushed = self._buffer.shape[1]
         else:
             self.slot(row).copy_(row)
 
     def slot(self, like: Tensor) -> Tensor:
-        """The place of the next row, (B, D) as `like`, for the caller to write; no gradients."""
-        if self._store is None:
-            self._store = _room(like, min(_FIRST, self.memory))
-        elif self._pushed == self._store.shape[1] < self.memory:
-            grown = _room(like, min(2 * self._pushed, self.memory))
-            grown[:, : self._pushed] = self._store
-            self._store = grown
+        """The slot of the next row, (B, D) as `like`, for the caller to write; no gradients."""
+        if self._buffer is None:
+            self._buffer = _empty_rows(like, min(_FIRST, self.memory))
+        elif self._pushed == self._buffer.shape[1] < self.memory:
+            grown = _empty_rows(like, min(2 * self._pushed, self.memory))
+            grown[:, : self._pushed] = self._buffer
+            self._buffer = grown
         place = self._pushed % self.memory
         self._pushed += 1
-        return self._store[:, place]
+        return self._buffer[:, place]
 
     def clear(self) -> None:
-        """Forget all rows; the store stays."""
+        """Remove all rows; the buffer stays."""
         self._pushed = 0
 
 
-def _room(like: Tensor, rows: int) -> Tensor:
+def _empty_rows(like: Tensor, rows: int) -> Tensor:
     return like.new_empty(len(like), rows, like.shape[1])
 
 
@@ -78,10 +78,10 @@ def add_combination(
 
 
 def safe_inverse(v: Tensor, dg: Tensor) -> Tensor:
-    """1 / (v · dg) a sample, (B,), and 0 where the product vanishes to rounding."""
+    """1 / (v · dg) per sample, (B,), and 0 where the product vanishes to rounding."""
     product = torch.linalg.vecdot(v, dg)
-    floor = torch.finfo(v.dtype).eps * sample_norm(v) * sample_norm(dg)
-    vanishes = ~(product.abs() > floor)  # also where it is NaN
+    rounding = torch.finfo(v.dtype).eps * sample_norm(v) * sample_norm(dg)
+    vanishes = ~(product.abs() > rounding)  # also where it is NaN
     # Filled before and after: the slope of 1 / 0 would be NaN however it is masked later.
     inverse: Tensor = product.masked_fill(vanishes, 1.0).reciprocal().masked_fill(vanishes, 0.0)
     return inverse

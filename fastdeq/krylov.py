@@ -1,4 +1,4 @@
-"""Batched, matrix-free GMRES: one small least-squares problem a sample, stopped one by one."""
+"""Batched, matrix-free GMRES: one small least-squares problem per sample, stopped one by one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,22 +23,22 @@ class GMRES:
     """Settings of a linear solve A x = b (Saad & Schultz 1986).
 
     tol: done when ‖b − A x‖ ≤ tol · ‖b‖.
-    max_steps: products with A at most, the ones that measure residuals not counted.
+    max_steps: products with A at most, not counting those that measure residuals.
     restart: size of the Krylov basis, hence the memory; None keeps all of max_steps. A sample
         continues as long as a cycle gains 0.1 %, so that even restart=1 solves symmetric definite
         systems of condition κ up to 2,000 (‖r‖ falls by (κ − 1)/(κ + 1) per cycle or faster; Saad,
         Iterative Methods for Sparse Linear Systems, §5.3); a cycle that gains less is STALLED.
-    per_sample: one Krylov space a sample. False builds one space for the whole batch vector, which
-        A needs when it couples the samples (batch norm in a cell).
-    check_every: read from the device every so many products whether all samples are done; more
-        means fewer waits and a few idle products (results are the same). A cycle waits twice
-        besides.
+    per_sample: one Krylov space per sample. False builds one space for the whole batch vector,
+        needed where A couples the samples (batch norm in a cell).
+    check_every: number of products between two reads of whether all samples are done; more means
+        fewer waits for the device and a few unused products (results are the same). Each cycle also
+        waits twice.
 
     Departures from the reference:
-    1. The residual reported is measured, b − A x, at the end of each cycle, not taken from the
-       recurrence: where A was not what it was promised to be, the record shows it.
-    2. A sample whose basis breaks down, or turns non-finite, is closed with what it has by then,
-       alone.
+    1. The reported residual is measured, b − A x, at the end of each cycle, not taken from the
+       recurrence, so that it is right where A is not linear, or couples the samples.
+    2. A sample whose basis breaks down, or becomes non-finite, ends alone with its current
+       solution.
     """
 
     tol: float = setting(default=1e-4, above=0)
@@ -50,7 +50,7 @@ class GMRES:
     def solve(self, matvec: FlatMap, b: Tensor) -> SolveResult:
         """Solve A x = b from x = 0. matvec: (B, D) → (B, D), linear. b: (B, D).
 
-        A sample that cannot be solved keeps its best finite x and says so in its status. Not
+        A sample that cannot be solved keeps its best finite x, and its status reports it. Not
         differentiable itself: the adjoints differentiate equilibria, not this iteration.
         """
         watch = Stopwatch(b.device)
@@ -71,11 +71,11 @@ def gmres(
     """Solve A x = b for every sample of a batch; see `GMRES` for the settings.
 
     matvec: v ↦ A v, from (B, ...) to the same shape, where it is linear. b: (B, ...).
-    Returns a record whose `value` has the shape of b, with residual, steps and status a sample.
+    Returns a record whose `value` has the shape of b, with residual, steps and status per sample.
     Not differentiable itself: the adjoints differentiate equilibria, not this iteration.
 
-    Raises: TypeError or ValueError for settings out of range, for a b that is no non-empty batch,
-    and for a b or an A v that is complex or of whole numbers.
+    Raises: TypeError or ValueError for settings out of range, for a b that is not a non-empty
+    batch, and for a complex or integer b or A v.
     """
     solver = GMRES(tol=tol, max_steps=max_steps, restart=restart, per_sample=per_sample)
     check_floating(b, "b")
@@ -94,7 +94,7 @@ def gmres(
 
 
 def _shared(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
-    """One problem for the whole batch vector; every sample gets its figures."""
+    """One problem for the whole batch vector; every sample gets its statistics."""
     shape = b.shape
     flat = _scaled(settings, lambda v: matvec(v.view(shape)).reshape(1, -1), b.reshape(1, -1))
     return SolveResult(
@@ -109,7 +109,7 @@ def _shared(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
 def _scaled(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
     """Solve for b with entries of order 1, and scale back.
 
-    Squares of tiny gradients underflow in float32, and a norm of 0 would pass for a solved problem.
+    Squares of tiny gradients underflow in float32, and a norm of 0 would count as solved.
     """
     largest = sample_largest(b)
     largest = largest.masked_fill(~finite(largest), 0.0).amax()
@@ -131,7 +131,7 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
     taken = 0
     while taken < settings.max_steps:
         active = (residual > target) & ~broken & ~stuck
-        # Waits for the device once a cycle, beside the cycle's own waits.
+        # Waits for the device once per cycle, in addition to the cycle's own waits.
         if not bool(active.any()):
             break
         size = min(settings.restart or settings.max_steps, settings.max_steps - taken)
@@ -143,10 +143,10 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
         new = sample_norm(remainder)
         better = active & (new < residual)  # False for NaN
         broken = broken | (active & cycle.broken)
-        if taken < settings.max_steps:  # a last cycle cut short proves nothing
+        if taken < settings.max_steps:  # the last cycle may have been cut short
             stuck = stuck | (active & ~(new < _STAGNATION * residual))
         x = torch.where(better[:, None], trial, x)
-        # Where A couples the samples, one at rest may have lost its solution to another's step.
+        # Where A couples the samples, another's step may have changed the residual of a solved one.
         seen = better | (~active & torch.isfinite(new))
         r = torch.where(seen[:, None], remainder, r)
         residual = torch.where(seen, new, residual)
@@ -183,7 +183,7 @@ class _Cycle:
         self.rotation = eye.repeat(len(r), 1, 1)  # Q
         self.no_turn = eye[0, :2]  # cosine 1, sine 0
         self.hessenberg = torch.zeros_like(self.rotation)  # H, its columns as rows
-        self.columns: list[Tensor] = []  # of R, (B, size + 1); below the diagonal is rubbish
+        self.columns: list[Tensor] = []  # of R, (B, size + 1); undefined below the diagonal
         self.usable: list[Tensor] = []  # (B,) for each column
         self.used = torch.zeros(len(r), dtype=torch.int64, device=r.device)
         self.broken = torch.zeros_like(active)
@@ -192,7 +192,7 @@ class _Cycle:
     def run(self, check_every: int) -> int:
         """Extend the basis until no sample needs more; returns how many products were needed.
 
-        Looked at less often, more are made than needed: they change nothing.
+        With a larger `check_every`, products are made that are not needed: they change nothing.
         """
         for j in range(self.size):
             product = self.matvec(self.basis.rows[:, j])
@@ -208,12 +208,12 @@ class _Cycle:
             if (j + 1) % check_every == 0 and not bool(self.active.any()):
                 break
         if check_every > 1:
-            # What was made but not needed is not used, nor counted: one wait more.
+            # What was made but not needed is neither used nor counted: one more wait.
             del self.columns[max(1, int(self.used.amax())) :]
         return len(self.columns)
 
     def _orthogonalize(self, j: int, product: Tensor, length: Tensor) -> Tensor:
-        """Classical Gram–Schmidt, twice, in place: column j of H but its last entry, which is
+        """Classical Gram–Schmidt, twice, in place: column j of H without its last entry, which is
         returned, (B,), and the next row of the basis."""
         basis, column = self.basis.rows, self.hessenberg[:, j]
         for _ in range(2):
@@ -228,7 +228,7 @@ class _Cycle:
         return rest.masked_fill(nothing, 0.0)
 
     def _append(self, j: int, rest: Tensor) -> None:
-        """Rotate column j of H into the triangular factor, and judge who is finished."""
+        """Rotate column j of H into the triangular factor, and test which samples are finished."""
         self.hessenberg[:, j, j + 1] = rest
         column = project(self.rotation, self.hessenberg[:, j])
         pivot = torch.hypot(column[:, j], column[:, j + 1])

@@ -17,15 +17,15 @@ def sample_largest(v: Tensor) -> Tensor:
     return v.abs().amax(dim=1)
 
 
-def finite(figure: Tensor) -> Tensor:
-    """Whether each entry is neither NaN nor infinite (as `torch.isfinite`, by half the kernels)."""
-    return figure.abs() < torch.inf
+def finite(values: Tensor) -> Tensor:
+    """Whether each entry is neither NaN nor infinite (`torch.isfinite` with half the kernels)."""
+    return values.abs() < torch.inf
 
 
 class Pooling(Protocol):
-    """What becomes of per-sample norms, (B,) → (B,), before they are compared with a tolerance.
+    """Maps per-sample norms, (B,) → (B,), before they are compared with a tolerance.
 
-    `alive` (B,) leaves diverged samples out of a shared figure.
+    `alive` (B,) leaves diverged samples out of a shared norm.
     """
 
     def norm(self, norms: Tensor, alive: Tensor) -> Tensor:
@@ -35,11 +35,11 @@ class Pooling(Protocol):
         """Pool largest entries."""
 
     def length(self, z: Tensor) -> int:
-        """How many entries of the (B, D) tensor z one pooled figure speaks for."""
+        """How many entries of the (B, D) tensor z one pooled norm covers."""
 
 
 class PerSample:
-    """Every sample keeps its own figure: what happens to one does not depend on the others."""
+    """Every sample keeps its own norm: no sample depends on the others."""
 
     def norm(self, norms: Tensor, alive: Tensor) -> Tensor:
         return norms
@@ -52,7 +52,7 @@ class PerSample:
 
 
 class WholeBatch:
-    """One figure for the batch vector, repeated B times, as published: samples stop together."""
+    """One norm for the batch vector, repeated B times, as published: samples stop together."""
 
     def norm(self, norms: Tensor, alive: Tensor) -> Tensor:
         whole: Tensor = torch.linalg.vector_norm(torch.where(alive, norms, 0.0))
@@ -66,5 +66,5 @@ class WholeBatch:
 
 
 def pooling(per_sample: bool) -> Pooling:
-    """The pooling that a solver's `per_sample` field asks for."""
+    """The pooling of a solver's `per_sample` field."""
     return PerSample() if per_sample else WholeBatch()

@@ -5,7 +5,7 @@
 | `f`           | the cell, with its input bound: z ↦ f(z, x)                                    |
 | `x`           | the input that is injected into every evaluation of the cell                   |
 | `z`           | a state; inside solvers and adjoints always one flat (B, D) tensor             |
-| `z0`          | where the solver starts                                                        |
+| `z0`          | the initial state of the solver                                                |
 | `z_star`      | the equilibrium, z* = f(z*, x)                                                 |
 | `g`           | the residual f(z) − z, which is also dz/dt of a continuous model               |
 | `J`           | ∂f/∂z at z*                                                                    |
@@ -23,10 +23,10 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]
-"""What a user's f takes and returns: a (B, ...) tensor, or one (B, ...) tensor a scale."""
+"""What a user's f takes and returns: a (B, ...) tensor, or one (B, ...) tensor per scale."""
 
 StateMap: TypeAlias = Callable[[Any], State]
-"""The user's f with its input bound, z ↦ f(z, x): takes the kind of state it is started with."""
+"""The user's f with its input bound, z ↦ f(z, x): takes a state of the structure of z0."""
 
 FlatMap: TypeAlias = Callable[[Tensor], Tensor]
 """The same map on flat states, (B, D) → (B, D): what solvers and adjoints see."""

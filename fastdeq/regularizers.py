@@ -1,4 +1,4 @@
-"""What is added to the task's loss, and the spectral radius that tells how well it works.
+"""The terms that are added to the task's loss, and the spectral radius, a measure of their effect.
 
 L = task + λ_skip Σ_scales mean|z₀ − z*| + λ_jac E‖εᵀJ‖² / D + λ_res ‖z* − f(z*, x)‖
 (Pal et al. 2022, arXiv 2201.12240, §3; Bai et al. 2021, arXiv 2106.14342, for the Jacobian term.)
@@ -24,9 +24,9 @@ def skip_loss(solution: Solution) -> Tensor:
 def residual_loss(solution: Solution) -> Tensor:
     """‖z_sol − f(z_sol, x)‖, mean over the batch, a scalar.
 
-    The state is held constant: the derivative through the equilibrium would cancel to zero, since
-    the residual vanishes there for all parameters. (Only the unrolled adjoint, and a fixed depth,
-    differentiate it through the steps that made it.) No evaluation of its own.
+    The state is treated as a constant: the derivative through the equilibrium would cancel to zero,
+    since the residual vanishes there for all parameters. (The unrolled adjoint and a fixed depth
+    differentiate it through their steps.) Needs no further evaluation.
     """
     return sample_norm(at_least_float32(solution.defect)).mean()
 
@@ -35,9 +35,9 @@ def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
     """E‖εᵀJ‖² / D with ε ~ N(0, I): Hutchinson's estimate of ‖J‖²_F / D, mean over the batch, a
     scalar.
 
-    f: the cell with its input bound, dense or convolutional. z: where J is taken; with gradients
-    attached, those flow on into it. samples: how many ε are drawn for each sample of the batch.
-    One evaluation of f and `samples` vector-Jacobian products; differentiable (a double backward,
+    f: the cell with its input bound, dense or convolutional. z: where J is taken; gradients flow
+    into it where it requires them. samples: how many ε are drawn for each sample of the batch.
+    One evaluation of f and `samples` vjps; differentiable (a double backward,
     for which attention is computed without its fused kernels).
 
     Raises: ValueError for samples below 1; RuntimeError in inference mode, which cannot
@@ -61,9 +61,9 @@ def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
 def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:
     """|λ|max of J at z for every sample, (B,), by the power method on Jᵀ.
 
-    The estimate is the mean growth over the second half of the iterations, which also settles where
-    the largest eigenvalues are a complex pair. Below 1 the equilibrium attracts Picard iteration.
-    The result has no derivatives.
+    The estimate is the mean growth over the second half of the iterations, which also converges
+    where the largest eigenvalues are a complex pair. Below 1 the equilibrium attracts Picard
+    iteration. The result has no derivatives.
 
     Raises: ValueError for iterations below 1; RuntimeError in inference mode, which cannot
     differentiate.
@@ -91,7 +91,7 @@ def _check_can_differentiate(name: str) -> None:
 
 
 def _differentiable(z: Tensor) -> Tensor:
-    return z if z.requires_grad else z.clone().requires_grad_()  # detached, it had no tangent
+    return z if z.requires_grad else z.clone().requires_grad_()  # detaching would drop its tangent
 
 
 def _scales(state: State) -> tuple[Tensor, ...]:

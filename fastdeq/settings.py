@@ -49,7 +49,7 @@ def setting(
 def settings(cls: type[_T]) -> type[_T]:
     """Class decorator: a frozen keyword-only dataclass that checks names, types and ranges.
 
-    A method `validate` is called last, for what single fields cannot tell.
+    A method `validate` is called last, to check combinations of fields.
 
     Raises (at construction): TypeError for an unknown field or a value of the wrong type,
     ValueError for a value out of range.
@@ -109,19 +109,21 @@ def check_bounds(where: str, value: Any, bounds: Mapping[str, float]) -> None:
 
 def _within(value: Any, bounds: Mapping[str, float]) -> bool:
     return (
-        (isinstance(value, numbers.Integral) or math.isfinite(value))  # not all have a float
+        (
+            isinstance(value, numbers.Integral) or math.isfinite(value)
+        )  # large integers have no float
         and value > bounds.get("above", -math.inf)
         and bounds.get("at least", -math.inf) <= value <= bounds.get("at most", math.inf)
     )
 
 
 def fits(value: Any, hint: Any, has_type: Callable[[Any, type], bool] = isinstance) -> bool:
-    """Whether a value has the type that an annotation asks for, elements of containers included.
+    """Whether a value has the type of an annotation, including the elements of containers.
 
-    A list fits where a tuple or a sequence is annotated, since YAML has lists alone. Annotations
+    A list fits where a tuple or a sequence is annotated, since YAML has only lists. Annotations
     that are not types (`Any`, a type variable) fit everything.
 
-    has_type: stands for `isinstance`, of values that do not exist yet.
+    has_type: replaces `isinstance`, for values that do not exist yet.
     """
     origin, arguments = get_origin(hint) or hint, get_args(hint)
     if origin in (Union, types.UnionType):
@@ -143,12 +145,12 @@ def fits(value: Any, hint: Any, has_type: Callable[[Any, type], bool] = isinstan
 
 
 def _is_sequence(kind: type) -> bool:
-    """Whether a list of YAML may fill it: a text, a mapping or a set of its own may not."""
+    """Whether a YAML list fits: not for text, mappings and sets."""
     return issubclass(kind, list | tuple) or kind in (Sequence, Iterable, Collection)
 
 
 def _kinds(arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """Of the elements: list[int] has one for all, tuple[int, str] one for each."""
+    """The types of the elements: list[int] has one for all, tuple[int, str] one for each."""
     if not arguments:
         return (Any,) * count
     return arguments if len(arguments) > 1 and Ellipsis not in arguments else arguments[:1] * count

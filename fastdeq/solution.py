@@ -1,4 +1,4 @@
-"""What a solve reports. Failure is a value here, never an exception and never silent."""
+"""What a solve returns. Failure is a value here, never an exception and never silent."""
 
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -37,7 +37,7 @@ _SENTENCES = {
     Status.DIVERGED: "The iteration became non-finite, left the protected range, or ran away while "
     "its residual did not fall (f may have no equilibrium): use another solver or a damped step, "
     "or regularize the Jacobian; the last good iterate is returned.",
-    Status.NOT_SOLVED: "No equilibrium was asked for: the cell was unrolled to a fixed depth, or "
+    Status.NOT_SOLVED: "No equilibrium was requested: the cell was unrolled to a fixed depth, or "
     "integrated to a fixed time.",
 }
 
@@ -47,7 +47,7 @@ class Trace:
     """The history of a solve, on request; row 0 is the start.
 
     residuals: (K + 1, B) ‖f(z) − z‖ after every step; a finished sample repeats its last value.
-    states: (K + 1, B, D) the iterates themselves, when `trace="states"` was asked for.
+    states: (K + 1, B, D) the iterates themselves, with `trace="states"`.
     """
 
     residuals: Tensor
@@ -56,7 +56,7 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # == of tensors has no single answer
 class SolveStats:
-    """Per-sample figures of one solve, forward or backward.
+    """Per-sample statistics of one solve, forward or backward.
 
     residual: (B,) ‖f(z) − z‖ (Euclidean) at the solver's iterate z_sol (a `Solution` returns
         f(z_sol), one evaluation further); in a backward solve ‖w − (I − Jᵀ) v‖.
@@ -64,7 +64,7 @@ class SolveStats:
     steps: (B,) int64, iterations of the method while the sample was active.
     nfe: (B,) int64, evaluations of f (of a linear solve: products with the matrix).
     status: (B,) int64, values of `Status`.
-    elapsed: what `seconds` is read from: a number, or a stopwatch that has not been read yet.
+    elapsed: the source of `seconds`: a number, or a stopwatch that has not been read yet.
     """
 
     residual: Tensor
@@ -77,9 +77,9 @@ class SolveStats:
 
     @property
     def seconds(self) -> float:
-        """Time of the whole batch's solve or integration on its device; 0 where none was made.
+        """Time of the whole batch's solve or integration on its device; 0 without one.
 
-        On CUDA, the first reading waits until the device has done the solve.
+        On CUDA, the first read waits until the device has finished the solve.
         """
         return float(self.elapsed)
 
@@ -89,7 +89,7 @@ class SolveStats:
         return self.status == Status.CONVERGED
 
     def summary(self) -> str:
-        """One line for a person: how many samples ended how, NFE and residual."""
+        """One line: how many samples have each status, NFE and residual."""
         counts = torch.bincount(self.status, minlength=len(Status)).tolist()
         ends = ", ".join(f"{n} {Status(i).name.lower()}" for i, n in enumerate(counts) if n)
         return (
@@ -100,13 +100,13 @@ class SolveStats:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SolveResult(SolveStats):
-    """What a solver returns: `value` (B, D), never non-finite, and its figures."""
+    """What a solver returns: `value` (B, D), never non-finite, and its statistics."""
 
     value: Tensor
 
     @property
     def stats(self) -> SolveStats:
-        """The figures without the state."""
+        """The statistics without the state."""
         return SolveStats(**{name: kept for name, kept in vars(self).items() if name != "value"})
 
     def __repr__(self) -> str:
@@ -127,17 +127,16 @@ class BackwardReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Solution(SolveStats):
-    """An equilibrium with everything that is known about it; the statistics are those of the
-    forward solve.
+    """An equilibrium and its statistics, which are those of the forward solve.
 
     value: z* = f(z_sol, x), shaped like the state that was passed in, with gradients attached.
-    z0: where the solver started; keeps its own gradients (the skip loss trains through it).
-    nfe: (B,) evaluations of f in the forward solve, the closing one included.
+    z0: the initial state; keeps its own gradients (the skip loss trains through it).
+    nfe: (B,) evaluations of f in the forward solve, including the closing one.
     defect: (B, D) f(z_sol) − z_sol with the graph of that one evaluation (the residual loss reads
         it).
-    jacobian_loss: scalar estimate of ‖J‖²_F / D at z*, when the layer was asked for it.
-    backward: iterations, residual and status of the adjoint's solve (or what its integration took),
-        once it has run.
+    jacobian_loss: scalar estimate of ‖J‖²_F / D at z*, with `jacobian_loss=True`.
+    backward: iterations, residual and status of the adjoint's solve (or the cost of its
+        integration), once it has run.
     """
 
     value: State

@@ -1,7 +1,7 @@
 """Standard streams on which printing cannot fail.
 
-A run must not end because of a terminal that cannot show a character or has been closed, a reader
-that has left (`| head -1`, a dead `tee`), or a disk that is full (wandb issues 1757 and 6201).
+A run must not end because a terminal cannot show a character or is closed, a reader has exited
+(`| head -1`, a dead `tee`), or a disk is full (wandb issues 1757 and 6201).
 """
 
 import io
@@ -14,14 +14,14 @@ from typing import Any, NoReturn, TextIO
 
 
 def keep_streams() -> None:
-    """Replace `sys.stdout` and `sys.stderr` by streams that take everything.
+    """Replace `sys.stdout` and `sys.stderr` by streams whose writes never fail.
 
     Characters without an encoding are replaced; what cannot be written is dropped. A stream that
     was closed when the process started becomes the null device. A stream without a file descriptor,
-    as tests and notebooks have them, stays as it is. A second call changes nothing.
+    as in tests and notebooks, is unchanged. A second call changes nothing.
     """
-    # A file that is opened later must not get the number of a closed stream, for whatever prints
-    # without Python (libraries, child processes) would write into it.
+    # A file that is opened later must not get the descriptor of a closed stream: libraries and
+    # child processes would write into it.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
@@ -29,9 +29,9 @@ def keep_streams() -> None:
 
 
 def check_written() -> None:
-    """To be called at the end of a command whose result is what it prints.
+    """Call at the end of a command whose result is its output.
 
-    Raises: OSError where some of it could not be written. A reader that has left is not an error.
+    Raises: OSError where some of it could not be written. A reader that has exited is not an error.
     """
     sys.stdout.flush()
     raw = _raw(sys.stdout)
@@ -54,9 +54,9 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
 
 
 class _Lasting(io.RawIOBase):
-    """A file whose `write` never fails; it keeps the first error but that of a reader that left.
+    """A file whose `write` never fails; it keeps the first error, except a broken pipe.
 
-    stream: what the file belongs to, kept, for it closes the file when it is collected.
+    stream: the owner of the file, kept because it closes the file when it is collected.
     """
 
     def __init__(self, file: io.FileIO, stream: TextIO) -> None:

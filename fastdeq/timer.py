@@ -1,4 +1,4 @@
-"""How long a device takes, without waiting for it until somebody asks."""
+"""Time on a device, without waiting for the device until the time is read."""
 
 import time
 
@@ -6,10 +6,10 @@ import torch
 
 
 class Stopwatch:
-    """The seconds between its making and `stop`, by the device's own clock.
+    """The seconds between construction and `stop`, by the clock of the device.
 
-    On a CUDA device both are events in its current stream: neither waits. Reading `seconds` waits
-    for the second one, the first time. Elsewhere both are readings of `time.perf_counter`.
+    On a CUDA device both are events in its current stream: neither waits. The first read of
+    `seconds` waits for the second one. Elsewhere both are values of `time.perf_counter`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class Stopwatch:
         return "Stopwatch()" if self._seconds is None else f"Stopwatch({self._seconds:.6f} s)"
 
     def __getstate__(self) -> dict[str, object]:
-        """Copied and pickled as what it has read: events belong to their process."""
+        """Copied and pickled as a number of seconds: events belong to their process."""
         seconds = self.seconds
         return {**vars(self), "_seconds": seconds}
 

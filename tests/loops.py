@@ -12,7 +12,7 @@ import torch
 def each(names: str, values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run the test for every value; where some fail, fail once with all of them.
 
-    The counterpart of `pytest.mark.parametrize`, for cases that are no claims of their own. Every
+    The counterpart of `pytest.mark.parametrize`, for cases that are not claims of their own. Every
     case starts from the same random state. Several loops may be stacked; fixtures are shared.
 
     names: one argument, or several separated by commas; then a value is a tuple of as many.

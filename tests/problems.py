@@ -1,4 +1,4 @@
-"""Problems that carry their exact answers, and the solvers that are tried on them.
+"""Problems with their exact answers, and the solvers that are tried on them.
 
 Every problem is in float64, seeded and small enough for dense algebra over the whole batch: its
 equilibrium comes from a dense linear solve or a dense Newton iteration, its gradient from the
@@ -126,7 +126,7 @@ class Scripted(AbstractSolver):
 
     Row 0 is the start, which the caller passes as z0. What the script proposes is evaluated like
     any solver's step.
-    gives_up_at: the step at which it says that no sample can go on.
+    gives_up_at: the step at which it reports that no sample can continue.
     """
 
     script: tuple[tuple[float, ...], ...]
@@ -260,7 +260,7 @@ def two_scale(batch: int = 4) -> Problem:
 
 
 def nearly_singular(batch: int = 4) -> Problem:
-    """z = Wz + Ux + b, spectral radius 0.98: (I − J)⁻¹ amplifies by 50, Picard gains 2 % a step."""
+    """z = Wz + Ux + b, radius 0.98: (I − J)⁻¹ amplifies by 50, Picard gains 2 % per step."""
     n = _numbers(4)
     eigenvalues = torch.tensor([0.98, 0.9, 0.5, 0.1, -0.3, -0.7], dtype=torch.float64)
     w, u, b = _with_eigenvalues(5, eigenvalues), n(6, 3), n(6)
@@ -295,5 +295,5 @@ FACTORIES: dict[str, Callable[..., Problem]] = {
 
 @cache
 def problem_named(name: str) -> Problem:
-    """Made once a session; tests differentiate with `autograd.grad`, which leaves no `.grad`."""
+    """Made once per session; tests differentiate with `autograd.grad`, which leaves no `.grad`."""
     return FACTORIES[name]()

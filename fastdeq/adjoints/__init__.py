@@ -1,4 +1,4 @@
-"""How an equilibrium is differentiated; any of them goes with any solver that it can serve."""
+"""How an equilibrium is differentiated; every adjoint works with every solver that it supports."""
 
 from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium
 from fastdeq.adjoints.implicit import Implicit

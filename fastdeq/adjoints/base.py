@@ -19,8 +19,8 @@ class Equilibrium:
 
     value: f(z_sol), (B, D), with the adjoint's gradient.
     defect: f(z_sol) − z_sol, (B, D), with the graph of that one evaluation and z_sol held constant
-        (but by `Unrolled`, whose graph goes on through the steps).
-    forward: the record of the solve, the closing evaluation not counted.
+        (except by `Unrolled`, whose graph continues through the steps).
+    forward: the record of the solve, without the closing evaluation.
     backward: filled in when the backward pass runs.
     """
 
@@ -40,10 +40,10 @@ class AbstractAdjoint(ABC):
     − Jᵀ) v = w, or by something cheaper.
     """
 
-    def check(self, solver: AbstractSolver) -> None:  # noqa: B027 (most adjoints serve every solver)
-        """Refuse a solver that this adjoint cannot serve.
+    def check(self, solver: AbstractSolver) -> None:  # noqa: B027 (most adjoints support every solver)
+        """Refuse a solver that this adjoint does not support.
 
-        Raises: ValueError that names one that it can.
+        Raises: ValueError that names one that it supports.
         """
 
     @abstractmethod
@@ -59,7 +59,7 @@ def solve_without_graph(
     """The solve whose memory does not grow with its steps.
 
     Raises: RuntimeError in forward-mode differentiation, which `no_grad` does not switch off: its
-        tangents would pass through the solver's steps, or get lost, but not be the adjoint's.
+        tangents would pass through the solver's steps, or be lost, instead of those of the adjoint.
     """
     with torch.no_grad():
         result = solve(solver, _without_tangents(f), z0.detach(), trace=trace)

@@ -27,17 +27,16 @@ class Implicit(AbstractAdjoint):
     arXiv 1909.01377, theorem 1).
 
     solver: `GMRES(...)`, or any fixed-point solver, which then iterates v ← Jᵀ v + w from v = w. It
-        has tolerance and step limit of its own. With a cell that couples the samples of a batch,
-        give it `per_sample=False`.
+        has its own tolerance and step limit. For a cell that couples the samples of a batch, set
+        `per_sample=False`.
 
     Exact up to the solver's tolerance. Memory: one evaluation of f, and the linear solver's basis.
     Differentiable once. A gradient made with `create_graph=True` can be used; differentiating it
     raises RuntimeError, whatever the loss: use `Unrolled` there. Jacobian regularization needs only
     the first derivative (its double backward runs through the cell, not through the solve).
 
-    A sample whose linear solve turns non-finite, or ends without any progress, falls back to v = w
-    (the Jacobian-free gradient) with a warning, and its status says so: never zeros, never a silent
-    NaN.
+    A sample whose linear solve becomes non-finite, or ends without any progress, falls back to v =
+    w (the Jacobian-free gradient) with a warning and a status: never zeros, never a silent NaN.
     """
 
     solver: GMRES | AbstractSolver = setting(default=GMRES())
@@ -51,7 +50,7 @@ class Implicit(AbstractAdjoint):
             return Equilibrium(output, output - forward.value, forward)
         z_sol = forward.value.clone().requires_grad_()
         output = f(z_sol)
-        if not _leads_elsewhere(output, z_sol):  # nothing to differentiate: all is frozen
+        if not _depends_on_others(output, z_sol):  # nothing to differentiate: all is frozen
             output = output.detach()
             return Equilibrium(output, output - forward.value, forward)
         report = BackwardReport()
@@ -62,8 +61,8 @@ class Implicit(AbstractAdjoint):
 class _ImplicitFunction(torch.autograd.Function):
     """Identity on output = f(z_in) in the forward pass; w ↦ v in the backward pass.
 
-    The product v ↦ Jᵀ v reuses the graph of that one evaluation and differentiates with respect to
-    z_in only: parameters are reached once, when v flows on through `output`, as
+    The vjp v ↦ Jᵀ v reuses the graph of that one evaluation and differentiates with respect to z_in
+    only: parameters are reached once, when v continues through `output`, as
     DistributedDataParallel expects. No hooks.
     """
 
@@ -83,38 +82,38 @@ class _ImplicitFunction(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None]:
         (w,) = cotangents
         output, z_in = ctx.saved_tensors
-        v = _solve_transposed(output, z_in, w.detach(), ctx.solver, ctx.report)
+        v = _solve_vjp(output, z_in, w.detach(), ctx.solver, ctx.report)
         # The graph of `output` starts at z_in, held constant, and v's own dependence on the
         # parameters is not recorded: a second derivative would be wrong.
         return differentiable_once(v, (w, output), _ONCE), None, None, None
 
 
-def _leads_elsewhere(output: Tensor, z_in: Tensor) -> bool:
-    """Whether the graph of output reaches a leaf that wants gradients other than z_in."""
+def _depends_on_others(output: Tensor, z_in: Tensor) -> bool:
+    """Whether the graph of output reaches a leaf other than z_in that requires gradients."""
     # Nodes of leaves (AccumulateGrad) have a variable.
     return any(getattr(node, "variable", z_in) is not z_in for node, _ in edges_behind(output))
 
 
-def _solve_transposed(
+def _solve_vjp(
     output: Tensor,
     z_in: Tensor,
     w: Tensor,
     solver: GMRES | AbstractSolver,
     report: BackwardReport,
 ) -> Tensor:
-    """Solve (I − Jᵀ) v = w and record how it went."""
+    """Solve (I − Jᵀ) v = w and record the statistics."""
 
-    def product(v: Tensor) -> Tensor:
+    def vjp_of(v: Tensor) -> Tensor:
         return vjp(output, z_in, v)
 
     with torch.no_grad():
         if isinstance(solver, GMRES):
-            result = solver.solve(lambda v: v - product(v), w)
+            result = solver.solve(lambda v: v - vjp_of(v), w)
         else:
-            result = solve(solver, lambda v: product(v) + w, w)
+            result = solve(solver, lambda v: vjp_of(v) + w, w)
     report.stats = result.stats
-    idle = (result.value == 0).all(dim=1) & (w != 0).any(dim=1)
-    lost = (result.status == Status.DIVERGED) | (idle & ~result.converged)
+    unchanged = (result.value == 0).all(dim=1) & (w != 0).any(dim=1)
+    lost = (result.status == Status.DIVERGED) | (unchanged & ~result.converged)
     if bool(lost.any()):
         _warn(lost, w)
         return torch.where(lost[:, None], w, result.value)
@@ -124,8 +123,8 @@ def _solve_transposed(
 def _warn(lost: Tensor, w: Tensor) -> None:
     if bool(torch.isfinite(w).all()):
         why = (
-            "it turned non-finite or made no progress, and their gradients are Jacobian-free; give "
-            "the adjoint's solver more max_steps, or another solver"
+            "it became non-finite or made no progress, and their gradients are Jacobian-free: "
+            "raise max_steps of the adjoint's solver, or use another solver"
         )
     else:
         why = "the incoming gradient is not finite already: look at the loss"

@@ -17,8 +17,8 @@ class JacobianFree(AbstractAdjoint):
     Approximate: a descent direction where f is a sufficiently strong contraction. No backward
     solve.
 
-    The same as one undamped step of `Phantom`, in higher derivatives too: they hold z_sol constant,
-    and are approximate without the claim to be a descent direction.
+    The same as one undamped step of `Phantom`, in higher derivatives too: these treat z_sol as a
+    constant, and need not be a descent direction.
     """
 
     def equilibrium(

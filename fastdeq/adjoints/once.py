@@ -11,9 +11,9 @@ def differentiable_once(gradient: Tensor, parents: Iterable[Tensor], message: st
     """The gradient unchanged, for `create_graph=True` too; differentiating it raises RuntimeError.
 
     parents: tensors that together depend on everything that the gradient depends on. A second
-        derivative with respect to any of it then meets the refusal, also where the incoming
-        cotangent is a constant and the gradient itself would carry no graph.
-    message: of the error; names the cure.
+        derivative with respect to any of it then raises, also where the incoming cotangent is a
+        constant and the gradient itself would have no graph.
+    message: of the error; it names what to use instead.
     """
     if not torch.is_grad_enabled():
         return gradient

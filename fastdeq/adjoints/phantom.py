@@ -25,8 +25,8 @@ class Phantom(AbstractAdjoint):
     and 0.330, one with τ = 1 gives 0.715 and −0.042.
 
     Departure from the reference: the value stays f(z_sol), the first of these evaluations; only the
-    gradient is that of the last step. So the value does not depend on the adjoint, nor on whether
-    gradients are on.
+    gradient is that of the last step. So the value depends neither on the adjoint nor on whether
+    gradients are enabled.
     """
 
     steps: int = setting(default=5, at_least=1)

@@ -20,7 +20,7 @@ class Unrolled(AbstractAdjoint):
 
     Derivatives of any order, and in forward mode, where the operations of f have them. The fused
     kernels of scaled dot-product attention have first derivatives in reverse mode only: for others,
-    call under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+    call it under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
 
     Raises: ValueError for a solver whose steps autograd cannot run through (NewtonKrylov). Warns
     (RuntimeWarning) where a sample diverged: its steps' derivatives may not be finite.
@@ -39,7 +39,7 @@ class Unrolled(AbstractAdjoint):
     ) -> Equilibrium:
         forward = solve(solver, f, z0, trace=trace)
         output = f(forward.value)
-        # Where f is not finite even there, fixed_point says so itself.
+        # Where f is not finite even there, fixed_point warns.
         lost = (forward.status == Status.DIVERGED) & torch.isfinite(output.detach().sum(dim=1))
         if torch.is_grad_enabled() and bool(lost.any()):
             warnings.warn(

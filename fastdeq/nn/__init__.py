@@ -1,4 +1,4 @@
-"""Equilibrium layers, cells, whole networks, and what stands in their place as a baseline."""
+"""Equilibrium layers, cells, whole networks, and baselines in place of equilibria."""
 
 from fastdeq.nn.base import AbstractCellLayer
 from fastdeq.nn.cells import DenseCell, TwoLayerCell

@@ -1,4 +1,4 @@
-"""What all layers around a cell share: equilibria, unrolled networks, neural ODEs."""
+"""The base of all layers around a cell: equilibria, unrolled networks, neural ODEs."""
 
 from abc import abstractmethod
 from dataclasses import replace
@@ -17,16 +17,17 @@ from fastdeq.solution import Solution, TraceKind
 
 
 class AbstractCellLayer(nn.Module):
-    """From x to a state, by evaluations of one cell from z₀; `solve` says how.
+    """From x to a state, by evaluations of one cell from z₀ (see `solve`).
 
     cell: f, an nn.Module called as cell(z, x), that returns a state of the shape of z.
     initializer: makes z₀; by default zeros, of the cell's scales or else of the input's shape.
 
-    Through all evaluations of one call, backward's included, dropout masks and parametrized weights
-    are the same; running statistics of batch norms in the cell move once a call, at the result.
+    Dropout masks and parametrized weights are the same in all evaluations of one call, including
+    those of the backward pass; running statistics of batch norms in the cell are updated once per
+    call, at the result.
 
-    Raises: TypeError for a cell that is no module and an initializer that is none; ValueError for
-    ordinary dropout in the cell.
+    Raises: TypeError for a cell that is not a module, and for an initializer that is not an
+    `AbstractInitializer`; ValueError for ordinary dropout in the cell.
     """
 
     def __init__(self, cell: nn.Module, initializer: AbstractInitializer | None) -> None:

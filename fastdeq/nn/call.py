@@ -1,5 +1,4 @@
-"""One call of an equilibrium layer: the cell with its input bound and everything random held
-fixed."""
+"""One call of an equilibrium layer: the cell with its input bound and its random state fixed."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,9 +17,9 @@ from fastdeq.notation import State
 class CellCall:
     """z ↦ cell(z, x), the same function at every evaluation of one call.
 
-    Dropout masks are drawn once and belong to this call: evaluations made later (the backward
-    pass's) use them too, whatever calls came in between. Running statistics of batch and
-    instance norms stand still; they move once, when the layer says so.
+    Dropout masks are drawn once and belong to this call: later evaluations (of the backward pass)
+    use them too, whatever calls came in between. Running statistics of batch and instance norms
+    are frozen, and updated once by `move_statistics`.
     """
 
     def __init__(self, cell: nn.Module, x: Any) -> None:
@@ -34,18 +33,18 @@ class CellCall:
         ]
 
     def __call__(self, z: State) -> State:
-        with ExitStack() as held:
+        with ExitStack() as contexts:
             if self._dropouts:
-                held.enter_context(masks_of_call(self._dropouts, self._masks))
+                contexts.enter_context(masks_of_call(self._dropouts, self._masks))
             if self._tracking:
-                held.enter_context(_statistics_held(self._tracking))
+                contexts.enter_context(_statistics_frozen(self._tracking))
             output: State = self.cell(z, self.x)
             return output
 
     def move_statistics(self, z: State) -> None:
         """Update the running statistics of batch norms in training, once, at the equilibrium z.
 
-        Costs an evaluation, made only where there are such statistics.
+        Costs an evaluation, only where there are such statistics.
         """
         if self._tracking:
             with torch.no_grad(), masks_of_call(self._dropouts, self._masks):
@@ -53,9 +52,9 @@ class CellCall:
 
 
 @contextmanager
-def _statistics_held(modules: list[_NormBase]) -> Iterator[None]:
+def _statistics_frozen(modules: list[_NormBase]) -> Iterator[None]:
     # A batch norm in training that does not track still normalizes by the batch; an instance norm
-    # writes to its statistics even then, but with momentum 0 writes what they are.
+    # writes to its statistics even then, but with momentum 0 they keep their values.
     fields = [
         "momentum" if isinstance(m, _InstanceNorm) else "track_running_stats" for m in modules
     ]
@@ -70,9 +69,9 @@ def _statistics_held(modules: list[_NormBase]) -> Iterator[None]:
 
 
 def check_cell(cell: nn.Module) -> None:
-    """Refuse what would make the cell another function at every evaluation.
+    """Refuse a cell that would be another function at every evaluation.
 
-    Raises: TypeError for what is no module; ValueError for ordinary dropout inside.
+    Raises: TypeError for what is not a module; ValueError for ordinary dropout inside.
     """
     if not isinstance(cell, nn.Module):
         raise TypeError(

@@ -58,5 +58,5 @@ class TwoLayerCell(nn.Module):
 
 def _require_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:  # torch would make a layer without weights, or fail without the name
+        if size < 1:  # torch would make a layer without weights, or not name the argument
             raise ValueError(f"{name} is {size}, but must be at least 1")

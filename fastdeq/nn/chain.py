@@ -14,12 +14,12 @@ class DEQChain(nn.Module):
     """Layers in sequence, exactly one of them an equilibrium layer; returns its solution beside y.
 
     layers: modules in order, given by position or by name (`stem=..., deq=..., head=...`); names
-        show in the state_dict. An equilibrium layer is a `DeepEquilibriumNetwork`, plain or skip,
-        or what stands in its place: any `AbstractCellLayer`.
+        appear in the state_dict. An equilibrium layer is any `AbstractCellLayer`: a
+        `DeepEquilibriumNetwork`, plain or skip, or a baseline in its place.
     initialization: draws all weights again, see `fastdeq.nn.initialize`; None keeps those that
         the layers have.
 
-    Raises: TypeError for what is no module, ValueError for none or several equilibrium layers, and
+    Raises: TypeError for what is not a module, ValueError for no or several equilibrium layers, and
     as `initialize`.
     """
 
@@ -36,7 +36,7 @@ class DEQChain(nn.Module):
         found = [name for name, layer in self._layers() if _is_equilibrium(layer)]
         if len(found) != 1:
             raise ValueError(
-                f"a DEQChain holds exactly one equilibrium layer, but got {len(found)} {found}: "
+                f"a DEQChain has exactly one equilibrium layer, but got {len(found)} {found}: "
                 "stack further ones outside the chain, each with its own solution"
             )
         self._equilibrium_name = found[0]
@@ -76,7 +76,7 @@ class DEQChain(nn.Module):
         return x
 
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
-        # Not named_children(), which leaves out a module that stands in the chain a second time.
+        # Not named_children(), which leaves out the second use of a module.
         for name, layer in self._modules.items():
             assert layer is not None
             yield name, layer

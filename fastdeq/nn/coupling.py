@@ -18,7 +18,7 @@ def coupling(cell: nn.Module) -> str | None:
 
 
 def check_coupling(cell: nn.Module, solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:
-    """Refuse solves that take the samples one by one where none has an equilibrium of its own.
+    """Refuse per-sample solves where the samples have no equilibria of their own.
 
     Raises: ValueError that names the setting to change.
     """

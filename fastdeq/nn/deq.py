@@ -27,12 +27,12 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
 
     cell, initializer: as in `AbstractCellLayer`.
     solver, adjoint: settings; any of either (see `fastdeq.solvers`, `fastdeq.adjoints`). By default
-        limited-memory Broyden and GMRES, with the `per_sample` that goes with the cell.
+        limited-memory Broyden and GMRES, with the `per_sample` that matches the cell.
 
     A batch norm that uses batch statistics couples the samples of a batch: use `per_sample=False`
     with it. Where it always does (track_running_stats=False), anything else is refused.
 
-    Raises: as `AbstractCellLayer`; also TypeError for a solver or adjoint that is none, and
+    Raises: as `AbstractCellLayer`; also TypeError for a solver or an adjoint of another type, and
     ValueError for `per_sample=True` with a cell that couples the samples in evaluation too.
     """
 
@@ -64,7 +64,7 @@ class SkipDeepEquilibriumNetwork(DeepEquilibriumNetwork):
     """A DEQ whose solver starts at a prediction (Pal et al. 2022, arXiv 2201.12240, §3.2).
 
     explicit: the network g_φ, x ↦ z₀ (Skip DEQ). None takes z₀ = f(0, x) (Skip Reg.), with `zeros`
-        to make the 0 where the state has neither the cell's scales nor the input's shape.
+        for the 0 where the state has neither the cell's scales nor the input's shape.
 
     Train it with `regularizers.skip_loss`, which draws prediction and equilibrium together; nothing
     else trains g_φ, since z* does not depend on z₀. The other arguments and the errors are those of

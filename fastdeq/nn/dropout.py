@@ -1,4 +1,4 @@
-"""Dropout for cells: one mask a call, kept through all evaluations of that call."""
+"""Dropout for cells: one mask per call, the same in all evaluations of that call."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 Masks: TypeAlias = dict[tuple["VariationalDropout", int], Tensor]
-"""The masks of one call, by the module and the how-manieth use of it in an evaluation."""
+"""The masks of one call, by the module and the index of its use within an evaluation."""
 
 
 class VariationalDropout(nn.Module):
     """Zero whole features with probability p and scale the rest by 1 / (1 − p), in training (Gal &
     Ghahramani 2016; in equilibrium models Bai et al. 2019).
 
-    Inside an equilibrium layer the mask is drawn at the first evaluation of a call and kept through
-    all evaluations of that call, the backward pass's included: the equilibrium is that of one
-    function. Used alone, each call draws a new mask.
+    Inside an equilibrium layer the mask is drawn at the first evaluation of a call and used in all
+    evaluations of that call, including those of the backward pass: the equilibrium is that of one
+    function. Outside of one, each call draws a new mask.
 
     p: in [0, 1). Input (B, C, ...); a feature is an entry of (B, C), shared by all positions after
         it.
@@ -30,7 +30,7 @@ class VariationalDropout(nn.Module):
         self.p = p
         self._masks: Masks | None = None
         self._in_cell = False
-        self._uses = 0  # in the evaluation under way
+        self._uses = 0  # in the current evaluation
 
     def forward(self, h: Tensor) -> Tensor:
         if not self.training or self.p == 0:

@@ -1,4 +1,4 @@
-"""Where the solver starts: what tells DEQ, Skip DEQ and Skip Reg. DEQ apart."""
+"""The initial state of the solver: the difference between DEQ, Skip DEQ and Skip Reg. DEQ."""
 
 from abc import abstractmethod
 from typing import Any
@@ -11,7 +11,7 @@ from fastdeq.notation import State, StateMap
 
 
 class AbstractInitializer(nn.Module):
-    """Makes z₀ from the input; `predicts` tells whether z₀ is worth reading on its own."""
+    """Makes z₀ from the input; `predicts`: whether z₀ is a prediction of the equilibrium."""
 
     predicts: bool = True
 
@@ -43,7 +43,7 @@ class Zeros(AbstractInitializer):
         if self.shape is None:
             return _zeros_like(x)
         reference = _batched_tensor(x)
-        # Whole numbers (tokens, which the cell embeds) are an input but no state.
+        # Integers (tokens, which the cell embeds) are an input, but not a state.
         dtype = reference.dtype if reference.is_floating_point() else torch.get_default_dtype()
         if not self.shape or isinstance(self.shape[0], int):
             return reference.new_zeros(len(reference), *self.shape, dtype=dtype)
@@ -96,7 +96,7 @@ class ExplicitNetwork(AbstractInitializer):
 class FirstEvaluation(AbstractInitializer):
     """z₀ = f(0, x): the cell itself predicts, without further parameters (Skip Reg.; same section).
 
-    This evaluation is not in the NFE, which counts the solve. `zeros` makes the 0.
+    This evaluation is not in the NFE, which counts the solve. `zeros` is the 0.
     """
 
     def __init__(self, zeros: Zeros | None = None) -> None:

@@ -52,7 +52,7 @@ class NeuralODE(AbstractCellLayer):
     The solution: NFE counts all evaluations of the forward integration and the last f, the same for
     all samples; status NOT_SOLVED; `residual` is ‖f(z(1)) − z(1)‖, which need not be small. Its
     `backward.stats`: steps, seconds and NFE of the integration backwards, each an evaluation of f
-    and a product with its transposed Jacobian.
+    and a vjp.
 
     Raises: as `AbstractCellLayer`; also ValueError for an unknown method, tol or max_steps out of
     range, and an input whose tensors depend on each other or on the cell's parameters; RuntimeError
@@ -86,8 +86,8 @@ class NeuralODE(AbstractCellLayer):
         _check_mode(start, *leaves)
         _check_independent(leaves)
         times = torch.tensor([0.0, 1.0], dtype=start.dtype, device=start.device)
-        # Steps that end on the times asked for: else the last one goes beyond, and what is returned
-        # is an interpolation of a lower order than the method's.
+        # Steps that end at the given times: else the last one ends beyond them, and the result is
+        # an interpolation of a lower order than the method's.
         forward, backward = (
             {"max_num_steps": self.max_steps, "step_t": end} for end in (times[1:], times[:1])
         )
@@ -104,13 +104,13 @@ class NeuralODE(AbstractCellLayer):
                 adjoint_options=backward,
                 adjoint_params=tuple(leaf for leaf in leaves if leaf.requires_grad),
             )
-        except AssertionError as error:  # how torchdiffeq gives up
+        except AssertionError as error:  # how torchdiffeq reports a failure
             raise RuntimeError(
                 f"the ODE was not integrated to t = 1 ({error}): raise tol or max_steps, or "
                 "regularize the Jacobian"
             ) from error
         watch.stop()
-        z, report = path[-1], _watched(path, flow, (start, *leaves))
+        z, report = path[-1], _reported(path, flow, (start, *leaves))
         steps = torch.full((len(z),), flow.steps, device=z.device)
         nfe = torch.full_like(steps, flow.evaluations + 1)  # the closing one
         solution = unsolved(layout, z0, z, flow(None, z), steps=steps, nfe=nfe)
@@ -140,14 +140,14 @@ class _Flow:
     callback_step_adjoint = callback_step
 
 
-def _watched(path: Tensor, flow: _Flow, inputs: tuple[Tensor, ...]) -> BackwardReport:
+def _reported(path: Tensor, flow: _Flow, inputs: tuple[Tensor, ...]) -> BackwardReport:
     """Filled in when torchdiffeq integrates back, at the gradient of the path, (T, B, D).
 
     Hooks on the node of that integration read the counters before and after it, and make its
-    gradients refuse to be differentiated: torchdiffeq returns them without a graph. They hold no
-    tensor that depends on the path and stay: a second pass reports itself.
+    gradients raise when they are differentiated: torchdiffeq returns them without a graph. They
+    reference no tensor that depends on the path, and stay: a second pass is reported again.
 
-    inputs: all that the path depends on.
+    inputs: everything that the path depends on.
     """
     report, node = BackwardReport(solves=False), path.grad_fn
     if node is None:
@@ -177,7 +177,7 @@ def _watched(path: Tensor, flow: _Flow, inputs: tuple[Tensor, ...]) -> BackwardR
 
 
 def _leaves(f: StateMap) -> tuple[Tensor, ...]:
-    """What f depends on beside z, each once: the cell's parameters and the tensors of the input."""
+    """What f depends on besides z, each once: parameters of the cell and tensors of the input."""
     assert isinstance(f, CellCall)
     found = (*f.cell.parameters(), *tensors_in(f.x))
     return tuple({id(each): each for each in found}.values())

@@ -1,4 +1,4 @@
-"""Several equilibria beside each other, as one."""
+"""Several equilibria side by side, as one."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ class SideBySideCell(nn.Module):
 
     cells: f₁ … fₙ. widths: features of each part; z and x are (B, sum of widths, ...).
 
-    Raises: ValueError where there is not one width a cell, and, when called, for an input of
+    Raises: ValueError where there is not one width per cell, and, when called, for an input of
     another width.
     """
 

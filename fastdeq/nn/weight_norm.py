@@ -1,4 +1,4 @@
-"""Weight norm, and parametrizations that are computed once a call."""
+"""Weight norm, and parametrizations that are computed once per call."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,8 +34,8 @@ def parametrizations_cached(module: nn.Module) -> Iterator[None]:
     """Within, every parametrized tensor of `module` (weight norm, spectral norm, ...) is computed
     once.
 
-    They are computed on entry, in the caller's gradient mode: computed lazily they would be made
-    inside the solver, without a graph, and the closing evaluation would reuse them without
+    They are computed on entry, in the caller's gradient mode: if computed lazily, they would be
+    cached inside the solver, without a graph, and the closing evaluation would reuse them without
     gradients.
     """
     with parametrize.cached():

@@ -1,4 +1,4 @@
-"""Fixed-point solvers, every one a record of settings with a state and a step."""
+"""Fixed-point solvers: each is a record of settings with a state and a step."""
 
 from fastdeq.solvers.anderson import Anderson
 from fastdeq.solvers.base import AbstractSolver, Problem, Step

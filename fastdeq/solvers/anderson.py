@@ -28,15 +28,15 @@ class Anderson(AbstractSolver):
     memory: m, how many differences are kept; the oldest is dropped.
     ridge: λ, relative: added to the diagonal of the Gram matrix of normalized differences.
     damping: β in (0, 1], the weight of the residual in the mixed step.
-    One evaluation a step.
+    One evaluation per step.
 
     Departures from the reference:
     1. The least-squares problem is solved from the normalized Gram matrix in float64 instead of by
-       an updated QR factorization: k × k algebra a sample, batched, whatever the dtype of the
+       an updated QR factorization: k × k algebra per sample, batched, for every dtype of the
        states.
     2. The ridge is relative to the columns' lengths. An absolute one, as in the usual
        implementations for equilibrium models, outweighs the data as the residuals shrink, and the
-       method decays to averaging when a tight tolerance is asked for. It must stay above the
+       method decays to averaging at a tight tolerance. It must stay above the
        rounding of the Gram matrix, else the coefficients of dependent columns are noise.
     """
 
@@ -64,7 +64,7 @@ class Anderson(AbstractSolver):
 def _least_squares(rows: Tensor, target: Tensor, ridge: float) -> Tensor:
     """(B, k) coefficients that combine `rows` (B, k, D) to `target` (B, D), per sample."""
     gram = torch.bmm(rows, rows.mT).double()
-    # The scaling is not differentiated: it cancels, and √ has no slope at a sample that is at rest.
+    # The scaling is not differentiated: it cancels, and √ has no slope for a sample at rest.
     length = gram.detach().diagonal(dim1=1, dim2=2).sqrt()
     length = length.masked_fill(length == 0, 1.0)
     normal = gram / (length[:, :, None] * length[:, None, :])

@@ -1,4 +1,4 @@
-"""What a solver is: settings, a state, and a step. The loop around them stands in `loop.py`."""
+"""The interface of a solver: settings, a state, and a step. The loop is in `loop.py`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from fastdeq.solvers.termination import Iterate, Termination, TerminationMode
 
 @dataclass(frozen=True)
 class Step:
-    """What a step hands back to the loop: the new iterate, and (B,) who cannot go on."""
+    """The result of a step: the new iterate, and (B,) which samples cannot continue."""
 
     iterate: Iterate
     stalled: Tensor | None = None
@@ -25,8 +25,8 @@ class Step:
 class Problem:
     """The map f as a solver's step sees it: every evaluation is counted and guarded.
 
-    A finished or failed sample is fed its held state instead of what the step proposes, so that it
-    cannot disturb the batch, whatever f does with it (a batch norm in f, say).
+    A finished or failed sample is evaluated at its frozen state instead of the proposed one, so
+    that it cannot disturb the batch through f (through a batch norm, for example).
     """
 
     def __init__(self, f: FlatMap, z0: Tensor, pooling: Pooling) -> None:
@@ -40,8 +40,8 @@ class Problem:
     def evaluate(self, z: Tensor, rows: Tensor | None = None) -> Iterate:
         """f at z, (B, D), for the active samples, or for those of them in `rows` (B,).
 
-        A sample whose proposed state is not finite is not shown to f; its residual comes back as
-        NaN, which the loop reads as divergence. Rows not asked for come back held.
+        f is not evaluated at a proposed state that is not finite; its residual is returned as NaN,
+        which the loop treats as divergence. Other rows are returned at their frozen state.
         """
         rows = self.active if rows is None else self.active & rows
         with torch.no_grad():  # one pass: a sum is finite only if every entry is
@@ -63,11 +63,11 @@ class Problem:
         self.nfe = self.nfe + evaluations
 
     def residual(self, at: Iterate) -> Tensor:
-        """Norm of an iterate's residual, (B,): per sample or shared, as the solver was set."""
+        """Norm of an iterate's residual, (B,): per sample or shared, by the solver's setting."""
         return self.pooling.norm(at.residual, self.alive)
 
     def norm(self, v: Tensor) -> Tensor:
-        """Norm of a (B, D) tensor, (B,): per sample or shared, as the solver was set."""
+        """Norm of a (B, D) tensor, (B,): per sample or shared, by the solver's setting."""
         return self.pooling.norm(sample_norm(v), self.alive)
 
 
@@ -75,19 +75,19 @@ class Problem:
 class AbstractSolver(ABC):
     """Find z = f(z). A solver is a record of settings; `init` and `step` are its method.
 
-    tol: tolerance of the termination test; stands for `abstol` and `reltol` where they are not
-        given. One alone that the termination mode does not look at is refused.
+    tol: tolerance of the termination test; the default of `abstol` and `reltol`. Setting only the
+        one that the termination mode does not use is refused.
     termination: one of the nine modes of `termination.py`.
     max_steps: iterations of the method at most, per sample.
-    per_sample: stop, and choose steps, sample by sample; False uses the whole batch vector, which
-        is also what a cell needs that couples the samples of a batch (batch norm).
-    check_every: read from the device every so many steps whether all samples are done; more means
-        fewer waits and a few steps of idle overrun (results are the same: finished samples are
-        frozen). Line searches and `vcab3` wait besides, to save evaluations.
+    per_sample: stop, and choose steps, per sample; False uses the whole batch vector, as a cell
+        that couples the samples of a batch (batch norm) needs.
+    check_every: number of steps between two reads of whether all samples are done; more means fewer
+        waits for the device and a few unused steps (results are the same: finished samples are
+        frozen). Line searches and `vcab3` also wait, to save evaluations.
     """
 
     differentiable: ClassVar[bool] = True
-    """Whether autograd may run through the steps (the unrolled adjoint asks)."""
+    """Whether autograd may run through the steps (needed by the unrolled adjoint)."""
 
     tol: float = setting(default=1e-3, above=0)
     abstol: float | None = setting(default=None, at_least=0)
@@ -98,7 +98,7 @@ class AbstractSolver(ABC):
     check_every: int = setting(default=1, at_least=1)
 
     def validate(self) -> None:
-        """Refuse a tolerance that the termination mode would never look at."""
+        """Refuse a tolerance that the termination mode does not use."""
         for name, mode, other in (("abstol", "rel", "reltol"), ("reltol", "abs", "abstol")):
             alone = getattr(self, name) is not None and getattr(self, other) is None
             if alone and self.termination.startswith(mode):

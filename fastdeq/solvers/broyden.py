@@ -27,13 +27,13 @@ class BroydenSolver(AbstractSolver):
 
     line_search_steps: shorter steps tried at most; 0 switches the search off.
     max_dim: the largest D taken; a sample's inverse Jacobian holds D² numbers.
-    One evaluation a step, and one for every shorter step tried.
+    One evaluation per step, and one for every shorter step tried.
 
     Raises (in a solve): ValueError for D above `max_dim`.
 
     Departures from the references:
     1. The search is short, and where it fails the best trial is taken: long searches end in minima
-       of ‖g‖ that are no equilibria.
+       of ‖g‖ that are not equilibria.
     2. An update whose denominator vanishes to rounding is skipped for that sample.
     """
 
@@ -44,14 +44,14 @@ class BroydenSolver(AbstractSolver):
         size = first.z.shape[1]
         if size > self.max_dim:
             raise ValueError(
-                f"BroydenSolver keeps a dense {size} × {size} inverse Jacobian a sample, but "
+                f"BroydenSolver keeps a dense {size} × {size} inverse Jacobian per sample, but "
                 f"max_dim is {self.max_dim}: use LimitedMemoryBroydenSolver, or raise max_dim"
             )
         return _Inverse(_minus_identity(first.z), 0)
 
     def step(self, problem: Problem, current: Iterate, memory: _Inverse) -> tuple[Step, _Inverse]:
         direction = -_apply(memory.matrix, current.g)
-        slack = 1.0 / (1 + memory.count) ** 2  # summable, as the search's theory asks
+        slack = 1.0 / (1 + memory.count) ** 2  # summable, as the theory of the search requires
         new = norm_descent(problem, current, direction, slack, self.line_search_steps)
         matrix = _update(memory.matrix, new.z - current.z, new.g - current.g)
         return Step(new), _Inverse(matrix, memory.count + 1)
@@ -71,5 +71,7 @@ def _update(matrix: Tensor, dz: Tensor, dg: Tensor) -> Tensor:
     left = dz - _apply(matrix, dg)
     right = _apply(matrix.mT, dz)
     u = left * safe_inverse(right, dg)[:, None]
-    add = matrix.baddbmm if torch.is_grad_enabled() else matrix.baddbmm_  # the old one is not read
+    add = (
+        matrix.baddbmm if torch.is_grad_enabled() else matrix.baddbmm_
+    )  # the old matrix is not read
     return add(u[:, :, None], right[:, None, :])

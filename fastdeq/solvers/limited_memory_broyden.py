@@ -13,7 +13,7 @@ from fastdeq.solvers.termination import Iterate
 
 @dataclass(frozen=True)
 class _LowRank:
-    """B = −I + Σ uᵢ vᵢᵀ with k rows u and v, and the step −B g that is due, (B, D)."""
+    """B = −I + Σ uᵢ vᵢᵀ with k rows u and v, and the next step −B g, (B, D)."""
 
     direction: Tensor
     u: History
@@ -51,7 +51,7 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
 
     memory: rank-one terms kept. When they are full the method restarts from −I at the current
         state: a sum without its oldest terms would no longer satisfy any secant equation. One
-        evaluation a step; no line search, as in the reference.
+        evaluation per step; no line search, as in the reference.
 
     Departures from the reference:
     1. u = (dz − B dg) / (v · dg) is computed as −B g₊ / (v · dg), since B g = −dz: one product with

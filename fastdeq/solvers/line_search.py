@@ -6,8 +6,8 @@ from torch import Tensor
 from fastdeq.solvers.base import Problem
 from fastdeq.solvers.termination import Iterate
 
-_DECREASE = 1e-3  # σ: how much decrease the length of the step must bring
-_SHRINK = 0.5  # how the step shrinks from one trial to the next
+_DECREASE = 1e-3  # σ: required decrease per squared length of the step
+_SHRINK = 0.5  # factor of the step length from one trial to the next
 
 
 def norm_descent(
@@ -16,7 +16,7 @@ def norm_descent(
     """Shrink α from 1 until ‖g(z + α d)‖ ≤ (1 + η) ‖g(z)‖ − σ ‖α d‖² (Li & Fukushima 2000, §2).
 
     The last term, which keeps steps from growing without bound, has the units of z², as in the
-    reference: states far from order 1 see more trials.
+    reference: states far from order 1 need more trials.
 
     direction: d, (B, D). slack: η ≥ 0; over a solve the slacks must have a finite sum. trials:
     shorter steps tried at most after the full one. Each sample has its own α; evaluations are

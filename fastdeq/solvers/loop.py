@@ -1,13 +1,13 @@
-"""The one loop. It counts, tests, freezes and keeps the best iterate; methods only step.
+"""The loop of all solvers. It counts, tests, freezes and keeps the best iterate; methods only step.
 
 Departures from a plain `while residual > tol`:
-1. Every sample ends on its own and its state is frozen from then on, so a batch gives what its
-   samples would give alone.
-2. A sample that turns non-finite, grows past the protective factor, or runs away while its residual
-   does not fall (see `termination.py`) is put back to its last good iterate and marked; the others
-   do not notice.
+1. Every sample ends on its own and its state is frozen from then on, so a batch gives the results
+   of its samples alone.
+2. A sample that becomes non-finite, grows past the protective factor, or runs away while its
+   residual does not fall (see `termination.py`) is set back to its last good iterate and marked;
+   the others are not affected.
 3. Whether all samples are done is read from the device only every `check_every` steps; until then
-   the loop runs on, which changes nothing for frozen samples.
+   the loop continues, which changes nothing for frozen samples.
 """
 
 from dataclasses import replace
@@ -32,12 +32,12 @@ def solve(
 ) -> SolveResult:
     """Iterate `solver` on f from z0 until every sample has converged or failed.
 
-    f: (B, D) → (B, D). z0: (B, D), floating point; a row that is not finite is given up, at zero.
+    f: (B, D) → (B, D). z0: (B, D), floating point; a non-finite row ends as DIVERGED, at zero.
     trace: also return the history of residual norms, or of residual norms and states.
     For states of other shapes, and for gradients, see `fixed_point`.
 
-    Raises: TypeError or ValueError for a z0 that is no non-empty floating-point (B, D) tensor, and
-    for an f that changes the shape or returns no floating-point numbers.
+    Raises: TypeError or ValueError for a z0 that is not a non-empty floating-point (B, D) tensor,
+    and for an f that changes the shape or does not return floating-point numbers.
     """
     _check_start(z0)
     watch = Stopwatch(z0.device)
@@ -56,7 +56,7 @@ def _iterated(
     history = [run.snapshot(trace)] if trace else []
     memory = solver.init(problem, run.current)
     for k in range(solver.max_steps):
-        # The loop's only wait for the device (a method may have its own, which it then names).
+        # The loop's only wait for the device (methods document their own).
         if k % solver.check_every == 0 and not bool(problem.active.any()):
             break
         step, memory = solver.step(problem, run.current, memory)
@@ -85,7 +85,7 @@ class _Run:
         self.take(problem.evaluate(problem.hold))
 
     def take(self, proposed: Iterate, stuck: Tensor | None = None) -> None:
-        """Judge every active sample by its new iterate, freeze the finished, keep the best."""
+        """Test the new iterate of every active sample, freeze the finished, keep the best."""
         problem = self.problem
         with torch.no_grad():
             # Before anything is pooled: one bad sample must not spoil a norm that all share.
@@ -129,7 +129,7 @@ class _Run:
     def _keep_best(self, good: Tensor, passed: Tensor, new: Measures) -> None:
         better = good & ~self.ran_away
         if self.rule.returns_best:
-            # Of equal ones the later: a ratio, as the relative tests take it, would not see
+            # The later of two equal ones. A ratio, as in the relative tests, would not show
             # progress towards a solution at 0.
             better = better & (new.du <= self.best[2])
         better = better | passed
@@ -148,7 +148,7 @@ class _Run:
         return SolveResult(
             value=self.best_z,
             residual=residual,
-            # Infinite, too, where f was never good.
+            # Also infinite where f was never good.
             relative_residual=ratio(residual, f_norm).masked_fill(residual == torch.inf, torch.inf),
             steps=self.steps,
             nfe=self.problem.nfe,

@@ -18,11 +18,11 @@ class NewtonKrylov(AbstractSolver):
     by norm descent (Li & Fukushima 2000).
 
     krylov_tol: relative residual to which each linear problem is solved (the forcing term).
-    krylov_steps: products with J at most in one Newton step.
+    krylov_steps: jvps at most in one Newton step.
     line_search_steps: shorter steps tried at most; 0 switches the search off.
-    A product with J counts as one evaluation of f in the NFE; it costs about two.
+    A jvp counts as one evaluation of f in the NFE; it costs about two.
 
-    The products are exact, by forward-mode automatic differentiation, so f must consist of
+    The jvps are exact, by forward-mode automatic differentiation, so f must consist of
     operations that have it. Most of PyTorch's do, and attention is computed without its fused
     kernels, which do not; a hand-written autograd.Function needs a `jvp`, and nn.LSTM on the CPU
     `torch.backends.mkldnn.flags(enabled=False)`.
@@ -57,7 +57,7 @@ class NewtonKrylov(AbstractSolver):
 
         def matvec(v: Tensor) -> Tensor:
             product = v - jvp(problem.f, problem.hold, v)
-            # NaN of a lost sample would spread through a Krylov space that the batch shares.
+            # NaN of a diverged sample would spread through a Krylov space that the batch shares.
             return torch.where(problem.active[:, None], product, v)
 
         # A frozen sample has nothing to solve: with a zero right-hand side it costs no iteration.

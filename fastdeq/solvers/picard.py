@@ -1,4 +1,4 @@
-"""Picard iteration, the plain one."""
+"""Picard iteration."""
 
 import torch
 
@@ -12,7 +12,7 @@ class Picard(AbstractSolver):
     """z ← (1 − β) z + β f(z); converges where β keeps (1 − β) I + β J a contraction.
 
     damping: β in (0, 1]; below 1 it also reaches some equilibria at which f is not a contraction.
-    One evaluation a step.
+    One evaluation per step.
     """
 
     damping: float = setting(default=1.0, above=0, at_most=1)

@@ -12,8 +12,8 @@ With du = f(z) − z and u = z, over one sample or the whole batch vector:
 
 The `*_deq_default` modes return the last good iterate, all others the one of the smallest ‖du‖ (a
 converged sample returns the iterate that passed the test). "Broke away" is the protective break at
-1e3 × length × the first value. On ‖du‖ it guards every mode here, since no method should have to
-overflow before it is stopped; the `*_deq_*` modes apply it to their objective too, as published.
+1e3 × length × the first value. On ‖du‖ it guards every mode here, so that methods stop before they
+overflow; the `*_deq_*` modes apply it to their objective too, as published.
 
 Departures from the published tests, which also pass where no equilibrium exists (f(z) = z + c: any
 residual or pre-norm cell whose residual does not vanish; NonlinearSolve.jl issue 1149):
@@ -71,7 +71,7 @@ class Iterate:
 
 @dataclass(frozen=True)
 class Measures:
-    """What the tests read off an iterate, each (B,); the last three are pooled.
+    """What the tests measure at an iterate, each (B,); the last three are pooled.
 
     du, size: ‖f(z) − z‖ and ‖f(z)‖ in the norm of the mode (largest entry for `abs` and `rel`).
     """
@@ -98,14 +98,14 @@ class Termination:
 
     @property
     def threshold(self) -> float:
-        """What the objective is held against; 1 for `norm`, whose objective is scaled."""
+        """The bound of the objective; 1 for `norm`, whose objective is scaled."""
         if self.mode == "norm":
             return 1.0
         return self.abstol if self.mode.startswith("abs") else self.reltol
 
     @property
     def watches_progress(self) -> bool:
-        """Whether stalls, and growth of the objective, end a sample too."""
+        """Whether stalls, and growth of the objective, also end a sample."""
         return "deq" in self.mode
 
     @property
@@ -115,7 +115,7 @@ class Termination:
 
     @property
     def entrywise(self) -> bool:
-        """Whether the test looks at every entry, or at a Euclidean norm."""
+        """Whether the test is of every entry, or of a Euclidean norm."""
         return self.mode in ("abs", "rel")
 
     @property
@@ -126,7 +126,7 @@ class Termination:
     def measure(
         self, at: Iterate, pooling: Pooling, alive: Tensor, bound: Tensor | None = None
     ) -> Measures:
-        """What the tests read off an iterate.
+        """Measure an iterate.
 
         bound: (B,), the largest denominator of a relative test (`Progress.bound`); None: any.
         """
@@ -165,9 +165,9 @@ def _over(value: Tensor, tolerance: float) -> Tensor:
 
 
 class Progress:
-    """What the iterates so far say about the next one: divergence and stalls, each (B,) bool.
+    """Detects divergence and stalls from the iterates so far, each (B,) bool.
 
-    length: how many entries one pooled measure speaks for. eps: unit of rounding of the states.
+    length: how many entries one pooled measure covers. eps: unit of rounding of the states.
     """
 
     def __init__(self, rule: Termination, first: Measures, length: int, eps: float) -> None:
@@ -184,7 +184,7 @@ class Progress:
         self._raise_peak(first.du)
 
     def update(self, measures: Measures) -> None:
-        """Take note of an iterate that has been judged."""
+        """Record an iterate that has been tested."""
         self._raise_peak(torch.maximum(self.peak, measures.du))
 
     def _raise_peak(self, peak: Tensor) -> None:
@@ -204,8 +204,8 @@ class Progress:
         return (measures.size > self.bound) & (measures.du > _FALLEN * self.peak)
 
     def stalled(self, measures: Measures) -> Tensor | None:
-        """Near the tolerance, and for a whole window of steps no longer moving towards it; None
-        where nothing can have stalled yet."""
+        """Near the tolerance, without progress for a whole window of steps; None where nothing
+        can have stalled yet."""
         self.window = [*self.window, measures.objective][-STALL_WINDOW:]
         if not self.rule.watches_progress or len(self.window) < STALL_WINDOW:
             return None

@@ -1,4 +1,4 @@
-"""What stands in an equilibrium's place: unrolled networks, and equilibria side by side."""
+"""Baselines in place of an equilibrium: unrolled networks; and equilibria side by side."""
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_equilibria_side_by_side_may_start_at_their_first_evaluation():
     assert DEQChain(layer).equilibrium is layer
 
 
-def test_branches_of_another_width_than_the_input_are_told_both():
+def test_the_error_for_branches_of_another_width_than_the_input_names_both():
     layer = WidthStackedDEQ([DenseCell(2), DenseCell(3)], [2, 3])
     with pytest.raises(ValueError, match=r"input has 6 features, but the branches take \[2, 3\]"):
         layer(torch.randn(4, 6))

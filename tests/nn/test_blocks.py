@@ -99,7 +99,7 @@ def test_dropout_takes_whole_channels_before_the_injection():
     assert 0 < whole.sum() < whole.numel()
 
 
-def test_an_injection_of_another_shape_is_told_both_shapes():
+def test_the_error_for_an_injection_of_another_shape_names_both_shapes():
     with pytest.raises(ValueError, match=r"\(3, 6, 1, 1\), but its branch \(3, 6, 8, 8\)"):
         ResidualBlock(6, 2)(images(), images(size=1))
 
@@ -139,7 +139,7 @@ def test_a_bottleneck_has_a_shortcut_convolution_where_channels_differ(inputs, e
 
 
 @each("times, scales", list(itertools.product([0, 1, 2, 3], [1, 2, 3])))
-def test_the_stem_halves_as_often_as_asked(times, scales):
+def test_the_stem_halves_downsample_times_times(times, scales):
     stem = MultiScaleStem(3, [4] * scales, times)
     assert stem(images(3, size=16)).shape == (3, 4, 16 >> times, 16 >> times)
     assert len(stem) == max(2, times) + (times > 0 or scales > 2)
@@ -161,7 +161,7 @@ def test_a_head_of_another_number_of_scales_is_refused(channels, hidden):
 
 
 @each("channels", [4, [], [4, 0], [4, "a"], [4, True]])
-def test_channels_that_are_no_positive_numbers_are_refused(channels):
+def test_channels_that_are_not_positive_numbers_are_refused(channels):
     for make in (
         lambda: MultiScaleStem(3, channels),
         lambda: MultiScaleHead(channels, [1, 1], 5, 7),

@@ -208,7 +208,7 @@ def count_of(layer: nn.Linear) -> list[int]:
 @each("parametrized", [weight_norm, lambda cell: spectral_norm(cell.state)])
 @each("depth", [None, 3])
 @each("gradients", [True, False])
-def test_a_parametrized_weight_is_computed_once_a_call(parametrized, depth, gradients):
+def test_a_parametrized_weight_is_computed_once_per_call(parametrized, depth, gradients):
     cell, x = Dense(), dense_input()
     parametrized(cell)
     layer = SkipDeepEquilibriumNetwork(cell)
@@ -289,7 +289,9 @@ def test_weight_norm_refuses_what_it_cannot_normalize():
 @each("momentum", [0.1, None])
 @each("depth", [None, 3])
 @each("adjoint", [Implicit(solver=GMRES(per_sample=False)), Phantom()])
-def test_running_statistics_move_once_a_call_to_those_at_the_equilibrium(momentum, depth, adjoint):
+def test_running_statistics_move_once_per_call_to_those_at_the_equilibrium(
+    momentum, depth, adjoint
+):
     norm, x = nn.BatchNorm1d(WIDTH, momentum=momentum, dtype=torch.float64), dense_input(8)
     layer = DeepEquilibriumNetwork(
         Dense(nn.Sequential(norm, VariationalDropout(0.0))),
@@ -319,7 +321,7 @@ def test_moving_the_statistics_costs_one_evaluation_and_only_in_training(trainin
 
 
 @each("frozen", ["layer", "norm"])
-def test_running_statistics_stand_still_in_evaluation(frozen):
+def test_running_statistics_do_not_change_in_evaluation(frozen):
     norm, x = nn.BatchNorm1d(WIDTH, dtype=torch.float64), dense_input(8)
     layer = DeepEquilibriumNetwork(Dense(norm))
     norm(x)
@@ -330,7 +332,7 @@ def test_running_statistics_stand_still_in_evaluation(frozen):
     assert norm.track_running_stats
 
 
-def test_a_dropout_that_stands_in_two_places_has_a_mask_for_each():
+def test_a_dropout_that_is_used_in_two_places_has_a_mask_for_each():
     class Twice(Dense):
         def forward(self, z: Tensor, x: Tensor) -> Tensor:
             self.seen = (self.extra(torch.ones_like(z)), self.extra(torch.ones(len(z), 64)))
@@ -344,7 +346,7 @@ def test_a_dropout_that_stands_in_two_places_has_a_mask_for_each():
         assert torch.equal(second, masks[0][1])
 
 
-def test_instance_norm_statistics_move_once_a_call_and_not_in_evaluation():
+def test_instance_norm_statistics_move_once_per_call_and_not_in_evaluation():
     class Normed(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -92,7 +92,7 @@ def test_a_weight_normalized_layer_gets_the_drawn_weight(initialization):
     assert all(parameter.grad is not None for parameter in normalized.parameters())
 
 
-def test_other_parameters_keep_their_values_and_gradients_are_still_asked_for():
+def test_other_parameters_keep_their_values_and_all_still_require_gradients():
     norm = nn.LayerNorm(4)
     nn.init.constant_(norm.weight, 3.0)
     model = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 2, bias=False))

@@ -61,12 +61,12 @@ def conv_input(batch: int = 3) -> Tensor:
 def test_the_output_is_an_equilibrium_of_the_cell(cell, x):
     f, x = cell(), x()
     y, _ = DeepEquilibriumNetwork(f, solver=TIGHT)(x)
-    # f contracts, so one more evaluation leaves less than the relative 1e-12 asked for.
+    # f contracts, so one more evaluation leaves less than the relative tolerance 1e-12.
     assert torch.linalg.vector_norm(f(y, x) - y) < 1e-11 * torch.linalg.vector_norm(y)
 
 
 @every_start
-def test_the_solution_holds_the_figures_of_the_returned_state(start):
+def test_the_solution_has_the_statistics_of_the_returned_state(start):
     layer, x = build(start, Dense(), solver=Picard(tol=1e-3)), dense_input()
     y, solution = layer(x)
     z_sol = y - solution.defect

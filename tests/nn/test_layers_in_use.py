@@ -50,7 +50,7 @@ def test_leaving_the_fixed_depth_solves_again():
 
 
 @each("start, calls", [("explicit", 0), ("skip_reg", 1)])
-def test_the_explicit_prediction_is_z0_and_costs_no_solve(start, calls):
+def test_the_explicit_prediction_is_z0_without_a_solve(start, calls):
     cell, x = Dense(), dense_input()
     layer = build(start, cell)
     prediction = layer.explicit(x)
@@ -77,7 +77,7 @@ def test_a_chain_is_the_composition_of_its_layers():
     assert chain.equilibrium is deq
 
 
-def test_a_layer_may_stand_twice_in_a_chain():
+def test_a_layer_may_be_used_twice_in_a_chain():
     shared, deq, x = explicit_network(), DeepEquilibriumNetwork(Dense()), dense_input()
     torch.testing.assert_close(DEQChain(shared, deq, shared)(x)[0], shared(deq(shared(x))[0]))
 
@@ -134,7 +134,7 @@ def test_copies_and_loaded_states_give_the_same_output(variant):
     assert same_output(layer, copy.deepcopy(layer), x)
 
 
-def test_a_layer_survives_pickling_with_its_settings():
+def test_a_pickled_layer_has_the_same_settings():
     solver, adjoint = Anderson(memory=3), Implicit(solver=Picard(damping=0.5))
     layer = DeepEquilibriumNetwork(DenseCell(WIDTH), solver=solver, adjoint=adjoint)
     again = pickle.loads(pickle.dumps(layer))
@@ -183,6 +183,6 @@ def test_under_autocast_the_state_stays_float32_and_weights_keep_their_gradients
     y.sum().backward()
     for kept in (y, solution.value, solution.z0, solution.defect, solution.residual):
         assert kept.dtype == torch.float32
-    # bfloat16 carries 8 bits: 0.4 % an operation, a few of them in a row.
+    # bfloat16 has 8 bits: 0.4 % per operation, a few of them in a row.
     largest = wanted.abs().max().item()
     torch.testing.assert_close(grad(cell.state.weight), wanted, rtol=0, atol=0.05 * largest)

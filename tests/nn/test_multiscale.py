@@ -138,7 +138,7 @@ def test_four_dense_scales_have_an_equilibrium_and_train(start, post_fusion):
     assert [scale.shape for scale in y] == [(5, width) for width in WIDTHS]
     assert solution.converged.all()
     for scale, again in zip(y, cell(y, x), strict=True):
-        # The relative 1e-5 asked for, of a contraction, in float32.
+        # The relative tolerance 1e-5, of a contraction, in float32.
         torch.testing.assert_close(scale, again, rtol=1e-4, atol=1e-4)
     loss = skip_loss(solution) + sum(scale.square().sum() for scale in y) + solution.jacobian_loss
     loss.backward()
@@ -212,7 +212,7 @@ def test_the_gradient_is_that_of_dense_algebra(normalization):
 
 
 @every_start
-def test_with_group_norm_a_sample_does_not_depend_on_its_batch_mates(start):
+def test_with_group_norm_a_sample_does_not_depend_on_the_rest_of_the_batch(start):
     torch.manual_seed(0)
     cell = damped(conv_cell("group"))
     explicit = MultiScaleExplicitNetwork([2, 4], normalization="group").double()
@@ -254,7 +254,7 @@ def test_masks_are_fixed_through_a_solve_and_differ_between_calls():
     assert not torch.equal(masks[1].all(dim=3).all(dim=2), dropped[0])
 
 
-def test_running_statistics_in_a_branch_move_once_a_call_and_are_used_in_evaluation():
+def test_running_statistics_in_a_branch_move_once_per_call_and_are_used_in_evaluation():
     cell = dense_cell()
     norm = nn.BatchNorm1d(4)
     set_mapping(cell, 0, 0, nn.Sequential(norm))
@@ -298,7 +298,7 @@ def test_batch_statistics_with_samples_one_by_one_are_refused(solver, adjoint, k
 # Wrong input
 
 
-def test_a_cell_without_scales_is_told_what_to_use():
+def test_the_error_for_a_cell_without_scales_names_what_to_use():
     for make in (MultiScaleDeepEquilibriumNetwork, MultiScaleSkipDeepEquilibriumNetwork):
         with pytest.raises(TypeError, match="DenseCell, which has no scales: give a MultiScaleC"):
             make(DenseCell(4))  # type: ignore[arg-type]
@@ -315,14 +315,14 @@ def test_parts_that_do_not_match_in_number_are_refused(missing):
             part.pop()
     if missing == "row":
         mappings[1].pop()
-    with pytest.raises(ValueError, match=r"branches, but .* entries: give one a scale"):
+    with pytest.raises(ValueError, match=r"branches, but .* entries: give one per scale"):
         MultiScaleCell(branches, mappings, scales, ends)
 
 
-def test_a_mapping_that_would_broadcast_is_told_its_place():
+def test_the_error_for_a_mapping_that_would_broadcast_names_it():
     cell = dense_cell()
     set_mapping(cell, 3, 0, nn.Identity())  # (B, 1) would be added to (B, 4)
-    with pytest.raises(ValueError, match=r"mapping 4 → 1 makes \(1,\) a sample, but scale 1 is"):
+    with pytest.raises(ValueError, match=r"mapping 4 → 1 makes \(1,\) per sample, but scale 1 is"):
         MultiScaleDeepEquilibriumNetwork(cell)(torch.randn(5, 4))
 
 
@@ -334,7 +334,7 @@ class Short(nn.Module):
 
 
 @each("explicit", [Short(), nn.Identity()])
-def test_a_prediction_of_other_scales_is_told_those_of_the_cell(explicit):
+def test_the_error_for_a_prediction_of_other_scales_names_those_of_the_cell(explicit):
     layer = MultiScaleSkipDeepEquilibriumNetwork(dense_cell(), explicit)
     with pytest.raises(ValueError, match=r"the scales of the cell are \[\(4,\), \(3,\), \(2,\)"):
         layer(torch.randn(5, 4))

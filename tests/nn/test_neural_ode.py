@@ -97,7 +97,7 @@ def test_the_backward_pass_reports_the_calls_of_the_cell_that_it_makes(z0_learns
     stats = solution.backward.stats
     assert stats is not None
     assert stats.nfe.tolist() == [cell.calls] * 3
-    # dopri5: two evaluations to start with, six a step
+    # dopri5: two evaluations to start with, six per step
     assert stats.nfe.tolist() == (2 + 6 * stats.steps).tolist()
     assert (stats.status == Status.NOT_SOLVED).all()
     assert stats.residual.isnan().all()

@@ -26,12 +26,12 @@ from tests.numerics.gradients import (
 )
 from tests.problems import HOPELESS, SOLVERS, problem_named
 
-# Relative, of every leaf, as the design asks. What stands behind it: the residual tolerance times
+# Relative, of every leaf. It follows from the residual tolerance times
 # the amplification of `nearly_singular` (50), and for Unrolled the derivative's own convergence,
 # which lags behind that of the state by a factor that grows with the steps.
 BOUND = 1e-8
 PROBLEMS = ("linear", "tanh", "two_scale", "nearly_singular", "non_contractive")
-# At rates of 0.992 and 0.994 a step these would need 4000 to 6000 steps.
+# At rates of 0.992 and 0.994 per step these would need 4000 to 6000 steps.
 SLOW = {("picard_damped", "nearly_singular"), ("vcab3", "nearly_singular")}
 
 worst: dict[tuple[str, str, str], float] = {}
@@ -93,7 +93,7 @@ def test_implicit_and_unrolled_agree_through_the_same_solver(problem_name):
     assert max(relative_errors(*pair)) <= BOUND
 
 
-def test_a_loose_backward_solve_gives_a_gradient_as_loose_as_asked():
+def test_the_error_of_a_gradient_is_in_proportion_to_the_tolerance_of_the_backward_solve():
     problem = problem_named("tanh")
     exact = problem.gradient(cotangent(problem))
 

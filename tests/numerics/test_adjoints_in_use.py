@@ -123,7 +123,7 @@ class _Cell(nn.Module):
     [Implicit(), Implicit(solver=Picard()), JacobianFree(), Phantom(), Unrolled()],
     ids=repr,
 )
-def test_every_parameter_gets_its_gradient_once_a_backward_pass(adjoint):
+def test_every_parameter_gets_its_gradient_once_per_backward_pass(adjoint):
     cell = _Cell()
     calls = dict.fromkeys(dict(cell.named_parameters()), 0)
 
@@ -239,7 +239,7 @@ def test_the_jacobian_loss_reaches_the_input_through_the_equilibrium_too():
     assert not torch.allclose(gradient(value), gradient(value.detach()), rtol=0.1)
 
 
-# What nobody asked to differentiate
+# Without gradients
 
 
 @pytest.mark.parametrize("adjoint", [Implicit(), JacobianFree(), Phantom(), Unrolled()], ids=repr)

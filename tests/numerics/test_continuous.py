@@ -51,7 +51,7 @@ def integrate(
 
 
 def turning(z: Tensor) -> Tensor:
-    """A point on a circle of radius r turns by r² a unit of time: nonlinear in both entries."""
+    """A point on a circle of radius r turns by r² per unit of time: nonlinear in both entries."""
     return torch.stack((-z[:, 1], z[:, 0]), dim=1) * z.square().sum(dim=1, keepdim=True)
 
 
@@ -178,7 +178,7 @@ def test_the_last_stage_is_the_derivative_at_the_end(tableau):
     problem = Problem(lambda z: z + turning(z), START, PerSample())
     first = problem.evaluate(START)
     trial = method.propose(problem, first, torch.full((2,), 0.1, dtype=torch.float64), None)
-    assert trial.known is None, "None stands for all"
+    assert trial.known is None, "None means all"
     torch.testing.assert_close(trial.end.g, turning(trial.end.z), rtol=0, atol=1e-15)
     by_weights = START + 0.1 * torch.einsum("s,sbd->bd", a[-1], _all_stages(a, 0.1))
     torch.testing.assert_close(trial.end.z, by_weights, rtol=0, atol=1e-14)

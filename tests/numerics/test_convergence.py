@@ -76,7 +76,7 @@ def test_a_pre_norm_block_is_not_converged_at_any_default():
 
 @every_solver_slow_for("newton_krylov")
 @each("dtype", [torch.float32, torch.float64])
-def test_a_constant_residual_is_no_convergence_in_any_mode(name, dtype):
+def test_a_constant_residual_is_not_convergence_in_any_mode(name, dtype):
     # f(z) = z + 1 has no equilibrium. For Newton, 1 − f' = 0 leaves it where it is.
     results = in_every_mode(name, lambda z: z + 1, torch.zeros(3, 4, dtype=dtype))
     for where, result in results.items():
@@ -88,7 +88,7 @@ def test_a_constant_residual_is_no_convergence_in_any_mode(name, dtype):
 
 
 @every_solver_slow_for("newton_krylov")
-def test_one_direction_that_runs_away_is_no_convergence(name):
+def test_one_direction_that_runs_away_is_not_convergence(name):
     # 99 entries contract, one has slope 1: of the residual's norm it is a tenth at the start.
     slope = torch.cat((torch.ones(1), torch.full((99,), 0.5)))
     results = in_every_mode(name, lambda z: slope * z + 1, torch.zeros(2, 100))

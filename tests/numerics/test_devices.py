@@ -97,7 +97,7 @@ def test_a_multiscale_network_trains_for_a_step(normalization, device):
 
 
 @every_device
-def test_the_jacobians_figures_are_made_on_the_device(device):
+def test_the_jacobian_loss_and_the_spectral_radius_are_computed_on_the_device(device):
     z = torch.ones(3, 4, device=device)
     assert spectral_radius(lambda z: 0.5 * z, z).tolist() == pytest.approx([0.5] * 3)
     assert jacobian_loss(lambda z: 0.5 * z, z).device.type == device

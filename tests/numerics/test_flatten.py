@@ -28,7 +28,7 @@ def scales_of(state: Any) -> tuple[Tensor, ...]:
 
 
 @each("name", STATES)
-def test_packing_and_unpacking_give_the_state_back(name):
+def test_flatten_and_unflatten_give_the_state_back(name):
     state = STATES[name]()
     layout = Layout.of(state)
     flat = layout.flatten(state)
@@ -114,7 +114,7 @@ def test_the_flat_state_has_the_widest_dtype_and_at_least_float32(dtypes, wide):
     assert layout.dtype == layout.flatten(state).dtype == wide
 
 
-def test_gradients_pass_through_packing_and_unpacking():
+def test_gradients_pass_through_flatten_and_unflatten():
     state = tuple(scale.double().requires_grad_() for scale in STATES["scales"]())
     layout = Layout.of(state)
     again = layout.unflatten(layout.flatten(state))

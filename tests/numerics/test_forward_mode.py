@@ -92,7 +92,7 @@ def test_a_fixed_depth_has_forward_mode_derivatives(mode):
     torch.testing.assert_close(got, directional(problem, TANGENT), rtol=1e-8, atol=1e-9)
 
 
-def test_a_start_with_a_tangent_is_no_dependence():
+def test_an_equilibrium_has_no_tangent_from_its_start():
     problem = problem_named("tanh")
     f, start = problem.f, problem.flat_z0
 

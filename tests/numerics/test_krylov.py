@@ -145,12 +145,12 @@ def test_every_sample_stops_at_its_own_step():
 
 
 @each("i", range(4))
-def test_a_sample_does_not_depend_on_its_batch_mates(i):
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(i):
     a, b = with_conditions(9, [1.0, 3.0, 30.0, 300.0], 10), numbers(10)(4, 10)
     together = gmres(times(a), b, tol=1e-8, max_steps=50, restart=6)
     alone = gmres(times(a[i : i + 1]), b[i : i + 1], tol=1e-8, max_steps=50, restart=6)
-    for figure in ("steps", "nfe", "status"):
-        assert int(getattr(alone, figure)) == int(getattr(together, figure)[i]), figure
+    for name in ("steps", "nfe", "status"):
+        assert int(getattr(alone, name)) == int(getattr(together, name)[i]), name
     torch.testing.assert_close(alone.value[0], together.value[i], rtol=1e-9, atol=1e-12)
 
 
@@ -388,7 +388,7 @@ def test_a_last_cycle_cut_short_is_the_step_limit_and_no_stall():
 # Settings and inputs
 
 
-def test_what_is_no_batch_is_refused():
+def test_what_is_not_a_batch_is_refused():
     with pytest.raises(TypeError, match=r"b.float\(\)"):
         gmres(lambda v: v, torch.ones(2, 3, dtype=torch.int64))
     for b in (torch.ones(3), torch.ones(0, 3), torch.ones(3, 0)):

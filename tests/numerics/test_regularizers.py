@@ -246,10 +246,10 @@ def test_the_spectral_radius_works_without_gradients_and_for_a_constant_cell():
     assert not radius.requires_grad
 
 
-@each("figure", [spectral_radius, jacobian_loss])
-def test_inference_mode_is_refused_and_not_answered_with_zero(figure):
+@each("function", [spectral_radius, jacobian_loss])
+def test_inference_mode_is_refused_and_not_answered_with_zero(function):
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.no_grad"):
-        figure(doubled, torch.ones(2, 3))
+        function(doubled, torch.ones(2, 3))
 
 
 def test_counts_below_one_are_refused():

@@ -82,7 +82,7 @@ def test_the_second_derivative_of_the_public_example_is_refused_and_not_wrong():
         first_and_second(lambda a: scalar_equilibrium(a, Implicit()))
 
 
-def test_a_factor_of_the_cotangent_alone_is_no_way_around_the_refusal():
+def test_a_second_derivative_by_a_factor_of_the_cotangent_alone_is_refused_too():
     # f does not depend on c; the gradient does, through its cotangent.
     problem, c = problem_named("tanh"), torch.ones(8, dtype=F64, requires_grad=True)
     value = flat(problem, solved(problem, FORWARD["broyden"], Implicit()))

@@ -103,13 +103,13 @@ def test_positional_arguments_are_refused(kind):
 
 @every_number
 @each("value", ["abc", "1e-3", [1], True])
-def test_what_is_no_number_is_refused(kind, name, value):
+def test_what_is_not_a_number_is_refused(kind, name, value):
     with pytest.raises(TypeError, match=rf"{kind.__name__}\.{name} is .*must be a (whole )?number"):
         kind(**{name: value})
 
 
 @each("kind, name", fields_of(int, int | None))
-def test_a_fraction_is_no_whole_number(kind, name):
+def test_a_fraction_is_refused_where_a_whole_number_is_needed(kind, name):
     with pytest.raises(TypeError, match="must be a whole number"):
         kind(**{name: 2.5})
 
@@ -128,7 +128,7 @@ def test_none_is_refused_where_a_number_is_needed(kind, name):
 
 
 def alone(name: str) -> dict[str, Any]:
-    """What makes a lone `abstol` meaningful."""
+    """The other fields that a single `abstol` needs."""
     return {"termination": "norm"} if name == "abstol" else {}
 
 
@@ -252,7 +252,7 @@ def test_settings_that_differ_in_one_number_are_different(kind, name):
 
 
 @each("record", [*(kind() for kind in ALL), Implicit(solver=Anderson(tol=1e-9, memory=2))])
-def test_settings_survive_repr_pickle_and_copies(record):
+def test_repr_pickle_and_copies_give_equal_settings(record):
     assert eval(repr(record), NAMES) == record
     assert pickle.loads(pickle.dumps(record)) == record
     assert copy.deepcopy(record) == record

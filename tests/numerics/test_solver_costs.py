@@ -62,12 +62,12 @@ def operations_of(solver: AbstractSolver | GMRES, steps: int | None = None, ever
 
 @each("every", [1, 4, 12])
 @pytest.mark.parametrize("name", QUIET)
-def test_a_solve_waits_for_the_device_once_every_so_many_steps_and_never_between(name, every):
+def test_a_solve_waits_for_the_device_once_per_check_every_steps_and_never_between(name, every):
     assert operations_of(QUIET[name], every=every).waits == 12 // every
 
 
 @each("every, waits", [(1, 1 + 12), (4, 1 + 3 + 1), (12, 1 + 1 + 1)])
-def test_gmres_waits_once_at_its_start_once_every_so_many_products_and_once_for_their_number(
+def test_gmres_waits_once_at_its_start_once_per_check_every_products_and_once_for_their_number(
     every, waits
 ):
     assert operations_of(GMRES(tol=NEVER, max_steps=12), every=every).waits == waits
@@ -85,7 +85,7 @@ def test_a_pass_forward_and_back_waits_for_its_solves_alone():
         assert isinstance(z.value, Tensor)
         z.value.sum().backward()
     assert forward == 12 // 4 + 1  # whether f is finite there
-    assert operations.waits - forward == (1 + 3 + 1) + 1  # GMRES; whether a sample was lost
+    assert operations.waits - forward == (1 + 3 + 1) + 1  # GMRES; whether a sample diverged
 
 
 def test_the_counter_sees_every_kind_of_wait():
@@ -106,21 +106,21 @@ def test_the_counter_sees_every_kind_of_wait():
 
 
 @each("restart", [None, 3])
-def test_gmres_finds_the_same_however_seldom_it_looks(restart):
+def test_gmres_finds_the_same_for_every_check_every(restart):
     draw = torch.Generator().manual_seed(0)
     a = torch.eye(12) + 0.5 * torch.randn(6, 12, 12, generator=draw) / 12**0.5
     a[1] = torch.eye(12)  # done after one product
     a[2, 0] = torch.nan  # lost
     b = torch.randn(6, 12, generator=draw)
-    often, seldom = (
+    often, rarely = (
         GMRES(tol=1e-4, max_steps=20, restart=restart, check_every=every).solve(
             lambda v: torch.bmm(a, v[:, :, None])[:, :, 0], b
         )
         for every in (1, 7)
     )
-    for figure in ("status", "steps", "nfe"):
-        assert torch.equal(getattr(often, figure), getattr(seldom, figure)), figure
-    torch.testing.assert_close(often.value, seldom.value)
+    for name in ("status", "steps", "nfe"):
+        assert torch.equal(getattr(often, name), getattr(rarely, name)), name
+    torch.testing.assert_close(often.value, rarely.value)
 
 
 # Copies and kernels
@@ -134,9 +134,9 @@ def test_gmres_finds_the_same_however_seldom_it_looks(restart):
         GMRES(tol=NEVER),
     ],
 )
-def test_a_step_within_the_room_of_its_history_writes_no_more_than_a_state_at_once(solver):
+def test_a_step_within_the_capacity_of_its_history_writes_no_more_than_a_state_at_once(solver):
     before, after = (operations_of(solver, steps) for steps in (10, 15))
-    # Up to step 10, when histories have room for 16 rows, the two runs are the same.
+    # Up to step 10, when the capacity of histories is 16 rows, the two runs are the same.
     large = [
         [entries for entries in run.written if entries > BATCH * SIZE] for run in (before, after)
     ]
@@ -203,8 +203,8 @@ def test_a_history_takes_no_more_than_twice_what_it_holds_or_four_rows(memory):
     for k in range(1, 41):
         with torch.no_grad():
             history.push(row)
-        room = history.rows.untyped_storage().nbytes() / row.nbytes
-        assert room <= min(memory, max(4, 2 * (k - 1)))
+        capacity = history.rows.untyped_storage().nbytes() / row.nbytes
+        assert capacity <= min(memory, max(4, 2 * (k - 1)))
 
 
 def test_rows_that_gradients_flow_through_are_never_written_to():
@@ -213,7 +213,7 @@ def test_rows_that_gradients_flow_through_are_never_written_to():
     for row in rows:
         history.push(row)
         loss = loss + history.rows.square().sum()
-    loss.backward()  # raises where a store was written to after it was read
+    loss.backward()  # raises where a buffer was written to after it was read
     # d/dx x² = 2, once for every step at which the row was kept
     gradients = [row.grad for row in rows]
     torch.testing.assert_close(

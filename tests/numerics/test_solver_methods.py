@@ -42,7 +42,7 @@ def test_the_line_search_tames_newton_and_only_who_searches_pays():
     assert with_search.converged.tolist() == [True, True]
     assert without.converged.tolist() == [True, False]
     assert with_search.nfe[0] == without.nfe[0]
-    # Of a step: the evaluation at its end, one product with J and one that measures the solve.
+    # Per step: the evaluation at its end, one jvp and one that measures the solve.
     assert with_search.nfe[0] == 1 + 3 * with_search.steps[0]
     assert with_search.nfe[1] > 1 + 3 * with_search.steps[1]
 
@@ -131,7 +131,7 @@ def test_a_step_below_min_step_is_a_stall_of_the_continuous_solver():
 
 
 def play(*samples: tuple[float, ...], **fields) -> SolveResult:
-    """One tuple of residuals a sample: row 0 is where it starts, the others are its steps."""
+    """One tuple of residuals per sample: row 0 is its start, the others are its steps."""
     script = tuple(zip(*samples, strict=True))
     settings = {"termination": "abs_norm", "tol": 0.1, "max_steps": len(script) - 1, **fields}
     z0 = torch.tensor(script[0], dtype=torch.float64)[:, None]
@@ -173,7 +173,7 @@ def test_a_solver_that_gives_up_makes_a_sample_stalled_unless_it_has_converged()
 
 
 @each("z0", [torch.ones(3), torch.ones(0, 2), torch.ones(2, 0), torch.ones(2, 2, 2)])
-def test_a_start_that_is_no_batch_of_vectors_is_refused(z0):
+def test_a_start_that_is_not_a_batch_of_vectors_is_refused(z0):
     with pytest.raises(ValueError, match="non-empty"):
         solve(Picard(), lambda z: z, z0)
 

@@ -18,7 +18,7 @@ from tests.numerics.solves import TOL, run
 from tests.problems import FACTORIES, HOPELESS, SOLVERS, problem_named, tanh
 
 MAX_STEPS = 4000  # vcab3 on nearly_singular takes 2500
-# At a rate above 0.9913 a step, thirty steps differ by less than the factor 1.3 of the stall rule.
+# At a rate above 0.9913 per step, 30 steps differ by less than the factor 1.3 of the stall rule.
 STALLS = {("picard_damped", "nearly_singular"), ("vcab3", "nearly_singular")}
 
 every_solver = pytest.mark.parametrize("name", SOLVERS)
@@ -30,9 +30,9 @@ def made(name: str, **fields) -> AbstractSolver:
     return SOLVERS[name](**{"tol": TOL, "max_steps": MAX_STEPS, **fields})
 
 
-def assert_same_course(one: SolveResult, other: SolveResult) -> None:
-    for figure in ("status", "steps", "nfe"):
-        assert getattr(one, figure).tolist() == getattr(other, figure).tolist(), figure
+def assert_same_statistics(one: SolveResult, other: SolveResult) -> None:
+    for name in ("status", "steps", "nfe"):
+        assert getattr(one, name).tolist() == getattr(other, name).tolist(), name
 
 
 # Conformance: every solver × every problem
@@ -51,7 +51,7 @@ def test_the_answer_is_within_the_residual_times_the_amplification(name, problem
     assert (result.status[here] == (Status.STALLED if stalls else Status.CONVERGED)).all()
     assert (result.status[~here] == Status.DIVERGED).all()
     assert (result.relative_residual[here] <= (3 * TOL if stalls else TOL)).all()
-    # z − z* = (I − J)⁻¹ g, exactly where f is linear; 2 leaves room for curvature, and the last
+    # z − z* = (I − J)⁻¹ g, exactly where f is linear; 2 allows for curvature, and the last
     # term for rounding in f.
     error = sample_norm(result.value - problem.exact)[here]
     amplification = problem.rows(here).amplification
@@ -60,7 +60,7 @@ def test_the_answer_is_within_the_residual_times_the_amplification(name, problem
 
 
 @every_pair
-def test_the_figures_describe_the_returned_state(name, problem_name):
+def test_the_statistics_describe_the_returned_state(name, problem_name):
     problem = problem_named(problem_name)
     result = run(made(name, max_steps=7), problem)
     assert torch.isfinite(result.value).all()
@@ -81,9 +81,9 @@ def test_a_sample_whose_f_is_nan_does_not_disturb_the_others(name):
     problem = problem_named("nan_for_one_sample")
     alone = problem.rows(problem.solvable)
     result, without = run(made(name), problem), run(made(name), alone)
-    for figure in ("status", "steps", "nfe"):
-        together = getattr(result, figure)[problem.solvable]
-        assert together.tolist() == getattr(without, figure).tolist(), figure
+    for name in ("status", "steps", "nfe"):
+        together = getattr(result, name)[problem.solvable]
+        assert together.tolist() == getattr(without, name).tolist(), name
     # To rounding: matrix products of another batch size may sum in another order.
     torch.testing.assert_close(result.value[problem.solvable], without.value, rtol=0, atol=1e-12)
     lost = ~problem.solvable
@@ -101,7 +101,7 @@ def test_a_sample_that_was_never_evaluated_well_shows_no_small_residual(name):
 
 
 @every_solver
-def test_a_sample_does_not_depend_on_its_batch_mates(name):
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(name):
     whole = tanh(batch=64)
     solver = made(name)
     together = run(solver, whole)
@@ -109,9 +109,9 @@ def test_a_sample_does_not_depend_on_its_batch_mates(name):
     assert len(together.steps.unique()) > 1, "the test needs samples that end at different steps"
     for i in range(0, 64, 9):
         alone = run(solver, whole.rows(torch.tensor([i])))
-        for figure in ("status", "steps", "nfe"):
-            assert int(getattr(alone, figure)) == int(getattr(together, figure)[i]), figure
-        # Rounding of f, amplified by at most 2 a solve; quasi-Newton steps repeat it a few times.
+        for name in ("status", "steps", "nfe"):
+            assert int(getattr(alone, name)) == int(getattr(together, name)[i]), name
+        # Rounding of f, amplified by at most 2 per solve; quasi-Newton steps repeat it a few times.
         torch.testing.assert_close(alone.value[0], together.value[i], rtol=0, atol=1e-12)
 
 
@@ -124,7 +124,7 @@ def test_a_finished_sample_is_frozen(name):
     for i, steps in enumerate(result.steps.tolist()):
         assert (states[steps:, i] == result.value[i]).all()
         longer = run(made(name), problem.rows(torch.tensor([i])))
-        assert int(longer.nfe) == int(result.nfe[i]), "it went on counting"
+        assert int(longer.nfe) == int(result.nfe[i]), "it is still counted"
 
 
 @every_solver
@@ -144,7 +144,7 @@ def test_f_is_shown_the_frozen_state_of_a_finished_sample(name):
 
 
 @every_solver
-def test_the_trace_has_a_row_a_step_and_its_residuals_are_those_of_its_states(name):
+def test_the_trace_has_one_row_per_step_and_its_residuals_are_those_of_its_states(name):
     problem = problem_named("tanh")
     result = run(made(name, max_steps=20), problem, trace="states")
     length = int(result.steps.max()) + 1
@@ -166,10 +166,10 @@ def test_reading_the_device_less_often_changes_nothing(name, problem_name):
     problem = problem_named(problem_name)
     often = run(made(name), problem)
     for every in (3, 7):
-        seldom = run(made(name, check_every=every), problem)
-        assert_same_course(often, seldom)
-        assert torch.equal(often.value, seldom.value)
-        assert torch.equal(often.residual, seldom.residual)
+        rarely = run(made(name, check_every=every), problem)
+        assert_same_statistics(often, rarely)
+        assert torch.equal(often.value, rarely.value)
+        assert torch.equal(often.residual, rarely.residual)
 
 
 @every_solver
@@ -188,7 +188,7 @@ def test_every_evaluation_that_is_made_is_counted(name):
 
 
 @every_solver
-def test_a_row_of_nan_in_z0_is_given_up_at_zero(name):
+def test_a_row_of_nan_in_z0_ends_as_diverged_at_zero(name):
     problem = problem_named("tanh")
     z0 = problem.flat_z0.clone()
     z0[1, 3] = torch.nan
@@ -202,7 +202,9 @@ def test_a_row_of_nan_in_z0_is_given_up_at_zero(name):
 
 @every_solver
 @each("per_sample", [True, False])
-def test_a_sample_that_overflows_keeps_a_finite_state_and_disturbs_nobody(name, per_sample):
+def test_a_sample_that_overflows_keeps_a_finite_state_and_does_not_disturb_the_others(
+    name, per_sample
+):
     # f = 1.5 − 0.5 z for samples 0 and 2; z = z + exp(4 |z|) has no solution and soon overflows.
     def f(z: Tensor) -> Tensor:
         wild = torch.tensor([[False], [True], [False]])
@@ -214,7 +216,7 @@ def test_a_sample_that_overflows_keeps_a_finite_state_and_disturbs_nobody(name, 
     assert torch.isfinite(result.value).all()
     assert torch.isfinite(result.residual).all()
     assert int(result.status[1]) != Status.CONVERGED
-    if per_sample:  # a shared norm may go on without the sample only once it is given up
+    if per_sample:  # a shared norm leaves the sample out only once it has ended
         assert result.status[[0, 2]].tolist() == [0, 0]
         assert ((result.value[[0, 2]] - 1).abs() <= 2 * TOL).all()  # ‖(I − J)⁻¹‖ ‖f‖ = √2 / 1.5
 
@@ -246,7 +248,7 @@ def test_whole_batch_norms_are_taken_over_the_samples_that_are_alive(name):
 
 
 @every_solver
-def test_whole_batch_mode_survives_a_sample_that_turns_nan_on_the_way(name):
+def test_whole_batch_mode_continues_when_a_sample_becomes_nan(name):
     # Towards its equilibrium at −1/0.7, sample 1 enters z < 0.5, where f takes a negative root.
     def f(z: Tensor) -> Tensor:
         wild = torch.tensor([[False], [True], [False]])

@@ -111,7 +111,7 @@ def test_abstol_and_reltol_take_the_place_of_tol():
 
 
 def play(mode: TerminationMode, *samples: list[float], tol: float, **fields) -> SolveResult:
-    """One list of objectives a sample, its start first, brought about by states of one entry.
+    """One list of objectives per sample, its start first, brought about by states of one entry.
 
     Absolute modes: f(z) = 2z, so that |du| = |z|. Relative ones: f(z) = 1, so that |du| / |du + u|
     = |1 − z|.
@@ -157,7 +157,7 @@ def test_thirty_steps_within_a_factor_of_1_3_and_three_tolerances_are_a_stall(mo
 
 
 @each("mode", ["abs_norm", "rel_norm"])
-def test_the_plain_modes_know_no_stall(mode):
+def test_the_plain_modes_do_not_detect_stalls(mode):
     result = play(mode, [0.2] * 45, tol=0.1)
     assert result.status.tolist() == [Status.STEP_LIMIT]
 
@@ -168,16 +168,14 @@ def test_growth_past_the_protective_factor_is_divergence(mode):
     result = play(mode, [0.5, 499, 501, 0], [0.5, 499, 499, 0.01], tol=0.1)
     assert [Status(s) for s in result.status.tolist()] == [Status.DIVERGED, Status.CONVERGED]
     assert result.steps.tolist() == [2, 3]
-    # f(z) = 2z of the absolute modes runs away with its residual: 499 is no iterate to return.
+    # f(z) = 2z of the absolute modes runs away with its residual: 499 must not be returned.
     last = 499 if mode == "rel_deq_default" else 0.5
     assert returned(result, mode) == ([0.5, 0.01] if mode.endswith("best") else [last, 0.01])
 
 
 @each("mode", MODES)
 @each("per_sample, length", [(True, 3), (False, 6)])
-def test_the_protective_factor_counts_the_entries_that_one_figure_speaks_for(
-    mode, per_sample, length
-):
+def test_the_protective_factor_counts_the_entries_of_one_pooled_norm(mode, per_sample, length):
     def steps_after_growth(growth: float) -> list[int]:
         """f(z) = 2z with z grown as a whole: ‖du‖ by `growth`, the relative objective not."""
         z0 = torch.ones(2, 3, dtype=torch.float64)

@@ -52,14 +52,14 @@ def test_a_copy_reads_the_same(copied, clock):
 def test_the_seconds_of_a_solve_are_a_number_whatever_they_are_read_from(clock):
     row = torch.zeros(2)
     names = ("residual", "relative_residual", "steps", "nfe", "status")
-    figures: dict[str, Any] = dict.fromkeys(names, row)
+    statistics: dict[str, Any] = dict.fromkeys(names, row)
     clock += [1.0, 1.5]
-    read = [SolveStats(**figures, elapsed=e).seconds for e in (Stopwatch(CPU).stop(), 2.0)]
-    assert [*read, SolveStats(**figures).seconds] == [0.5, 2.0, 0.0]
+    read = [SolveStats(**statistics, elapsed=e).seconds for e in (Stopwatch(CPU).stop(), 2.0)]
+    assert [*read, SolveStats(**statistics).seconds] == [0.5, 2.0, 0.0]
 
 
 class Event:
-    """A CUDA event without a device: every record takes a second, waiting is remembered."""
+    """A CUDA event without a device: every record takes a second, waits are recorded."""
 
     recorded, awaited = 0, 0
 
@@ -110,13 +110,13 @@ def test_on_a_gpu_the_events_agree_with_the_clock_of_the_host(device):
 def test_on_a_gpu_a_solve_does_not_wait_but_where_it_says(device):
     z0 = torch.zeros(4, 8, device=device)
     fixed_point(torch.cos, z0)  # loads libraries
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             solution = fixed_point(torch.cos, z0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [one for one in told if "called a synchronizing" in str(one.message)]
+    waits = [one for one in caught if "called a synchronizing" in str(one.message)]
     # The loop's question before every step, one after the last, one whether f is finite.
     assert len(waits) == int(solution.steps.max()) + 2

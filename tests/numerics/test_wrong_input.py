@@ -1,4 +1,4 @@
-"""What is refused at the door, always with what would be right; and cells that turn non-finite."""
+"""Wrong arguments are refused with the cure; and cells that become non-finite."""
 
 import re
 from functools import partial
@@ -33,8 +33,8 @@ def refused(error: type[Exception], *parts: str) -> Any:
     return pytest.raises(error, match=".*".join(re.escape(part) for part in parts))
 
 
-def both_doors(f: Any, z0: Any, error: type[Exception], *parts: str) -> None:
-    """The same refusal from the solve and from the unrolled loop."""
+def refused_by_both(f: Any, z0: Any, error: type[Exception], *parts: str) -> None:
+    """The solve and the unrolled loop raise the same error."""
     with refused(error, *parts):
         fixed_point(f, z0)
     with refused(error, *parts):
@@ -44,8 +44,8 @@ def both_doors(f: Any, z0: Any, error: type[Exception], *parts: str) -> None:
 # f and z0
 
 
-def test_a_cell_that_changes_the_shape_is_told_both_shapes():
-    both_doors(
+def test_the_error_for_a_changed_shape_names_both_shapes():
+    refused_by_both(
         lambda z: z[:, :2],
         torch.zeros(4, 3),
         ValueError,
@@ -54,20 +54,20 @@ def test_a_cell_that_changes_the_shape_is_told_both_shapes():
     )
 
 
-def test_a_cell_that_changes_the_batch_is_told_both_shapes():
-    both_doors(lambda z: z[:2], torch.zeros(4, 3), ValueError, "(2, 3)", "(4, 3)")
+def test_the_error_for_a_changed_batch_names_both_shapes():
+    refused_by_both(lambda z: z[:2], torch.zeros(4, 3), ValueError, "(2, 3)", "(4, 3)")
 
 
-def test_a_cell_that_changes_one_scale_is_told_all_shapes():
+def test_the_error_for_a_changed_scale_names_all_shapes():
     z0 = (torch.zeros(4, 3), torch.zeros(4, 2, 2))
-    both_doors(
+    refused_by_both(
         lambda z: (z[0], z[1][:, 0]), z0, ValueError, "[(4, 3), (4, 2)]", "[(4, 3), (4, 2, 2)]"
     )
 
 
-def test_a_cell_that_drops_a_scale_is_told_all_shapes():
+def test_the_error_for_a_dropped_scale_names_all_shapes():
     z0 = (torch.zeros(4, 3), torch.zeros(4, 2))
-    both_doors(lambda z: (z[0],), z0, ValueError, "(4, 3)", "[(4, 3), (4, 2)]")
+    refused_by_both(lambda z: (z[0],), z0, ValueError, "(4, 3)", "[(4, 3), (4, 2)]")
 
 
 @each(
@@ -77,32 +77,32 @@ def test_a_cell_that_drops_a_scale_is_told_all_shapes():
         (lambda z: z[0], (torch.zeros(4, 3),)),
     ],
 )
-def test_a_tuple_for_a_tensor_is_told_as_such_and_not_as_two_equal_shapes(f, z0):
-    both_doors(f, z0, ValueError, "f(z)", "tuple")
+def test_the_error_for_a_tuple_in_place_of_a_tensor_says_so(f, z0):
+    refused_by_both(f, z0, ValueError, "f(z)", "tuple")
 
 
 @each("output", [None, 3.0, "z", [torch.zeros(4, 3)]])
-def test_a_cell_that_returns_no_tensor_is_refused(output):
+def test_a_cell_that_does_not_return_a_tensor_is_refused(output):
     wanted = "f(z) must be a tensor or a tuple of tensors"
-    both_doors(lambda z: output, torch.zeros(4, 3), TypeError, wanted)
+    refused_by_both(lambda z: output, torch.zeros(4, 3), TypeError, wanted)
 
 
 @each("z0", [None, 3.0, [torch.zeros(4, 3)], (torch.zeros(4, 3), 1)])
-def test_a_start_that_is_no_tensor_is_refused(z0):
-    both_doors(identity, z0, TypeError, "z0 must be a tensor or a tuple of tensors")
+def test_a_start_that_is_not_a_tensor_is_refused(z0):
+    refused_by_both(identity, z0, TypeError, "z0 must be a tensor or a tuple of tensors")
 
 
 @each("dtype", [torch.int64, torch.bool, torch.uint8])
 def test_a_start_of_whole_numbers_is_refused_with_the_cure(dtype):
-    both_doors(identity, torch.zeros(4, 3, dtype=dtype), TypeError, str(dtype), "z0.float()")
+    refused_by_both(identity, torch.zeros(4, 3, dtype=dtype), TypeError, str(dtype), "z0.float()")
     mixed = (torch.zeros(4, 3), torch.zeros(4, 2, dtype=dtype))
-    both_doors(identity, mixed, TypeError, str(dtype), "z0.float()")
+    refused_by_both(identity, mixed, TypeError, str(dtype), "z0.float()")
 
 
 def test_a_complex_start_is_refused_with_view_as_real():
     z0 = torch.zeros(4, 3, dtype=torch.complex64)
-    both_doors(identity, z0, TypeError, "z0 has dtype torch.complex64", "torch.view_as_real")
-    both_doors(identity, (torch.zeros(4, 3), z0), TypeError, "complex64", "torch.view_as_real")
+    refused_by_both(identity, z0, TypeError, "z0 has dtype torch.complex64", "torch.view_as_real")
+    refused_by_both(identity, (torch.zeros(4, 3), z0), TypeError, "complex64", "torch.view_as_real")
 
 
 NUMBERS = {
@@ -117,9 +117,9 @@ NUMBERS = {
 @each("dtype", NUMBERS)
 def test_an_f_that_returns_another_kind_of_number_is_refused_with_the_cure(dtype):
     parts = (f"f(z) has dtype {dtype}", NUMBERS[dtype])
-    both_doors(lambda z: z.to(dtype), torch.zeros(4, 3), TypeError, *parts)
+    refused_by_both(lambda z: z.to(dtype), torch.zeros(4, 3), TypeError, *parts)
     scales = (torch.zeros(4, 3), torch.zeros(4, 2))
-    both_doors(lambda z: (z[0], z[1].to(dtype)), scales, TypeError, *parts)
+    refused_by_both(lambda z: (z[0], z[1].to(dtype)), scales, TypeError, *parts)
     with refused(TypeError, *parts):
         solve(Picard(), lambda z: z.to(dtype), torch.zeros(4, 3))
     for measured in (jacobian_loss, spectral_radius):
@@ -131,7 +131,7 @@ def test_an_f_that_turns_complex_on_the_way_is_refused_when_it_does():
     def f(z: Any) -> Any:  # from the second evaluation on
         return z + 1 if (z == 0).all() else torch.sqrt(z.to(torch.complex64))
 
-    both_doors(f, torch.zeros(4, 3), TypeError, "f(z) has dtype torch.complex64")
+    refused_by_both(f, torch.zeros(4, 3), TypeError, "f(z) has dtype torch.complex64")
 
 
 def test_a_complex_equilibrium_is_found_by_its_real_and_imaginary_parts():
@@ -161,18 +161,18 @@ def test_regularizers_refuse_a_state_of_another_kind_of_number_by_its_name(dtype
 
 @each("shape", [(0, 3), (4, 0), ()])
 def test_an_empty_or_unbatched_start_is_refused(shape):
-    both_doors(
+    refused_by_both(
         identity, torch.zeros(shape), ValueError, f"z0 has shape {shape}", "first axis is the batch"
     )
 
 
 def test_an_empty_tuple_of_scales_is_refused():
-    both_doors(identity, (), ValueError, "at least one scale")
+    refused_by_both(identity, (), ValueError, "at least one scale")
 
 
 def test_scales_that_disagree_about_the_batch_are_refused():
     z0 = (torch.zeros(4, 3), torch.zeros(5, 3))
-    both_doors(identity, z0, ValueError, "batch sizes [4, 5]", "the same")
+    refused_by_both(identity, z0, ValueError, "batch sizes [4, 5]", "the same")
 
 
 @each("depth", [0, -1])
@@ -187,22 +187,22 @@ def test_a_depth_below_one_is_refused(depth):
 
 
 @each("solver", ["anderson", None, Implicit(), GMRES()])
-def test_what_is_no_solver_is_refused_with_an_example(solver):
-    with refused(TypeError, "is no AbstractSolver", "fastdeq.solvers.Anderson()"):
+def test_what_is_not_a_solver_is_refused_with_an_example(solver):
+    with refused(TypeError, "is not an AbstractSolver", "fastdeq.solvers.Anderson()"):
         fixed_point(identity, torch.zeros(4, 3), solver=solver)
 
 
 @each("adjoint", ["implicit", None, Anderson()])
-def test_what_is_no_adjoint_is_refused_with_an_example(adjoint):
-    with refused(TypeError, "is no AbstractAdjoint", "fastdeq.adjoints.Implicit()"):
+def test_what_is_not_an_adjoint_is_refused_with_an_example(adjoint):
+    with refused(TypeError, "is not an AbstractAdjoint", "fastdeq.adjoints.Implicit()"):
         fixed_point(identity, torch.zeros(4, 3), adjoint=adjoint)
 
 
-def test_a_class_for_an_instance_is_told_as_such():
+def test_the_error_for_a_class_in_place_of_an_instance_says_so():
     wrong: Any = Anderson
-    with refused(TypeError, "is no AbstractSolver: give an instance"):
+    with refused(TypeError, "is not an AbstractSolver: give an instance"):
         fixed_point(identity, torch.zeros(4, 3), solver=wrong)
-    with refused(TypeError, "is no AbstractAdjoint: give an instance"):
+    with refused(TypeError, "is not an AbstractAdjoint: give an instance"):
         fixed_point(identity, torch.zeros(4, 3), adjoint=Phantom)  # type: ignore[arg-type]
 
 
@@ -216,7 +216,7 @@ def test_an_unknown_trace_is_refused_with_the_choices():
         fixed_point(identity, torch.zeros(4, 3), trace="residual")  # type: ignore[arg-type]
 
 
-def test_a_solver_takes_flat_states_and_points_to_the_door_for_others():
+def test_a_solver_takes_flat_states_and_names_fixed_point_for_others():
     with refused(ValueError, "(2, 3, 4)", "fixed_point takes any"):
         solve(Picard(), identity, torch.zeros(2, 3, 4))
     with refused(TypeError, "torch.int64", "z0.float()"):
@@ -225,7 +225,7 @@ def test_a_solver_takes_flat_states_and_points_to_the_door_for_others():
         solve(Picard(), identity, torch.zeros(2, 3, dtype=torch.complex64))
 
 
-def test_gmres_refuses_what_is_no_batch_of_right_hand_sides():
+def test_gmres_refuses_what_is_not_a_batch_of_right_hand_sides():
     with refused(TypeError, "b.float()"):
         gmres(identity, torch.ones(2, 3, dtype=torch.int64))
     with refused(ValueError, "non-empty (B, ...)"):
@@ -272,7 +272,7 @@ def test_modules_that_draw_nothing_new_are_accepted(module):
     DeepEquilibriumNetwork(WithExtra(module))
 
 
-def test_a_cell_that_is_no_module_is_refused_with_the_cure():
+def test_a_cell_that_is_not_a_module_is_refused_with_the_cure():
     with refused(TypeError, "the cell is a function", "use fixed_point for a plain function"):
         DeepEquilibriumNetwork(lambda z, x: z)  # type: ignore[arg-type]
 
@@ -283,7 +283,7 @@ def test_zeros_beside_an_explicit_network_are_refused():
 
 
 @each("network", [torch.tanh, nn.Linear])
-def test_an_explicit_network_that_is_no_module_is_refused(network):
+def test_an_explicit_network_that_is_not_a_module_is_refused(network):
     # Taken silently, its parameters would be missing from the layer's.
     with refused(TypeError, "nn.Module"):
         SkipDeepEquilibriumNetwork(DenseCell(4), network)
@@ -291,7 +291,7 @@ def test_an_explicit_network_that_is_no_module_is_refused(network):
         ExplicitNetwork(network)
 
 
-def test_an_initializer_that_is_none_is_refused_with_the_cure():
+def test_a_module_in_place_of_an_initializer_is_refused_with_the_cure():
     with refused(TypeError, "initializer", "SkipDeepEquilibriumNetwork"):
         DeepEquilibriumNetwork(DenseCell(4), initializer=nn.Linear(4, 4))  # type: ignore[arg-type]
 
@@ -345,7 +345,7 @@ def test_a_non_finite_sample_is_warned_of_and_marked_and_leaves_the_others_alone
     assert "1 diverged" in found.summary()
 
 
-def test_a_start_that_is_not_finite_is_given_up_alone():
+def test_a_start_that_is_not_finite_ends_as_diverged_alone():
     def f(z: Any) -> Any:
         return 0.5 * z + 1
 

@@ -18,7 +18,7 @@ from tests.loops import each
 ROOT = Path(__file__).resolve().parents[2] / "fastdeq"
 
 DATA, ENTRY = "data", "entry"
-"""`data` stands beside the levels; `fastdeq/__init__.py` is the entry point of the library."""
+"""`data` is beside the levels; `fastdeq/__init__.py` is the entry point of the library."""
 
 LEVELS: dict[str, int | str] = {
     "fastdeq": ENTRY,
@@ -103,7 +103,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def imports(tree: ast.AST, hidden: bool = False) -> Iterator[tuple[ast.stmt, bool]]:
-    """Every import that runs, and whether it stands inside a function."""
+    """Every import that runs, and whether it is inside a function."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node, hidden

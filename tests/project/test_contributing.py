@@ -84,7 +84,7 @@ def test_the_solver_of_the_guide_finds_every_equilibrium(name):
     here = problem.solvable
     assert (result.status[here] == Status.CONVERGED).all()
     assert (result.status[~here] == Status.DIVERGED).all()
-    # z − z* = (I − J)⁻¹ g, exactly where f is linear; 2 leaves room for curvature.
+    # z − z* = (I − J)⁻¹ g, exactly where f is linear; 2 allows for curvature.
     error = sample_norm(result.value - problem.exact)[here]
     assert (error <= 2 * problem.rows(here).amplification * result.residual[here] + 1e-13).all()
 

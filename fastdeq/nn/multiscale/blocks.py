@@ -1,4 +1,4 @@
-"""The convolutional pieces that multiscale networks are made of (Bai et al. 2020, arXiv
+"""The convolutional blocks of multiscale networks (Bai et al. 2020, arXiv
 2006.08656, §3 and appendix; sizes and initialization of Pal et al. 2022, arXiv 2201.12240).
 
 All take and return images (B, C, H, W).
@@ -16,14 +16,14 @@ from fastdeq.nn.initialization import STD
 from fastdeq.nn.weight_norm import weight_norm as normalize_weights
 
 Normalization: TypeAlias = Literal["batch", "group"]
-"""`batch`: the batch's own statistics, in evaluation too: the samples of a batch are coupled, and
-what is evaluated is what was trained. `group`: every sample by itself."""
+"""`batch`: the statistics of the batch, in evaluation too: the samples of a batch are coupled, in
+evaluation as in training. `group`: per sample."""
 
 _GROUPS, _GROUPS_AFTER_FUSION = 8, 4
 
 
 def check_channels(**lists: Sequence[int]) -> None:
-    """Raises: ValueError for what is no list of whole numbers of at least 1, by its name."""
+    """Raises: ValueError for what is not a list of whole numbers of at least 1, with its name."""
     for name, numbers in lists.items():
         if (
             not isinstance(numbers, Sequence)
@@ -31,7 +31,7 @@ def check_channels(**lists: Sequence[int]) -> None:
             or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in numbers)
         ):
             raise ValueError(
-                f"{name} is {numbers!r}, but must list whole numbers of at least 1, one a scale"
+                f"{name} is {numbers!r}, but must list whole numbers of at least 1, one per scale"
             )
 
 
@@ -84,8 +84,8 @@ class ResidualBlock(nn.Module):
         h = norm₂(dropout(K₂ relu(norm₁(K₁ z))) + x),    y = norm₃(relu(h + z)).
 
     channels: of z, x and y. expansion: K₁ maps to expansion · channels, K₂ back. weight_norm: of K₁
-    and K₂. dropout: p of `VariationalDropout`. Called as block(z, x), or block(z) where nothing is
-    injected.
+    and K₂. dropout: p of `VariationalDropout`. Called as block(z, x), or block(z) without an
+    injection.
 
     Raises: ValueError for an expansion below 1, and for an injection of another shape than z.
     """
@@ -129,8 +129,8 @@ class Bottleneck(nn.Module):
     """y = relu(K₃ relu(K₂ relu(K₁ z)) + S z), every K and S followed by batch norm with running
     statistics; K₁ and K₃ are 1 × 1, K₂ is 3 × 3.
 
-    inputs: channels of z. hidden: of what K₁ and K₂ make; y has `expansion` times as many. S is the
-    identity where z has the channels of y, else a 1 × 1 convolution.
+    inputs: channels of z. hidden: channels after K₁ and K₂; y has `expansion` times as many. S is
+    the identity where z has the channels of y, else a 1 × 1 convolution.
     """
 
     def __init__(self, inputs: int, hidden: int, expansion: int = 4) -> None:
@@ -183,7 +183,7 @@ def upsample(
 def post_fusion(
     channels: int, normalization: Normalization = "batch", weight_norm: bool = False
 ) -> nn.Sequential:
-    """What ends a branch after fusion: 1 × 1 convolution, ReLU, normalization (4 groups)."""
+    """The end of a branch after fusion: 1 × 1 convolution, ReLU, normalization (4 groups)."""
     mixed = convolution(channels, channels, 1)
     if weight_norm:
         normalize_weights(mixed)

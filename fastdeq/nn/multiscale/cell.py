@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class MultiScaleCell(nn.Module):
-    """f(z, x) for a state of n scales, z = (z₁, …, zₙ): every branch by itself, then all into all.
+    """f(z, x) for a state of n scales, z = (z₁, …, zₙ): each branch separately, then all into all.
 
         h₁ = f₁(z₁, x),  hⱼ = fⱼ(zⱼ) for j > 1,    yᵢ = pᵢ(Σⱼ mⱼᵢ(hⱼ))
 
@@ -19,7 +19,7 @@ class MultiScaleCell(nn.Module):
 
     Raises: ValueError where the numbers of branches, mappings, scales and post-fusion layers
     differ, and, when called, for a state that is not of these scales and a mapping that does not
-    make them; TypeError for parts that are no modules.
+    make them; TypeError for parts that are not modules.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class MultiScaleCell(nn.Module):
             part: Tensor = row[i](h_j)  # type: ignore[index]  # a ModuleList
             if part.shape[1:] != self.scales[i]:  # broadcasting would hide it
                 raise ValueError(
-                    f"mapping {j + 1} → {i + 1} makes {tuple(part.shape[1:])} a sample, but scale "
-                    f"{i + 1} is {self.scales[i]}: give mappings[{j}][{i}] that shape"
+                    f"mapping {j + 1} → {i + 1} makes {tuple(part.shape[1:])} per sample, but "
+                    f"scale {i + 1} is {self.scales[i]}: give mappings[{j}][{i}] that shape"
                 )
             parts.append(part)
         total = parts[0]
@@ -62,7 +62,7 @@ class MultiScaleCell(nn.Module):
 
     def _check_state(self, z: object) -> None:
         if not isinstance(z, tuple) or [scale.shape[1:] for scale in z] != self.scales:
-            found = [tuple(s.shape[1:]) for s in z] if isinstance(z, tuple) else "no tuple"
+            found = [tuple(s.shape[1:]) for s in z] if isinstance(z, tuple) else "not a tuple"
             raise ValueError(
                 f"the state is {found}, but the scales of the cell are {self.scales}: let the "
                 "explicit network (or the initializer) return a tuple of these"
@@ -83,6 +83,6 @@ def _check_counts(
     for name, count in counts.items():
         if count != n or not n:
             raise ValueError(
-                f"there are {n} branches, but {name} has {count} entries: give one a scale, and at "
-                "least one"
+                f"there are {n} branches, but {name} has {count} entries: give one per scale, and "
+                "at least one"
             )

@@ -1,7 +1,7 @@
-"""What stands before and after a multiscale equilibrium in the published classifiers.
+"""The stem and head around a multiscale equilibrium in the published classifiers.
 
 A classifier is DEQChain(MultiScaleStem(...), MultiScaleDeepEquilibriumNetwork(cell) or
-MultiScaleSkipDeepEquilibriumNetwork(cell, explicit), MultiScaleHead(...)); its sizes stand in
+MultiScaleSkipDeepEquilibriumNetwork(cell, explicit), MultiScaleHead(...)); its sizes are in
 conf/arch.
 """
 
@@ -29,7 +29,7 @@ class MultiScaleStem(nn.Sequential):
 
     channels: of the scales of the cell.
 
-    Raises: ValueError for channels that are no positive whole numbers.
+    Raises: ValueError for channels that are not positive whole numbers.
     """
 
     def __init__(self, inputs: int, channels: Sequence[int], downsample_times: int = 0) -> None:
@@ -55,8 +55,8 @@ class MultiScaleHead(nn.Module):
 
     channels: C_i. hidden: of each bottleneck, which makes 4 times as many channels.
 
-    Raises: ValueError where `channels` and `hidden` differ in number, or are no positive whole
-    numbers.
+    Raises: ValueError where `channels` and `hidden` differ in number, or are not positive
+    whole numbers.
     """
 
     def __init__(

@@ -27,8 +27,8 @@ def image_scales(
 
     image: [channels, height, width] of the data. channels: of each scale.
 
-    Raises: ValueError for what is no image, for channels that are no positive whole numbers, and
-    for a height or width that cannot be halved so often.
+    Raises: ValueError for what is not an image, for channels that are not positive whole numbers,
+    and for a height or width that cannot be halved so often.
     """
     if len(image) != 3:
         raise ValueError(
@@ -60,7 +60,7 @@ def MultiScaleResidualCell(
     weight_norm: bool = False,
     dropout: float = 0.0,
 ) -> MultiScaleCell:
-    """A residual block a scale, convolutions down and up between them, a 1 × 1 one after fusion.
+    """A residual block per scale, convolutions down and up between them, a 1 × 1 one after fusion.
 
     image: [channels, height, width] of the data; together with `downsample_times` (of the stem) and
         `channels` (of each scale) it gives the shapes of the state; see `image_scales`.
@@ -91,7 +91,7 @@ class MultiScaleExplicitNetwork(nn.Module):
 
     Arguments as in `MultiScaleResidualCell`; dropout draws a new mask each call.
 
-    Raises: ValueError for channels that are no positive whole numbers.
+    Raises: ValueError for channels that are not positive whole numbers.
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class MultiScaleResidualNetwork(nn.Module):
     residual block of the scale above, downsampled. It takes and ignores a state, as a cell does.
 
     Called as network(z, x), x (B, C₁, H, W); a tuple of scales. About as many parameters as the
-    cell: those between its scales, but to the next coarser one, and after fusion are left out.
-    Arguments and errors as `MultiScaleResidualCell`. To be used once: UnrolledNetwork(network,
+    cell: without those after fusion, and those between scales other than to the next coarser one.
+    Arguments and errors as `MultiScaleResidualCell`. Use it as UnrolledNetwork(network,
     steps=1).
     """
 

@@ -27,9 +27,9 @@ class Past:
 
 class AdamsBashforth3:
     """z₊ = z + ∫₀ʰ p with p the quadratic through the last three derivatives, in Newton's form on
-    their own unequal grid (Hairer, Nørsett & Wanner, Solving ODEs I, §III.5); one evaluation a
+    their own unequal grid (Hairer, Nørsett & Wanner, Solving ODEs I, §III.5); one evaluation per
     step. The local error is the difference of orders 3 and 2. Every sample has its own grid; until
-    a sample has three derivatives it is carried by BS3.
+    a sample has three derivatives, BS3 steps it.
     """
 
     order = 3
@@ -43,11 +43,11 @@ class AdamsBashforth3:
     def propose(self, problem: Problem, at: Iterate, h: Tensor, memory: Past) -> Trial:
         """A step of size h (B,): BS3 for samples still starting, else Adams–Bashforth.
 
-        The latter needs no evaluation to know its error, so the derivative at its end is left open.
+        The latter needs no evaluation for its error, so the derivative at its end is left unknown.
         """
         starting = problem.active & (memory.count < 2)
         end, error = _extrapolate(at, h, memory)
-        if not bool(starting.any()):  # waits for the device; saves three evaluations a step
+        if not bool(starting.any()):  # waits for the device; saves three evaluations per step
             return Trial(Iterate(end, at.g), error, torch.zeros_like(starting))
         first = self._starter.propose(problem, at, h, None, starting)
         rows = starting[:, None]

@@ -14,7 +14,7 @@ from fastdeq.solvers.termination import Iterate
 class Trial:
     """A proposed step: where it leads and its local error, (B, D).
 
-    known: (B,) whose derivative is known there; None for all.
+    known: (B,) for which samples the derivative there is known; None for all.
     """
 
     end: Iterate
@@ -30,7 +30,7 @@ class RungeKutta:
 
     @property
     def order(self) -> int:
-        """Order of the error estimate's method plus one: what step-size control divides by."""
+        """Order of the error estimate's method plus one, for step-size control."""
         return self.tableau.order
 
     def start(self, first: Iterate) -> None:

@@ -21,7 +21,7 @@ METHODS: dict[str, RungeKutta | AdamsBashforth3] = {
 
 _SAFETY = 0.9
 _SMALLEST_CHANGE, _LARGEST_CHANGE = 0.2, 5.0
-_MOVEMENT = 0.2  # the share of a step's own movement that its error may reach
+_MOVEMENT = 0.2  # bound of the error of a step, relative to its length
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,25 @@ class _Clock:
 @settings
 class ContinuousSolver(AbstractSolver):
     """Integrate dz/dt = f(z) − z from z0 until f(z) = z to the tolerance of the termination test
-    (Pal et al. 2022, arXiv 2201.12240), every sample with its own time and step size.
+    (Pal et al. 2022, arXiv 2201.12240), with its own time and step size for every sample.
 
-    method: `tsit5` (order 5, six evaluations a step), `bs3` (order 3, three) or `vcab3` (order 3,
+    method: `tsit5` (order 5, six evaluations per step), `bs3` (order 3, three) or `vcab3` (order 3,
         one once started, with a narrower range of stable steps).
     ode_tol: tolerance of the local error, absolute and relative; None takes `tol`.
-    first_step: initial step size; None guesses it from the slope at z0.
+    first_step: initial step size; None estimates it from the slope at z0.
     min_step: a sample that would need smaller steps is stalled, or diverged where f is not finite.
 
     A rejected step counts as a step.
 
     Departures from the references:
-    1. A step's error is also held below a fifth of the step's own movement. Near the equilibrium
-       the error tolerance no longer binds, steps grow to the edge of stability, and the residual
-       would hover at the tolerance; this keeps steps in the stable range and the residual falling.
-    2. The first step is guessed without evaluating f: the usual estimate (Hairer, Nørsett & Wanner,
-       Solving ODEs I, §II.4) reads the time scale off ‖z0‖, which is 0 for most equilibrium models;
-       here it is 1.
-    3. Adams–Bashforth steps are judged before f is evaluated at their end: rejecting one is free.
+    1. The error of a step is also bounded by a fifth of the step's length. Near the equilibrium the
+       error tolerance is not active, steps would grow to the edge of stability, and the residual
+       would not fall below the tolerance; the bound keeps steps in the stable range.
+    2. The first step is estimated without evaluating f: the usual estimate (Hairer, Nørsett &
+       Wanner, Solving ODEs I, §II.4) takes the time scale from ‖z0‖, which is 0 for most
+       equilibrium models; here it is 1.
+    3. Adams–Bashforth steps are accepted or rejected before f is evaluated at their end: rejecting
+       one is free.
     """
 
     method: Literal["tsit5", "bs3", "vcab3"] = setting(default="tsit5")
@@ -74,7 +75,7 @@ class ContinuousSolver(AbstractSolver):
             accept = ratio <= 1  # False for NaN
             h = memory.h * self._change(ratio, memory.error, accept, method.order)
             stuck = problem.active & ~accept & (h < self.min_step)
-            # Row by row: one bad sample must not take along those that share its step size.
+            # Per row: one bad sample must not end those that share its step size.
             lost = stuck & ~torch.isfinite((trial.end.z + trial.error).sum(dim=1))
         end = _closed(problem, trial, accept)
         rows = accept[:, None]
@@ -88,7 +89,7 @@ class ContinuousSolver(AbstractSolver):
         return Step(moved, stalled=stalled), _Clock(h, error, past)
 
     def _error_ratio(self, problem: Problem, at: Iterate, end: Tensor, error: Tensor) -> Tensor:
-        """The local error over what is allowed, (B,); a step is good up to 1."""
+        """The local error relative to its bound, (B,); a step is accepted up to 1."""
         tol = self.ode_tol or self.tol
         scaled = problem.norm(error / (tol + tol * torch.maximum(at.z.abs(), end.abs())))
         size = problem.pooling.length(at.z) ** 0.5
@@ -104,7 +105,7 @@ class ContinuousSolver(AbstractSolver):
         return factor.clamp(_SMALLEST_CHANGE, _LARGEST_CHANGE)
 
     def _first_step(self, problem: Problem, first: Iterate) -> Tensor:
-        """A guess from the slope at z0, (B,): at most 1, the time scale of dz/dt = f(z) − z."""
+        """An estimate from the slope at z0, (B,): at most 1, the time scale of dz/dt = f(z) − z."""
         tol, order = self.ode_tol or self.tol, METHODS[self.method].order
         size = problem.pooling.length(first.z) ** 0.5
         slope = problem.norm(first.g / (tol + tol * first.z.abs())) / size
@@ -113,7 +114,7 @@ class ContinuousSolver(AbstractSolver):
 
 
 def _closed(problem: Problem, trial: Trial, accept: Tensor) -> Iterate:
-    """The end of the trial with its derivative, evaluated where the method has left it open."""
+    """The end of the trial with its derivative, evaluated where the method has not."""
     if trial.known is None:
         return trial.end
     missing = problem.active & accept & ~trial.known

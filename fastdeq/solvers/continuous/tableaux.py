@@ -1,4 +1,4 @@
-"""Runge–Kutta methods are tables of coefficients; the machinery stands in `runge_kutta.py`."""
+"""Runge–Kutta methods as tables of coefficients; `runge_kutta.py` steps them."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ class Tableau:
 
     a: the rows below the diagonal; the last row is also the weights of the solution.
     error: weights of the difference to the embedded method, one for every stage.
-    order: order of the solution that is carried on.
+    order: order of the propagated solution.
     Abscissae are not needed: dz/dt = f(z) − z does not depend on t.
     """
 
