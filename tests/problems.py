@@ -49,7 +49,7 @@ HOPELESS = {("picard", "non_contractive")}
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """z = cell(z, x, *parameters) for a batch, and what is known about it.
+    """z = cell(z, x, *parameters) for a batch, and its properties.
 
     exact: (B, D), the equilibrium; at the rows that are not `solvable`, where no equilibrium
         exists, the start.
@@ -122,7 +122,7 @@ class Problem:
 
 @settings
 class Scripted(AbstractSolver):
-    """A stub that plays a script: script[step][sample] fills the entries of the sample's state.
+    """A stub that follows a script: script[step][sample] fills the entries of the sample's state.
 
     Row 0 is the start, which the caller passes as z0. What the script proposes is evaluated like
     any solver's step.
@@ -176,7 +176,7 @@ def _made(
 ) -> Problem:
     """Fill in the equilibrium by dense Newton (one step of which solves a linear problem)."""
     solvable = flags.pop("solvable", torch.ones(len(x), dtype=torch.bool))
-    packed = Layout.of(z0).flatten(z0)
+    flat = Layout.of(z0).flatten(z0)
     leaves = [_leaf(leaf) for leaf in (x, *parameters)]
     problem = Problem(
         name=name,
@@ -184,12 +184,12 @@ def _made(
         x=leaves[0],
         parameters=tuple(leaves[1:]),
         z0=z0,
-        exact=packed,
+        exact=flat,
         solvable=solvable,
         **flags,
     )
     part = problem.rows(solvable)
-    exact = packed.clone()
+    exact = flat.clone()
     exact[solvable] = dense_newton(part.flat_f, part.flat_z0)
     return replace(problem, exact=exact)
 
@@ -260,7 +260,10 @@ def two_scale(batch: int = 4) -> Problem:
 
 
 def nearly_singular(batch: int = 4) -> Problem:
-    """z = Wz + Ux + b, radius 0.98: (I − J)⁻¹ amplifies by 50, Picard gains 2 % per step."""
+    """z = Wz + Ux + b, spectral radius 0.98.
+
+    (I − J)⁻¹ amplifies by 50; Picard gains 2 % per step.
+    """
     n = _numbers(4)
     eigenvalues = torch.tensor([0.98, 0.9, 0.5, 0.1, -0.3, -0.7], dtype=torch.float64)
     w, u, b = _with_eigenvalues(5, eigenvalues), n(6, 3), n(6)

@@ -1,5 +1,5 @@
-"""Cells with attention: derivatives of derivatives and products in forward mode, which PyTorch's
-fused kernels do not have (pytorch issue 116350)."""
+"""Cells with attention: double backward and forward mode, which PyTorch's fused kernels do not
+have (pytorch issue 116350)."""
 
 from collections.abc import Callable
 from typing import Any

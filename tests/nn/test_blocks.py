@@ -1,4 +1,4 @@
-"""The convolutional pieces: what they compute, shapes and parameters, and what they refuse."""
+"""The convolutional blocks: values, shapes, parameters and errors."""
 
 import itertools
 

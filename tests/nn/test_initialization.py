@@ -1,4 +1,4 @@
-"""How weights are drawn: exact distributions, seeds, parametrized layers, refusals."""
+"""How weights are drawn: exact distributions, seeds, parametrized layers, errors."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The equilibrium layers: what they return, count, train, copy and refuse."""
+"""The equilibrium layers: results, counts and gradients."""
 
 import pytest
 import torch

@@ -145,7 +145,7 @@ def test_a_pickled_layer_has_the_same_settings():
 # Evaluation and mixed precision
 
 
-def test_in_evaluation_a_sample_does_not_depend_on_its_batch_mates():
+def test_in_evaluation_a_sample_does_not_depend_on_the_rest_of_the_batch():
     norm = nn.BatchNorm1d(WIDTH, dtype=torch.float64)
     layer, x = DeepEquilibriumNetwork(Dense(norm), solver=TIGHT), dense_input(8)
     norm(x)  # in training: running statistics that are not the initial ones

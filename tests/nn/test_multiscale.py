@@ -70,7 +70,7 @@ def conv_cell(normalization: Literal["batch", "group"], *, dropout: float = 0.0)
 def damped(cell: MultiScaleCell) -> MultiScaleCell:
     """In float64, with an equilibrium that is easily found: new weights make no contraction.
 
-    Scale 1, held by its injection, leads: what comes from other scales and from the state is small.
+    Scale 1 is determined by its injection: the terms of other scales and of the state are small.
     """
     names = ["post_fusion.0", "post_fusion.1", "branches.1.norm3", "mappings.1.0"]
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_the_published_cell_keeps_its_scales_and_every_scale_sees_every_other(no
         assert all(gradient.abs().sum() > 0 for gradient in reached)
 
 
-def test_packing_takes_the_scales_of_a_cell_and_gives_them_back():
+def test_flatten_and_unflatten_give_the_scales_of_a_cell_back():
     cell = conv_cell("group")
     z = tuple(torch.randn(3, *shape) for shape in cell.scales)
     layout = Layout.of(z)
@@ -185,7 +185,7 @@ def test_the_published_skip_network_predicts_the_scales_of_its_cell():
 
 @every_normalization
 def test_the_gradient_is_that_of_dense_algebra(normalization):
-    """Group norm sample by sample, batch statistics as one system: each against (I − Jᵀ)⁻¹."""
+    """Group norm per sample, batch statistics as one system: each against (I − Jᵀ)⁻¹."""
     torch.manual_seed(3)
     per_sample = normalization == "group"
     cell = damped(conv_cell(normalization))

@@ -1,4 +1,4 @@
-"""The neural ODE against equations whose solution is known, and its account of its work."""
+"""The neural ODE against equations whose solution is known, and its statistics."""
 
 import gc
 import weakref
@@ -17,6 +17,7 @@ from fastdeq.nn import (
     weight_norm,
 )
 from tests.cells import DenseTanh
+from tests.loops import each
 from tests.nn.layers import recorded_masks
 from tests.nn.scales import WIDTHS, dense_cell
 from tests.training.tasks import CLASSES, FEATURES, make_task, samples, train_figures
@@ -24,7 +25,6 @@ from tests.training.tasks import CLASSES, FEATURES, make_task, samples, train_fi
 pytest.importorskip("torchdiffeq")
 
 from fastdeq.nn.neural_ode import NeuralODE
-from tests.loops import each
 
 
 class Linear(nn.Module):
@@ -55,7 +55,7 @@ def test_value_and_gradients_are_those_of_the_known_solution(method):
     tol = 1e-6 if method in ("bosh3", "adaptive_heun") else 1e-10
     y, _ = NeuralODE(cell, method=method, tol=tol, max_steps=100_000)(x)
     wanted = exact(cell.a, x)
-    # tol bounds the error of a step, not that of the whole: two digits to spare.
+    # tol bounds the error of a step, not that of the whole: hence two digits more.
     close: dict[str, Any] = {"rtol": 100 * tol, "atol": 100 * tol}
     torch.testing.assert_close(y, wanted, **close)
     w = torch.randn_like(y)
@@ -141,11 +141,11 @@ def test_both_integrations_take_time():
 def test_a_training_step_logs_evaluations_and_seconds_of_the_backward_pass(tmp_path):
     model = DEQChain(nn.Linear(FEATURES, 4), NeuralODE(DenseCell(4)), nn.Linear(4, CLASSES))
     task = make_task(model=model)
-    figures = train_figures(task, [samples(5)], tmp_path)
-    assert figures["nfe_backward"] >= 8
-    assert figures["backward_seconds"] > 0
-    assert figures["solve_seconds"] > 0
-    assert not {"residual_backward", "unconverged_backward"} & figures.keys()
+    metrics = train_figures(task, [samples(5)], tmp_path)
+    assert metrics["nfe_backward"] >= 8
+    assert metrics["backward_seconds"] > 0
+    assert metrics["solve_seconds"] > 0
+    assert not {"residual_backward", "unconverged_backward"} & metrics.keys()
 
 
 def test_a_tighter_tolerance_takes_more_evaluations():

@@ -1,4 +1,4 @@
-"""Exact adjoints equal the dense formula; approximate ones make the smaller claims that they keep.
+"""Exact adjoints equal the dense formula; approximate ones are descent directions.
 
 One suite for every solver × every exact adjoint × every problem: a new adjoint, or a new solver for
 the backward pass, joins as one row of `BACKWARD` in `gradients.py`.
@@ -26,9 +26,9 @@ from tests.numerics.gradients import (
 )
 from tests.problems import HOPELESS, SOLVERS, problem_named
 
-# Relative, of every leaf. It follows from the residual tolerance times
-# the amplification of `nearly_singular` (50), and for Unrolled the derivative's own convergence,
-# which lags behind that of the state by a factor that grows with the steps.
+# Relative, of every leaf. It follows from the residual tolerance times the amplification of
+# `nearly_singular` (50), and for Unrolled from the convergence of the derivative, which is behind
+# that of the state by a factor that grows with the steps.
 BOUND = 1e-8
 PROBLEMS = ("linear", "tanh", "two_scale", "nearly_singular", "non_contractive")
 # At rates of 0.992 and 0.994 per step these would need 4000 to 6000 steps.

@@ -78,7 +78,7 @@ def test_a_sample_whose_f_is_nan_is_reported_and_the_input_gradient_of_the_other
     assert solution.status.tolist() == [0, 0, int(Status.DIVERGED), 0, 0]
     w = cotangent(problem)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the backward solve of the lost sample
+        warnings.simplefilter("ignore", RuntimeWarning)  # the backward solve of the diverged sample
         (got,) = torch.autograd.grad(value, [problem.x], w)
     rest = problem.rows(here)
     expected = rest.gradient(w[here])[0]
@@ -164,7 +164,7 @@ def test_under_autocast_values_are_float32_and_gradients_near_those_without(adjo
     (value, grad), (reference, reference_grad) = run(True), run(False)
     assert value.dtype == grad.dtype == torch.float32
     assert torch.isfinite(grad).all()
-    # bfloat16 has 8 bits: 0.4 % an operation, some ten operations deep.
+    # bfloat16 has 8 bits: 0.4 % per operation, about ten operations deep.
     torch.testing.assert_close(value, reference, rtol=0, atol=0.02)
     assert float((grad - reference_grad).norm() / reference_grad.norm()) <= 0.05
 

@@ -73,7 +73,7 @@ def observed_orders(name: str, grids: list[Tensor]) -> list[float]:
 
 @every_method
 def test_the_error_falls_with_the_order_of_the_method(name):
-    # Fine enough for the leading term, coarse enough for rounding (1e-15) to stay out of sight.
+    # Fine enough for the leading term, coarse enough for rounding (1e-15) to be negligible.
     counts = (32, 64, 128) if name == "tsit5" else (64, 128, 256)
     grids = [torch.full((n,), 1 / n, dtype=torch.float64) for n in counts]
     # The next term of the error expansion bends the slope by O(h): a quarter of an order at most.
@@ -236,7 +236,7 @@ def test_vcab3_costs_three_evaluations_while_it_starts_and_one_after():
     assert problem.nfe.tolist() == [1 + 2 * 3 + (n - 2)] * 2
 
 
-# What the solver spends
+# Costs of the solver
 
 
 @each("name, evaluations", [("tsit5", 6), ("bs3", 3)])
@@ -271,7 +271,7 @@ def test_a_rejected_adams_step_costs_no_evaluation():
 
 @every_method
 def test_every_sample_has_its_own_clock(name):
-    # dz/dt = −c (z − 1) with c = 1 and 50: stability holds the steps of the second one down.
+    # dz/dt = −c (z − 1) with c = 1 and 50: stability bounds the steps of the second one.
     c = torch.tensor([[1.0], [50.0]], dtype=torch.float64)
     solver = ContinuousSolver(method=name, tol=1e-6, ode_tol=1e-2, max_steps=2000)
 

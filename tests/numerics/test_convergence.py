@@ -1,4 +1,4 @@
-"""CONVERGED means an equilibrium: what must not pass, and what still must.
+"""CONVERGED means an equilibrium: which solves must not have that status, and which must.
 
 Every test that compares ‖f(z) − z‖ with ‖f(z)‖ also passes where an iteration only makes ‖z‖ grow
 (NonlinearSolve.jl issue 1149), and any test passes once z + g rounds to z.

@@ -1,5 +1,5 @@
-"""Solve, differentiate and train a layer on each kind of device; the CPU's row keeps the body
-tested."""
+"""Solve, differentiate and train a layer on each kind of device; the tests also run
+on the CPU."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""A state of scales and its flat form: nothing lost, nothing copied, half precision widened."""
+"""A state of scales and its flat form: no loss, no copies, half precision widened."""
 
 from typing import Any
 

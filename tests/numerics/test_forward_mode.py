@@ -1,5 +1,5 @@
 """Forward-mode derivatives of an equilibrium: right where autograd runs through the steps, refused
-elsewhere; never None or wrong without a word (jaxopt issue 474, optimistix issue 50)."""
+elsewhere; never None or silently wrong (jaxopt issue 474, optimistix issue 50)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +46,7 @@ MODES: list[Callable[..., Any]] = [by_dual_level, without_gradients, by_jvp]
 
 
 def equilibrium(problem: Problem, adjoint: AbstractAdjoint, solver: Any, frozen: bool) -> Any:
-    """x ↦ z*, (B, D), and the x to take it at."""
+    """x ↦ z*, (B, D), and the x at which it is taken."""
     parameters = [p.detach() if frozen else p for p in problem.parameters]
     return lambda x: flat(problem, solved(problem.bound(x, *parameters), solver, adjoint))
 
@@ -106,7 +106,7 @@ def test_an_equilibrium_has_no_tangent_from_its_start():
 
 
 def of_layer(layer: nn.Module, where: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The layer's state as a function of its input "x" or of a parameter, and where to take it."""
+    """The layer's state as a function of its input "x" or of a parameter, and its argument."""
     named = {"x": torch.randn(3, 4), **dict(layer.named_parameters())}
 
     def value(tensor: Tensor) -> Tensor:

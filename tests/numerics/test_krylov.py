@@ -346,7 +346,7 @@ def test_a_space_for_each_sample_does_not_claim_to_have_solved_a_coupled_operato
         a, b = coupled(seed, 0.15), draw(4, 5) * torch.tensor([[1.0], [1e-3], [1.0], [30.0]])
         result = gmres(as_batch(a), b, tol=1e-2, max_steps=12, restart=restart)
         true = (b - as_batch(a)(result.value)).norm(dim=1) / b.norm(dim=1)
-        # A claim is a claim about the returned x: 1e-9 for rounding.
+        # CONVERGED is a claim about the returned x; 1e-9 is for rounding.
         assert (true[result.converged] <= 1e-2 * (1 + 1e-9)).all(), (seed, true, result.status)
 
 
@@ -367,7 +367,7 @@ def test_a_sample_solved_early_is_judged_by_the_final_state_of_its_batch_mates()
 
 @each("size", [1e-30, 1e-22, 1e25])
 def test_tiny_and_huge_right_hand_sides_are_solved_like_those_of_order_one(size):
-    # In float32 the square of 1e-22 underflows: its norm would be 0, and 0 would pass for solved.
+    # In float32 the square of 1e-22 underflows: its norm would be 0, and 0 would count as solved.
     a = torch.eye(6) + 0.5 * torch.randn(3, 6, 6) / 6**0.5
     b = torch.randn(3, 6)
 

@@ -1,4 +1,4 @@
-"""The regularizers against what a dense Jacobian and finite differences give."""
+"""The regularizers against dense Jacobians and finite differences."""
 
 import math
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def shifted(z: Any) -> Any:
 
 
 def dense_case() -> tuple[Any, Tensor, Tensor, Tensor]:
-    """The cell's maker, its weight, its input and a state."""
+    """The cell as a function of its weight, the weight, an input and a state."""
     weight, x, z = (torch.randn(shape, dtype=F64) for shape in ((4, 4), (3, 4), (3, 4)))
     return dense_cell, weight, x, z
 
@@ -97,7 +97,7 @@ def test_the_jacobian_loss_estimates_the_frobenius_norm(case):
     exact = j.square().sum() / z.numel()
     # Var ‖εᵀJ‖² = 2 ‖J Jᵀ‖²_F for Gaussian ε, independent over samples and draws.
     error = (2 * (j @ j.mT).square().sum() / samples).sqrt() / z.numel()
-    assert error < 0.02 * exact  # so that the next line says something
+    assert error < 0.02 * exact  # else the next line would be vacuous
     assert abs(jacobian_loss(f, z, samples=samples) - exact) < 5 * error
 
 

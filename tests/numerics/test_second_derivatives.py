@@ -182,7 +182,7 @@ def test_approximate_second_derivatives_are_those_that_the_docstrings_name(adjoi
 
 
 class _Constant(nn.Module):
-    """f(z, x) = W z: the input arrives through z₀ alone."""
+    """f(z, x) = W z: the output depends on the input through z₀ alone."""
 
     def __init__(self) -> None:
         super().__init__()

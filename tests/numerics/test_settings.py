@@ -1,4 +1,4 @@
-"""Settings refuse what is misspelt, mistyped or out of range, and say what would be right."""
+"""Settings refuse what is misspelt, mistyped or out of range, and the error names what is right."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ from tests.loops import each
 
 
 def public_settings() -> list[Any]:
-    """Every solver and adjoint that can be built, and GMRES: new ones are covered by themselves."""
+    """Every concrete solver and adjoint, and GMRES: new ones are included automatically."""
     found: list[Any] = [GMRES]
     bases: tuple[Any, ...] = ((solvers, AbstractSolver), (adjoints, AbstractAdjoint))
     for module, base in bases:

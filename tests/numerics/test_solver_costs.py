@@ -31,7 +31,7 @@ QUIET = {
     "lbroyden": LimitedMemoryBroydenSolver(tol=NEVER, max_steps=12, memory=5),
     "broyden": BroydenSolver(tol=NEVER, max_steps=12, line_search_steps=0),
 }
-"""Those whose steps never wait (a line search, and vcab3, ask who needs another evaluation)."""
+"""Solvers whose steps never wait (a line search and vcab3 do, to save evaluations)."""
 
 X = torch.randn(BATCH, SIZE, generator=torch.Generator().manual_seed(1))
 SLOPE = torch.linspace(-0.95, 0.95, SIZE)
@@ -45,7 +45,7 @@ cell = partial(bound, x=X)
 
 
 def operations_of(solver: AbstractSolver | GMRES, steps: int | None = None, every: int = 1):
-    """What a solve counts, of `steps` steps."""
+    """The operations of a solve of `steps` steps."""
     fields = {**vars(solver), "check_every": every}
     solver = type(solver)(**(fields if steps is None else {**fields, "max_steps": steps}))
     operations = Operations()
@@ -110,7 +110,7 @@ def test_gmres_finds_the_same_for_every_check_every(restart):
     draw = torch.Generator().manual_seed(0)
     a = torch.eye(12) + 0.5 * torch.randn(6, 12, 12, generator=draw) / 12**0.5
     a[1] = torch.eye(12)  # done after one product
-    a[2, 0] = torch.nan  # lost
+    a[2, 0] = torch.nan  # diverges
     b = torch.randn(6, 12, generator=draw)
     often, rarely = (
         GMRES(tol=1e-4, max_steps=20, restart=restart, check_every=every).solve(
@@ -264,7 +264,7 @@ def test_without_autocast_f_is_handed_back_as_it_is():
 
 
 def test_a_backward_pass_inside_autocast_solves_like_one_outside():
-    """Backward belongs outside of autocast, but nothing keeps a user from calling it inside."""
+    """Backward belongs outside of autocast, but a user may call it inside."""
     gradients: list[Tensor] = []
     for inside in (False, True):
         x = X.clone().requires_grad_()

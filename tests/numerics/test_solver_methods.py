@@ -1,4 +1,4 @@
-"""What each solver alone promises, and the loop's bookkeeping, shown with a scripted solver."""
+"""Properties of single solvers, and the loop's bookkeeping by a scripted solver."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from tests.loops import each
 from tests.numerics.solves import TOL, run
 from tests.problems import Scripted, problem_named
 
-# Methods, each by what it alone promises
+# Properties of single methods
 
 
 def test_newton_converges_in_one_step_on_a_linear_problem_solved_exactly():
@@ -155,7 +155,7 @@ def test_the_best_iterate_is_returned_at_the_step_limit():
     assert result.trace.residuals.T.tolist() == [[5, 1, 3, 4], [5, 6, 7, 2]]
 
 
-def test_a_sample_that_turns_nan_keeps_its_best_iterate_and_the_others_go_on():
+def test_a_sample_that_turns_nan_keeps_its_best_iterate_and_the_others_continue():
     nan, inf = float("nan"), float("inf")
     result = play((5, 2, nan, 0), (5, 2, 1, 0.1), (5, 6, inf, 0))
     assert [Status(s) for s in result.status.tolist()] == [

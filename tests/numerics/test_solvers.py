@@ -1,4 +1,4 @@
-"""What every solver promises, on every problem: one suite that a new solver joins as one row of
+"""Properties of every solver, on every problem: a new solver joins as one row of
 `problems.SOLVERS`."""
 
 import pytest
@@ -240,7 +240,7 @@ def test_whole_batch_norms_are_taken_over_the_samples_that_are_alive(name):
     assert (result.status[here] == Status.CONVERGED).all()
     assert (result.status[~here] == Status.DIVERGED).all()
     if isinstance(made(name), ContinuousSolver):
-        # Its error is a root mean square over all entries, whose number the lost sample belongs to.
+        # Its error is a root mean square over all entries, including those of the diverged sample.
         torch.testing.assert_close(result.value[here], problem.exact[here], rtol=0, atol=1e-6)
     else:
         assert result.steps[here].tolist() == without.steps.tolist()

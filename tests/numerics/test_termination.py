@@ -26,7 +26,7 @@ MODES: tuple[TerminationMode, ...] = get_args(TerminationMode)
 DEQ_MODES = [mode for mode in MODES if "deq" in mode]
 ABSTOL, RELTOL = 0.1, 0.01
 
-# What "done" means, written down a second time: of du = g(z) and u = z, one sample or all.
+# The definition of "done", independently of the library: of du = g(z) and u = z, one sample or all.
 DEFINITIONS: dict[str, Callable[[Tensor, Tensor], bool]] = {
     "abs": lambda du, u: bool((du.abs() <= ABSTOL).all()),
     "rel": lambda du, u: bool((du.abs() <= RELTOL * u.abs()).all()),
@@ -111,7 +111,7 @@ def test_abstol_and_reltol_take_the_place_of_tol():
 
 
 def play(mode: TerminationMode, *samples: list[float], tol: float, **fields) -> SolveResult:
-    """One list of objectives per sample, its start first, brought about by states of one entry.
+    """One list of objectives per sample, its start first, realized by states of one entry.
 
     Absolute modes: f(z) = 2z, so that |du| = |z|. Relative ones: f(z) = 1, so that |du| / |du + u|
     = |1 − z|.

@@ -1,4 +1,4 @@
-"""Stopwatches: what they read, and that they do not wait before they are read."""
+"""Stopwatches: their values, and that they do not wait before they are read."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ on_a_gpu = [
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """What `time.perf_counter` will say, in turn."""
+    """The values that `time.perf_counter` returns, in turn."""
     readings: list[float] = []
     monkeypatch.setattr(time, "perf_counter", lambda: readings.pop(0))
     return readings
@@ -102,7 +102,7 @@ def test_on_a_gpu_the_events_agree_with_the_clock_of_the_host(device):
         watch.stop()
         torch.cuda.synchronize()
         host = time.perf_counter() - begin
-    # The host's reading holds the device's, and what it takes to launch and to wait.
+    # The host's time includes the device's, and the time to launch and to wait.
     assert 0 < watch.seconds <= 1.05 * host + 1e-4
 
 
@@ -118,5 +118,5 @@ def test_on_a_gpu_a_solve_does_not_wait_but_where_it_says(device):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [one for one in caught if "called a synchronizing" in str(one.message)]
-    # The loop's question before every step, one after the last, one whether f is finite.
+    # The loop's read before every step, one after the last, one of whether f is finite.
     assert len(waits) == int(solution.steps.max()) + 2

@@ -284,7 +284,7 @@ def test_zeros_beside_an_explicit_network_are_refused():
 
 @each("network", [torch.tanh, nn.Linear])
 def test_an_explicit_network_that_is_not_a_module_is_refused(network):
-    # Taken silently, its parameters would be missing from the layer's.
+    # If accepted, its parameters would be missing from the layer's.
     with refused(TypeError, "nn.Module"):
         SkipDeepEquilibriumNetwork(DenseCell(4), network)
     with refused(TypeError, "nn.Module"):

@@ -79,6 +79,7 @@ def test_the_wheel_is_imported_from_where_it_was_unpacked(wheel, tmp_path):
     assert in_isolation(code, wheel, tmp_path) == str(wheel / "fastdeq" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_the_data_of_the_wheel_are_readable(wheel, tmp_path):
     pytest.importorskip("pytorch_lightning")
     code = "from fastdeq.data import read_digits; print(len(read_digits().train_labels))"

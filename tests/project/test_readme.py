@@ -1,4 +1,4 @@
-"""The README keeps its word: its code runs, its commands exist, its map is the house."""
+"""The README is true: its code runs, its commands exist, and so do the files of its map."""
 
 import os
 import re
@@ -66,6 +66,7 @@ def test_what_the_train_commands_are_made_of_is_all_kinds() -> None:
         assert any(word in line for line in COMMANDS), word
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", [line for line in COMMANDS if "-m fastdeq.data" in line])
 def test_the_data_commands_run(typed: str, tmp_path: Path) -> None:
     if "PATH" in typed:
