@@ -5,11 +5,12 @@ BENCH  ?= $(sort $(wildcard benchmarks/*.py))
 RUN    := .venv/bin/python
 READY  := .venv/.installed
 
-.PHONY: help train test check bench clean
+.PHONY: help train test test-fast check bench clean
 
 help:
 	@echo 'make train ARGS="..."   train; ARGS are overrides of conf/train.yaml'
 	@echo 'make test  ARGS="..."   run the tests; ARGS go to pytest'
+	@echo 'make test-fast          those that take at most a few seconds each'
 	@echo 'make check              format, lint and types'
 	@echo 'make bench ARGS="..."   run every benchmark, or one: BENCH=benchmarks/import_time.py'
 	@echo 'make clean              remove .venv, caches and builds; outputs/ stays'
@@ -21,6 +22,9 @@ train: $(READY)
 # One process per core, and one thread in each; the tests of a file share fixtures and stay together.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile $(ARGS)
+
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
 
 check: $(READY)
 	$(RUN) -m ruff format --check .
