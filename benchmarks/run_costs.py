@@ -25,19 +25,19 @@ VARIANTS = {
     "saved every step": ("callbacks.resumption.steps=1",),
     "two processes": ("trainer=ddp_cpu", "trainer.devices=2"),
 }
-"""The first is what the others are compared with."""
+"""The others are compared with the first."""
 
 
 def main() -> None:
-    """Print milliseconds a step and their ratio to the first variant's: of all of the training over
-    its steps, with what lies between them, and the median of the steps alone.
+    """Print milliseconds per step and their ratio to those of the first variant: of the whole
+    training divided by its steps, and the median of the steps alone.
     """
     parser = argparse.ArgumentParser(description="Costs of a training step on the CPU.")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     given, overrides = parser.parse_known_args()
     length = (f"trainer.max_steps={given.steps}", "trainer.max_epochs=-1")
-    # In turns, so that a slow minute of the machine falls on all of them.
+    # In turns, so that a slow minute of the machine affects all of them.
     rounds = [
         [measured(*(overrides or ["model=skip_deq"]), *length, *each) for each in VARIANTS.values()]
         for _ in range(given.repeats)
@@ -51,15 +51,15 @@ def main() -> None:
         print(f"{name:20} {cells[0]:>32} {cells[1]:>32}")
 
 
-def compared(figures: list[float], first: list[float]) -> str:
-    """Their median, and the ratios to those of the first variant."""
-    ratios = [one / other for one, other in zip(figures, first, strict=True)]
+def compared(times: list[float], first: list[float]) -> str:
+    """The median time, and the ratios to the times of the first variant."""
+    ratios = [one / other for one, other in zip(times, first, strict=True)]
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    return f"{statistics.median(figures):.2f} ms, {spread}"
+    return f"{statistics.median(times):.2f} ms, {spread}"
 
 
 def measured(*overrides: str) -> tuple[float, float]:
-    """Milliseconds a step, both kinds."""
+    """Milliseconds per step, both kinds."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         words = [str(TRAIN), *overrides, *COMMON, f"paths.run={run}"]

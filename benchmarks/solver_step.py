@@ -1,4 +1,4 @@
-"""What a step of a solver costs beside f: milliseconds, kernels, new memory, waits for the device.
+"""Costs of a solver's step besides f: milliseconds, kernels, new memory, waits for the device.
 
 python benchmarks/solver_step.py --runs 5 [--device cuda] [--against ../another/checkout]
 
@@ -33,10 +33,10 @@ accelerator is mostly followed by a blocking copy."""
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is computed while it is entered; views are no computation.
+    """Counts the operations within its context, without views.
 
-    kernels, waits: how many operations. allocated: bytes of new tensors. written: entries that each
-    of the operations wrote, in their order.
+    kernels, waits: numbers of operations. allocated: bytes of new tensors. written: entries
+    written by each of the operations, in their order.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ def _has_mask(indices: list[Tensor | None]) -> bool:
 
 
 def cases(device: str) -> dict[str, Callable[[int], object]]:
-    """By name, a solve of so many steps, of a cell that costs next to nothing."""
+    """By name, a solve of a given number of steps, of a cheap cell."""
     made: dict[str, Callable[[int], object]] = {}
     solvers = {
         "Picard": Picard(tol=NEVER),
@@ -95,19 +95,19 @@ def _linear(x: Tensor, slope: Tensor) -> Callable[[int], object]:
 
 
 def measure(device: str) -> dict[str, dict[str, float]]:
-    """Of every case: ms a step (the least of several solves), and what a step counts, in the mean
-    of all but the first two."""
+    """For every case: ms per step (the least of several solves), and the mean counts of a step
+    without the first two."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     found = {}
     with torch.no_grad():
         for name, run in cases(device).items():
             few, many = _counted(run, 2), _counted(run, STEPS)
-            figures = {
+            counts = {
                 kind: (getattr(many, kind) - getattr(few, kind)) / (STEPS - 2)
                 for kind in ("kernels", "waits", "allocated")
             }
-            found[name] = {"ms": min(_clocked(run, device) for _ in range(5)), **figures}
+            found[name] = {"ms": min(_clocked(run, device) for _ in range(5)), **counts}
     return found
 
 
@@ -163,7 +163,7 @@ def main() -> None:
 
 
 def line(rounds: list[list[dict[str, float]]]) -> str:
-    """The figures of a case, 'before → after' where two checkouts were measured."""
+    """The results of a case, 'before → after' where two checkouts were measured."""
     shown = []
     for kind, form, unit in (
         ("ms", "{:.3f}", "ms"),

@@ -13,7 +13,7 @@ DONE = (
     *(f"fastdeq/{name}.py" for name in ("__init__", "autocast", "autodiff", "fixed_point")),
     *(f"fastdeq/{name}.py" for name in ("flatten", "history", "krylov", "norms", "notation")),
     *(f"fastdeq/{name}.py" for name in ("regularizers", "settings", "solution", "streams")),
-    "fastdeq/timer.py",
+    *("fastdeq/timer.py", "benchmarks/", "conf/solver/", "conf/adjoint/"),
     *("tests/numerics/", "tests/nn/layers.py", "tests/nn/scales.py"),
     *(f"tests/nn/test_{letter}" for letter in "abcilm"),  # test_neural_ode imports train_figures
     *(
@@ -25,6 +25,7 @@ DONE = (
 )
 """The start of every path that is checked."""
 
+_COUNT = "(?:ms|milliseconds|seconds|evaluations|one evaluation|products|kernels)"
 _PER = "scale|sample|step|epoch|solve|call|cycle|cell|batch|rank|run|row|setting|device|session"
 
 WORDS: tuple[tuple[str, str, str], ...] = (
@@ -34,7 +35,9 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (r"(?:tells?|told)\b(?!(?: \w+){0,2} apart)", "report, warn, name", "the user is told"),
     (r"(?:go|goes|going|gone|went) on\b", "continue, resume", "the run goes on"),
     (r"wish(?:es|ed)?\b", "stop request", "a wish to stop"),
-    (r"(?-i:CarryingDDP|Meeting|MadeStep|Refused|Passes\()", "vocabulary.md", "a Meeting"),
+    (r"(?-i:Passes\(|MadeStep)", "epoch loader, completed step", "MadeStep"),
+    (r"(?-i:CarryingDDP|Meeting)", "a name that says what it does, rendezvous", "a Meeting"),
+    (r"(?-i:(?:class|raise|except|import) Refused)", "ConfigError", "raise Refused"),
     (r"(?:check together|evolves?|blamed on)\b", "validate, solve, error context", "def evolve"),
     (r"dismiss(?:es|ed)?\b", "release", "the leader dismisses them"),
     (r"calm\b", "cooldown", "a calm period"),
@@ -47,12 +50,12 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (r"(?:import|the) floors?\b", "layer of the architecture", "import floors"),
     (r"level \d\b", "the name of the package", "of level 6"),
     (rf"(?:one|once) an? (?:{_PER})\b", "one per, once per", "a tensor, one a scale"),
+    (rf"{_COUNT} an? (?:{_PER})\b", "per", "ms a step"),
     (
-        rf"(?:ms|seconds|evaluations|one evaluation|products|kernels) an? (?:{_PER})\b",
-        "per",
-        "ms a step",
+        rf"(?:an?|one) (?:row|line|block|file|mask|tensor) an? (?:{_PER})\b",
+        "one per",
+        "a row a setting",
     ),
-    (rf"an? (?:row|line|block|file|mask|tensor) an? (?:{_PER})\b", "one per", "a row a setting"),
     (r"(?:is|are|was|were|be) no (?!longer\b|more\b|less\b)[a-z]", "is not a", "x is no tensor"),
     (r"(?:that|which|what) (?:is|are) none\b", "is not a", "a solver that is none"),
     (r"goes? with\b", "match", "of the size that goes with it"),
