@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdeq.training import FAILURE
+from fastdeq.runs.folder import FAILURE
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -24,8 +24,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def summary(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    figures = found["figures"].items()
-    found["figures"] = {name: value for name, value in figures if "seconds" not in name}
+    figures = found["metrics"].items()
+    found["metrics"] = {name: value for name, value in figures if "seconds" not in name}
     return found
 
 
@@ -67,7 +67,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert first.keys() == second.keys()
     for name, values in first.items():
         assert torch.equal(values, second[name]), name
-    assert summary(one)["figures"] == summary(other)["figures"]
+    assert summary(one)["metrics"] == summary(other)["metrics"]
     for key in ("steps", "epochs", "score"):
         assert summary(one)[key] == summary(other)[key]
 

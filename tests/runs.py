@@ -4,7 +4,8 @@ from pathlib import Path
 
 from fastdeq import experiment
 from fastdeq.runs.files import is_sealed
-from fastdeq.training import RESUME, Interrupted
+from fastdeq.runs.folder import RESUME
+from fastdeq.runs.status import Interrupted
 from tests.configurations import composed
 
 SHORT = ("trainer.max_epochs=3", "trainer.accelerator=cpu", "data.batch_size=360")

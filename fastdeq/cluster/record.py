@@ -6,10 +6,10 @@ from pathlib import Path
 
 from submitit.slurm.slurm import SlurmInfoWatcher
 
-from fastdeq.experiment.folder import write_json
-from fastdeq.experiment.status import read_status
+from fastdeq.runs.files import write_json
+from fastdeq.runs.folder import SUBMISSION
+from fastdeq.runs.status import read_status
 
-SUBMISSION = "submission.json"
 OPEN = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING", "SUSPENDED", "PREEMPTED")
 """States of Slurm after which something may still come."""
 

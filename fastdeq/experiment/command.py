@@ -1,6 +1,5 @@
 """The command line around Hydra: errors in a line, runs that start from others, sweeps."""
 
-import json
 import math
 import os
 import sys
@@ -16,7 +15,6 @@ from omegaconf import DictConfig
 
 from fastdeq.experiment.choices import check_choices, with_merged_groups
 from fastdeq.experiment.explain import explain
-from fastdeq.experiment.folder import OVERRIDES
 from fastdeq.experiment.launch import follow
 from fastdeq.experiment.rendezvous import (
     dismiss,
@@ -31,8 +29,9 @@ from fastdeq.experiment.replay import replay
 from fastdeq.experiment.run import read_score, run
 from fastdeq.experiment.signals import received
 from fastdeq.experiment.sweep import RESUMABLE, Refused, failed_job, quiet_hydra, record_job
+from fastdeq.runs.reading import read_overrides
+from fastdeq.runs.status import Interrupted
 from fastdeq.streams import check_written, keep_streams
-from fastdeq.training import Interrupted
 
 quiet_hydra()  # submitit's processes load this module and compose, without anything else of it
 
@@ -200,18 +199,12 @@ def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
     folders = [word.partition("=")[2] for word in arguments if word.startswith("from_run=")]
     if not folders or folders[-1] in ("", "null"):
         return list(arguments)
-    path = Path(folders[-1]) / OVERRIDES
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"from_run: {folders[-1]} is no run folder ({OVERRIDES} is missing): give the folder "
-            "that a run has printed"
-        )
+    try:
+        before = read_overrides(Path(folders[-1]))
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"from_run: {error}") from error
     given = {_key(word) for word in arguments}
-    saved = [
-        word
-        for word in json.loads(path.read_text(encoding="utf-8"))
-        if _key(word) not in given | _ONCE
-    ]
+    saved = [word for word in before if _key(word) not in given | _ONCE]
     return [*saved, *arguments]
 
 

@@ -21,15 +21,15 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.loggers import Logger
 
 from fastdeq.experiment.checkpoint import load_weights
-from fastdeq.experiment.folder import LOG, SUMMARY, peak_memory, provenance, write_json
 from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.signals import received
 from fastdeq.report import heading, row
+from fastdeq.runs.files import remove_sealed, write_json
+from fastdeq.runs.folder import BEFORE, BEST, LAST, RESUME, SUMMARY
+from fastdeq.runs.log import LOG
+from fastdeq.runs.provenance import peak_memory, provenance
+from fastdeq.runs.reading import FORMAT
 from fastdeq.training import (
-    BEFORE,
-    BEST,
-    LAST,
-    RESUME,
     AbstractTask,
     EpochLines,
     KeepSigtermHandler,
@@ -90,7 +90,7 @@ def work(job: Job) -> None:
             write_json(job.folder / SUMMARY, summary)
             _conclude(summary, job, trainer, task)
             for name in (RESUME, BEFORE):  # there is nothing left to go on with
-                SealedCheckpointIO().remove_checkpoint(job.folder / name)
+                remove_sealed(job.folder / name)
     finally:
         for logger in loggers:
             if close := getattr(logger, "close", None):
@@ -234,8 +234,9 @@ def _summary(
     waited = None if first is None else time.time() - (time.perf_counter() - first) - job.started
     score = task.monitor[0]
     return {
-        "score": {"figure": f"test/{score}", "value": figures[f"test/{score}"]},
-        "figures": figures,
+        "format": FORMAT,
+        "score": {"metric": f"test/{score}", "value": figures[f"test/{score}"]},
+        "metrics": figures,
         "train_seconds": None if seconds is None else round(seconds, 3),
         "train_ms_per_step": timer.median_ms,
         "seconds_to_first_step": None if waited is None else round(waited, 3),
@@ -257,7 +258,7 @@ def _announce(task: AbstractTask, trainer: lightning.Trainer, job: Job) -> None:
     layer, device = task.model.equilibrium, trainer.strategy.root_device
     LOG.info("run folder  %s", job.folder)
     if job.resume is not None:
-        LOG.info("going on    from %s", job.resume.name)
+        LOG.info("resuming    from %s", job.resume.name)
     LOG.info("device      %s%s", device, f" × {job.ranks}" if job.ranks > 1 else "")
     LOG.info("parameters  %s", f"{_count_parameters(task):,}")
     for name, value in layer.settings.items():
@@ -271,11 +272,11 @@ def _conclude(
     """The final table, with the published row beside the measured one, and where it stands."""
     table = table_of(trainer, task, "test")
     LOG.info("\n%s", heading(table, ""))
-    LOG.info("%s", row(table, "measured", summary["figures"]))
+    LOG.info("%s", row(table, "measured", summary["metrics"]))
     if job.reference is not None:
-        LOG.info("%s", row(table, "published", job.reference["figures"]))
+        LOG.info("%s", row(table, "published", job.reference["metrics"]))
         LOG.info("published: %s", job.reference["source"])
-    residual, unconverged = (summary["figures"][f"test/{name}"] for name in _CONVERGENCE)
+    residual, unconverged = (summary["metrics"][f"test/{name}"] for name in _CONVERGENCE)
     LOG.info(
         "test solves: relative residual %.1e, %.2f %% unconverged", residual, 100 * unconverged
     )

@@ -68,13 +68,21 @@ class Sizes(Record):
 
 @settings
 class PublishedRow(Record):
-    """One row of a published table: which choices and values it is of, and its metrics."""
+    """One row of a published table: which choices and values it is of, and its metrics.
+
+    figures: the earlier name of metrics.
+    """
 
     where: dict[str, str | float | bool | None] = setting()
-    figures: dict[str, float] = setting()
+    metrics: dict[str, float] | None = setting(default=None)
+    figures: dict[str, float] | None = setting(default=None)
     deviations: dict[str, float] | None = setting(default=None)
     parameters: int | None = setting(default=None, at_least=1)
     training_minutes: float | None = setting(default=None, at_least=0)
+
+    def validate(self) -> None:
+        if (self.metrics is None) == (self.figures is None):
+            raise ValueError("a published row needs metrics, once (figures is the earlier name)")
 
 
 @settings

@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, ProcessRaisedException, spawn
 
-from fastdeq.experiment.folder import SUMMARY, logging_to
 from fastdeq.experiment.job import Job, work
 from fastdeq.experiment.rendezvous import Meeting, RankFailed, meeting
 from fastdeq.experiment.signals import ASKED, listening, received
+from fastdeq.runs.folder import log_file
+from fastdeq.runs.log import logging_to
+from fastdeq.runs.reading import is_done
+from fastdeq.runs.status import Interrupted
 from fastdeq.streams import keep_streams
-from fastdeq.training import Interrupted
 
 _LOOK, _GRACE = 0.2, 2.0  # seconds: between two looks at the ranks; for them to end by themselves
 
@@ -35,7 +37,7 @@ def launch(job: Job) -> None:
     Raises: what the work raises; of several processes, that of the first that failed, and the
     others are ended; Interrupted for a run that has saved its state to go on later.
     """
-    log = job.folder / f"{job.config['mode']}.log"
+    log = log_file(job.folder, job.config["mode"])
     if (others := meeting()) is not None:
         with logging_to(log):
             _lead(job, others)
@@ -47,7 +49,7 @@ def launch(job: Job) -> None:
     ranks = spawn(_rank, args=(job, free_port()), nprocs=job.ranks, join=False)
     with logging_to(log):
         _wait_for(ranks)
-    if not (job.folder / SUMMARY).exists():  # all have ended well, but not the run
+    if not is_done(job.folder):  # all have ended well, but not the run
         raise Interrupted("stopped before its end, and can go on")
 
 
@@ -135,7 +137,7 @@ def _rank(rank: int, job: Job, port: int) -> None:
     if job.config["trainer"]["accelerator"] == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // job.ranks))
     # Only the first speaks; the others' failures reach the parent through `spawn`.
-    log = job.folder / f"{job.config['mode']}.log"
+    log = log_file(job.folder, job.config["mode"])
     speaking = logging_to(log) if rank == 0 else nullcontext()
     # A cluster may send a signal to all processes, and the parent passes it on: two, but one event.
     stops = [number for number in ASKED if number != signal.SIGINT]

@@ -16,9 +16,9 @@ from fastdeq.experiment.checks import check_values, count_ranks
 from fastdeq.experiment.job import make_trainer, step_settings
 from fastdeq.experiment.keys import RunSettings
 from fastdeq.runs.files import is_sealed, seal_of
+from fastdeq.runs.folder import FAILURE
 from fastdeq.solution import Solution, Trace
 from fastdeq.training import (
-    FAILURE,
     AbstractTask,
     Diagnosis,
     Failures,

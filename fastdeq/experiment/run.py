@@ -1,7 +1,6 @@
 """From a composed configuration to a finished run folder."""
 
 import copy
-import json
 import os
 import shlex
 import shutil
@@ -21,24 +20,20 @@ from omegaconf import DictConfig, OmegaConf
 from fastdeq.experiment.blame import blamed_on
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.checks import check_values, count_ranks
-from fastdeq.experiment.folder import (
-    CONFIG,
-    OVERRIDES,
-    SUMMARY,
-    logging_to,
-    make_folder,
-    write_json,
-)
+from fastdeq.experiment.explain import explain
 from fastdeq.experiment.job import Job, make_trainer, step_settings
 from fastdeq.experiment.keys import RunSettings
 from fastdeq.experiment.launch import interactive, launch
 from fastdeq.experiment.optimization import check_optimizer, check_scheduler
-from fastdeq.experiment.resume import check_same, held, is_done, same_run_beside, saved_state
 from fastdeq.experiment.signals import listening
-from fastdeq.experiment.status import created, recorded
-from fastdeq.runs.files import write_atomic
+from fastdeq.runs.files import write_json, write_text
+from fastdeq.runs.folder import CONFIG, LAST, OVERRIDES, log_file, make_folder
 from fastdeq.runs.identity import digest, identity
-from fastdeq.training import LAST
+from fastdeq.runs.lock import run_lock
+from fastdeq.runs.log import logging_to
+from fastdeq.runs.reading import is_done, read_summary, with_metrics
+from fastdeq.runs.resuming import check_same, same_run_beside, saved_state
+from fastdeq.runs.status import created, recorded
 
 
 def run(cfg: DictConfig) -> Path:
@@ -67,11 +62,11 @@ def run(cfg: DictConfig) -> Path:
         if not chosen.exists():
             chosen = same_run_beside(chosen, config) or chosen
     folder = _folder(chosen, config, settings, identity, goes_on=goes_on)
-    with held(folder):
+    with run_lock(folder):
         if goes_on and is_done(folder):
             print(f"done already: see {folder}")
             return folder
-        with logging_to(folder / f"{settings.mode}.log"):
+        with logging_to(log_file(folder, settings.mode)):
             resume = saved_state(folder)
         job = Job(
             config=config,
@@ -85,7 +80,7 @@ def run(cfg: DictConfig) -> Path:
             interactive=interactive(),
             started=started,
         )
-        with listening(), recorded(folder, identity):
+        with listening(), recorded(folder, identity, explain):
             launch(job)
     return folder
 
@@ -170,13 +165,12 @@ def _folder(
 def _describe(folder: Path, config: dict[str, Any], identity: str) -> None:
     created(folder, identity)
     write_json(folder / OVERRIDES, list(HydraConfig.get().overrides.task))
-    write_atomic(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
 
 
 def read_score(folder: Path) -> float:
     """What a sweeper may optimize: the test accuracy, or the test loss of a regression."""
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return float(summary["score"]["value"])
+    return float(read_summary(folder)["score"]["value"])
 
 
 def find_reference(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any] | None:
@@ -186,7 +180,7 @@ def find_reference(config: Mapping[str, Any], choices: Mapping[str, str]) -> dic
     reference = dict(config.get("reference") or {})
     for row in reference.pop("rows", ()):
         if all(_value(key, config, choices) == wanted for key, wanted in row["where"].items()):
-            return {**reference, **row}
+            return {**reference, **with_metrics(row)}
     return None
 
 

@@ -15,10 +15,12 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from fastdeq.experiment.folder import write_json
 from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.submission import check_queue, check_tasks, to_submit
-from fastdeq.report import SweepTable, job_records, read_jobs
+from fastdeq.report import SweepTable, read_jobs
+from fastdeq.runs.files import write_json
+from fastdeq.runs.folder import job_record
+from fastdeq.runs.reading import job_records
 
 T = TypeVar("T")
 RESUMABLE = 75
@@ -31,8 +33,8 @@ def record_job(folder: Path | None, error: str | None, *, interrupted: bool = Fa
     interrupted: nothing did, but the job has stopped before its end and can go on.
     """
     hydra = HydraConfig.get()
-    jobs = Path(hydra.sweep.dir) / "jobs"
-    jobs.mkdir(parents=True, exist_ok=True)
+    path = job_record(Path(hydra.sweep.dir), hydra.job.num)
+    path.parent.mkdir(parents=True, exist_ok=True)
     given = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
     record = {
         "overrides": {
@@ -42,7 +44,7 @@ def record_job(folder: Path | None, error: str | None, *, interrupted: bool = Fa
         "error": error,
         "interrupted": interrupted,
     }
-    write_json(jobs / f"{hydra.job.num}.json", record)
+    write_json(path, record)
 
 
 def failed_job() -> int | None:

@@ -2,20 +2,17 @@
 
 from fastdeq.report.columns import Group, groups, heading, row
 from fastdeq.report.rows import Row, make_rows
-from fastdeq.report.runs import Run, find_runs, job_records, read_run
+from fastdeq.report.runs import find_runs
 from fastdeq.report.sweeps import SweepTable, read_jobs
 
 __all__ = [
     "Group",
     "Row",
-    "Run",
     "SweepTable",
     "find_runs",
     "groups",
     "heading",
-    "job_records",
     "make_rows",
     "read_jobs",
-    "read_run",
     "row",
 ]

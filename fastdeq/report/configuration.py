@@ -4,8 +4,8 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fastdeq.report.runs import Run
 from fastdeq.runs.identity import Leaf, without_seeds
+from fastdeq.runs.reading import Run
 
 MODELS = {
     "DEQ": ("deq", "mdeq"),

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fastdeq.report.rows import TIMES, Row
-from fastdeq.report.runs import Found, Run
+from fastdeq.report.runs import Found
+from fastdeq.runs.reading import Run
 
 VERDICT = (
     "verdict: the difference to the published mean, and the ± that counts as within: "

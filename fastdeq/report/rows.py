@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdeq.report.configuration import Label, differences, label
-from fastdeq.report.runs import Run
 from fastdeq.report.sweeps import mean_and_deviation
 from fastdeq.report.verdict import Figure, Verdict, judge
 from fastdeq.runs.identity import digest, without_seeds
+from fastdeq.runs.reading import Run
 
 TIMES = ("train/seconds", "train/backward_seconds", "test/seconds", "training_minutes")
 FIGURES = ("test/accuracy", "test/accuracy_top5", "test/loss", "test/nfe", *TIMES)
@@ -92,13 +92,13 @@ def _reference(runs: Sequence[Run]) -> Mapping[str, Any] | None:
 def _figure(name: str, runs: Sequence[Run], reference: Mapping[str, Any] | None) -> Figure:
     by_seed: dict[int, list[float]] = {}
     for run in runs:
-        if name in run.figures:
-            by_seed.setdefault(run.seed, []).append(run.figures[name])
+        if name in run.metrics:
+            by_seed.setdefault(run.seed, []).append(run.metrics[name])
     mean = deviation = None
     if by_seed:
         mean, deviation = mean_and_deviation([statistics.fmean(each) for each in by_seed.values()])
     published = reference or {}
-    value = (published.get("figures") or {}).get(name)
+    value = (published.get("metrics") or {}).get(name)
     if name == "training_minutes":  # stands beside the figures
         value = published.get(name)
     return Figure(

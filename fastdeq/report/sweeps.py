@@ -1,7 +1,7 @@
 """The table at the end of a sweep: mean ± standard deviation over seeds, a row a setting."""
 
 import csv
-import json
+import io
 import math
 import statistics
 from collections.abc import Sequence
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fastdeq.report.markdown import aligned
-from fastdeq.report.runs import SUMMARY, job_records
+from fastdeq.runs.files import write_text
+from fastdeq.runs.folder import TABLE_CSV, TABLE_MARKDOWN
+from fastdeq.runs.reading import job_records, read_summary
 
 SEED = "seed"
 
-# heading, figure of summary.json (or of its "figures"), format, factor
+# heading, figure of summary.json (or of its "metrics"), format, factor
 _COLUMNS = (
     ("test accuracy %", "test/accuracy", "{:.2f}", 100.0),
     ("test loss", "test/loss", "{:.3g}", 1.0),
@@ -42,7 +44,7 @@ class SweepJob:
         """A figure of the summary, wherever it stands there."""
         if self.summary is None:
             return None
-        value = self.summary["figures"].get(name, self.summary.get(name))
+        value = self.summary["metrics"].get(name, self.summary.get(name))
         return None if value is None else float(value)
 
 
@@ -50,9 +52,7 @@ def read_jobs(folder: Path) -> list[SweepJob]:
     """The jobs of a sweep's folder in their order, with their summaries."""
     jobs = []
     for number, record in job_records(folder):
-        summary = None
-        if record["error"] is None:
-            summary = json.loads((Path(record["folder"]) / SUMMARY).read_text(encoding="utf-8"))
+        summary = read_summary(Path(record["folder"])) if record["error"] is None else None
         jobs.append(SweepJob(number=number, summary=summary, **record))
     return jobs
 
@@ -88,13 +88,10 @@ class SweepTable:
 
     def write(self, folder: Path) -> None:
         """table.md, and table.csv with the same cells."""
-        # A value may be a path with bytes that are not UTF-8.
-        escaped = "backslashreplace"
-        table = folder / "table.md"
-        table.write_text(self.markdown() + "\n", encoding="utf-8", errors=escaped)
-        cells = folder / "table.csv"
-        with cells.open("w", newline="", encoding="utf-8", errors=escaped) as file:
-            csv.writer(file).writerows(self.rows())
+        cells = io.StringIO()
+        csv.writer(cells).writerows(self.rows())
+        write_text(folder / TABLE_MARKDOWN, self.markdown() + "\n")
+        write_text(folder / TABLE_CSV, cells.getvalue())
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:

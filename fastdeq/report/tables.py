@@ -153,7 +153,7 @@ def _nested(row: Row) -> dict[str, Any]:
     return {
         **_head(row),
         "parameters": {"value": row.parameters, "published": reference.get("parameters")},
-        "figures": {
+        "metrics": {
             name: _finite(figure)
             for name, figure in row.figures.items()
             if figure.mean is not None or figure.published is not None

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdeq.report.runs import Run
 from fastdeq.runs.identity import Leaf
+from fastdeq.runs.reading import Run
 
 QUALITY = ("test/accuracy", "test/accuracy_top5", "test/loss")
 """What a verdict is about: the first of these that is published."""
@@ -49,7 +49,7 @@ def judge(
         share = "" if broken == len(runs) else f": {broken} of {len(runs)} runs"
         return Verdict(text=f"diverged{share}")
     obstacles = _partial(runs[0].settings)
-    name = next((name for name in QUALITY if reference and name in reference["figures"]), None)
+    name = next((name for name in QUALITY if reference and name in reference["metrics"]), None)
     figure = figures.get(name) if name is not None else None
     if reference is None or name is None or figure is None or figure.mean is None:
         return Verdict(text="; ".join([*obstacles, "no reference"]))

@@ -1,8 +1,66 @@
 """Files that are complete or absent: atomic writes, and SHA-256 seals beside them."""
 
+import glob
 import hashlib
+import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+_ASIDE = ".{name}.{random}.part"
+
+
+@contextmanager
+def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Where to write a file that appears at `path` when the block ends, flushed to the disk. An
+    exception leaves `path` as it was.
+
+    replace: False keeps a file that is already there.
+
+    Raises: FileExistsError with replace=False, where `path` exists; OSError of the disk.
+    """
+    aside = path.with_name(_ASIDE.format(name=path.name, random=secrets.token_hex(4)))
+    try:
+        yield aside
+        flush(aside)
+        if replace:
+            aside.replace(path)
+        else:
+            path.hardlink_to(aside)  # unlike a rename, it never replaces a file
+    finally:
+        with suppress(OSError):  # of a disk that has become read-only
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def sealed_path(path: Path) -> Iterator[Path]:
+    """`atomic_path` with a seal, for a file that one process at a time writes: what a process that
+    was killed has left is removed.
+    """
+    remove_leftovers(path)
+    with atomic_path(path) as aside:
+        yield aside
+        flush(aside)
+        sha256 = sha256_of(aside)
+        # No seal for a moment, rather than the old file's seal beside the new file.
+        seal_of(path).unlink(missing_ok=True)
+    write_text(seal_of(path), f"{sha256}  {path.name}\n")
+    flush(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed in `atomic_path` have left beside `path`."""
+    for aside in path.parent.glob(_ASIDE.format(name=glob.escape(path.name), random="*")):
+        aside.unlink(missing_ok=True)
+
+
+def remove_sealed(path: Path) -> None:
+    """Remove a file and its seal."""
+    for each in (path, seal_of(path)):
+        each.unlink(missing_ok=True)
 
 
 def seal_of(path: Path) -> Path:
@@ -11,7 +69,7 @@ def seal_of(path: Path) -> Path:
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether the file is exactly what was written: it is there, with a seal that fits."""
+    """Whether the file is exactly what was written: it is there, with a seal that matches."""
     try:
         noted = seal_of(path).read_text(encoding="utf-8").split()
         return bool(noted) and noted[0] == sha256_of(path)
@@ -25,19 +83,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write aside, flush and rename: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 atomically; what UTF-8 cannot express (bytes of a path) is escaped."""
+    with atomic_path(path) as aside:
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def flush_folder(folder: Path) -> None:
-    """Let the renames themselves reach the disk."""
-    number = os.open(folder, os.O_RDONLY)
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Let a file's content, or the renames in a folder, reach the disk."""
+    number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:

@@ -3,7 +3,7 @@ run uses.
 """
 
 from fastdeq.training.checkpoint_io import SealedCheckpointIO
-from fastdeq.training.checkpoints import BEST, LAST, checkpoints
+from fastdeq.training.checkpoints import checkpoints
 from fastdeq.training.classification import ClassificationTask
 from fastdeq.training.ddp import PayloadDDPStrategy, payload_strategy
 from fastdeq.training.diagnosis import (
@@ -14,7 +14,6 @@ from fastdeq.training.diagnosis import (
     trend_of,
     with_norm,
 )
-from fastdeq.training.failure_file import FAILURE
 from fastdeq.training.failures import Failures, TrainingFailed
 from fastdeq.training.loggers.console import EpochLines, ProgressBar, table_of
 from fastdeq.training.loggers.metrics_file import MetricsFile
@@ -22,7 +21,7 @@ from fastdeq.training.loss import LossWeights
 from fastdeq.training.pretraining import Pretraining
 from fastdeq.training.random_state import set_random_state
 from fastdeq.training.regression import RegressionTask
-from fastdeq.training.resumption import BEFORE, RESUME, Interrupted, Resumption, rows_of
+from fastdeq.training.resumption import Resumption, rows_of
 from fastdeq.training.schedules import (
     AbstractSchedule,
     Constant,
@@ -36,11 +35,6 @@ from fastdeq.training.task import AbstractTask
 from fastdeq.training.timing import StepTimer
 
 __all__ = [
-    "BEFORE",
-    "BEST",
-    "FAILURE",
-    "LAST",
-    "RESUME",
     "AbstractSchedule",
     "AbstractTask",
     "BatchResult",
@@ -50,7 +44,6 @@ __all__ = [
     "Diagnosis",
     "EpochLines",
     "Failures",
-    "Interrupted",
     "KeepSigtermHandler",
     "LRSchedulerConfig",
     "LossWeights",

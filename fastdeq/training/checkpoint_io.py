@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from fastdeq.runs.files import flush_folder, seal_of, sha256_of, write_atomic
+from fastdeq.runs.files import remove_sealed, sealed_path
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
@@ -23,25 +22,15 @@ class SealedCheckpointIO(TorchCheckpointIO):
         """Raises: OSError where the disk is full or not writable; what was there before remains."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.part")
         try:
-            with aside.open("wb") as file:
+            # To a path, torch's own writer warns of a full disk on stderr as well.
+            with sealed_path(target) as aside, aside.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            seal = sha256_of(aside)
-            # No seal for a moment, rather than the old file's seal beside the new file.
-            seal_of(target).unlink(missing_ok=True)
-            aside.replace(target)
-        except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
-            with suppress(OSError):  # of a disk that has become read-only
-                aside.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
             raise OSError(
                 f"no checkpoint can be written to {target} ({str(error).splitlines()[0]}): make "
                 "room, or choose another place (paths.outputs); the one before it is intact"
             ) from error
-        write_atomic(seal_of(target), f"{seal}  {target.name}\n")
-        flush_folder(target.parent)
 
     def load_checkpoint(
         self,
@@ -54,5 +43,4 @@ class SealedCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove the file and its seal."""
-        for each in (Path(path), seal_of(Path(path))):
-            each.unlink(missing_ok=True)
+        remove_sealed(Path(path))

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from fastdeq.runs.folder import BEST, LAST
 from fastdeq.training.task import AbstractTask
-
-BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 def checkpoints(folder: Path, task: AbstractTask) -> list[ModelCheckpoint]:

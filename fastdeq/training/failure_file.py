@@ -6,12 +6,11 @@ from typing import Any
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
+from fastdeq.runs.folder import FAILURE
 from fastdeq.training.checkpoint_io import SealedCheckpointIO
 from fastdeq.training.diagnosis import Diagnosis
 from fastdeq.training.random_state import as_plain, gathered
 from fastdeq.training.step import BatchResult, StepResult
-
-FAILURE = "failure.ckpt"
 
 
 def save_failure(

@@ -11,19 +11,16 @@ import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 
 from fastdeq.runs.files import seal_of
+from fastdeq.runs.folder import BEFORE, RESUME
+from fastdeq.runs.status import Interrupted
 from fastdeq.training.ddp import payload_strategy
 from fastdeq.training.diagnosis import Reading
 from fastdeq.training.loggers.metrics_file import MetricsFile
 from fastdeq.training.random_state import gathered, random_state, set_random_state
 from fastdeq.training.task import AbstractTask
 
-RESUME, BEFORE = "resume.ckpt", "resume.before.ckpt"
 _KEY = "fastdeq"
 _STOP_AFTER = 1  # as a reason to stop; that of a signal is its number above
-
-
-class Interrupted(Exception):
-    """The run has been stopped before its end, and has saved its state."""
 
 
 @dataclass(frozen=True)

@@ -497,7 +497,7 @@ def test_of_many_classes_the_command_shows_the_range(tmp_path, capsys):
 
 
 def metrics(run: Path) -> dict[str, float]:
-    found = json.loads((run / "summary.json").read_text())["figures"]
+    found = json.loads((run / "summary.json").read_text())["metrics"]
     return {name: value for name, value in found.items() if "seconds" not in name}
 
 

@@ -11,13 +11,13 @@ MNIST = {
     "seeds": 3,
     "epochs": 25,
     "where": {"model": "deq", "loss.jacobian": 0.0},
-    "figures": {"test/accuracy": 0.97926, "test/nfe": 18.345, "test/seconds": 0.038},
+    "metrics": {"test/accuracy": 0.97926, "test/nfe": 18.345, "test/seconds": 0.038},
     "deviations": {"test/accuracy": 0.00107, "test/nfe": 0.732},
     "training_minutes": 5.197,
 }
 """A published row as summary.json holds it."""
 
-FIGURES = {
+METRICS = {
     "train/loss": 0.0138,
     "train/seconds": 0.01,
     "train/backward_seconds": 0.004,
@@ -77,13 +77,14 @@ def configuration(**settings: Any) -> dict[str, Any]:
 def summary(
     config: dict[str, Any],
     choices: dict[str, str],
-    figures: dict[str, float],
+    metrics: dict[str, float],
     reference: dict[str, Any] | None,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """What a run of the configuration writes about itself."""
     return {
-        "figures": {**FIGURES, **figures},
+        "format": 2,
+        "metrics": {**METRICS, **metrics},
         "train_seconds": 480.0,
         "mode": config["mode"],
         "epochs": 25,
@@ -110,7 +111,7 @@ def write_run(
     *,
     settings: dict[str, Any] | None = None,
     choices: dict[str, str] | None = None,
-    figures: dict[str, float] | None = None,
+    metrics: dict[str, float] | None = None,
     reference: dict[str, Any] | None = None,
     **facts: Any,
 ) -> Path:
@@ -118,7 +119,7 @@ def write_run(
     unfinished_run(folder)
     config = configuration(**(settings or {}))
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    content = summary(config, choices or {}, figures or {}, reference, facts)
+    content = summary(config, choices or {}, metrics or {}, reference, facts)
     (folder / "summary.json").write_text(json.dumps(content))
     return folder
 

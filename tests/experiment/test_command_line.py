@@ -22,7 +22,7 @@ def summary(folder: Path) -> dict[str, object]:
 
 def figures(folder: Path) -> dict[str, float]:
     """Of the final test, without what a clock says."""
-    found = summary(folder)["figures"]
+    found = summary(folder)["metrics"]
     assert isinstance(found, dict)
     return {
         name: value
@@ -156,7 +156,7 @@ def test_every_figure_of_the_summary_is_in_the_metrics(command: CommandLine) -> 
     folder = a_run(command, "model=skip_deq")
     with (folder / "metrics.csv").open() as lines:
         rows = list(csv.DictReader(lines))
-    found = summary(folder)["figures"]
+    found = summary(folder)["metrics"]
     assert isinstance(found, dict)
     assert {name.split("/")[0] for name in found} == {"train", "val", "test"}
     for name, value in found.items():
@@ -184,7 +184,7 @@ def test_the_settings_for_debugging_train(command: CommandLine, chosen: str) -> 
     content = summary(folder)
     assert content["steps"] == (1 if chosen == "one_batch" else 100)
     if chosen == "overfit":
-        found = content["figures"]
+        found = content["metrics"]
         assert isinstance(found, dict)
         assert found["train/accuracy"] == 1.0
 

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from fastdeq import DEQChain, experiment
 from fastdeq.data import Cifar10DataModule, read_digits
-from fastdeq.experiment.folder import make_folder
 from fastdeq.experiment.run import read_score
+from fastdeq.runs.folder import make_folder
 from tests.configurations import composed
 from tests.data.cifar_svhn_files import cifar_files, small_cifar, write_folder
 
@@ -61,11 +61,11 @@ def test_the_summary_says_what_the_metrics_say_and_where_they_come_from(tmp_path
     folder = run(tmp_path, "seed=3")
     summary = json.loads((folder / "summary.json").read_text())
     (tested,) = (row for row in rows(folder) if row["test/accuracy"])
-    names = [name for name in summary["figures"] if name.startswith("test/")]
-    assert {name: summary["figures"][name] for name in names} == {
+    names = [name for name in summary["metrics"] if name.startswith("test/")]
+    assert {name: summary["metrics"][name] for name in names} == {
         name: float(tested[name]) for name in names
     }
-    assert {"test/loss", "test/accuracy", "test/nfe", "test/residual"} <= set(summary["figures"])
+    assert {"test/loss", "test/accuracy", "test/nfe", "test/residual"} <= set(summary["metrics"])
     assert summary["steps"] == 4
     assert summary["seed"] == 3
     assert summary["versions"]["torch"] == torch.__version__
@@ -108,7 +108,7 @@ def test_the_checkpoint_loads_as_weights_only_and_gives_the_tested_accuracy(
     accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
     summary = json.loads((folder / "summary.json").read_text())
     # One sample is 1/360: the accuracy is a count, equal but for the last digit of its float.
-    assert accuracy == pytest.approx(summary["figures"]["test/accuracy"], abs=1e-6)
+    assert accuracy == pytest.approx(summary["metrics"]["test/accuracy"], abs=1e-6)
 
 
 def test_the_explicit_accuracy_is_that_of_the_prediction_and_not_of_the_solve(
@@ -118,7 +118,7 @@ def test_the_explicit_accuracy_is_that_of_the_prediction_and_not_of_the_solve(
     monkeypatch.setattr(
         DEQChain, "explicit", lambda self, x: torch.eye(10)[torch.full((len(x),), 3)]
     )
-    figures = json.loads((run(tmp_path) / "summary.json").read_text())["figures"]
+    figures = json.loads((run(tmp_path) / "summary.json").read_text())["metrics"]
     threes = (read_digits().test_labels == 3).float().mean().item()
     assert figures["test/explicit_accuracy"] == pytest.approx(threes, abs=1e-6)
 

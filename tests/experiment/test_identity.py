@@ -8,9 +8,10 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from fastdeq.experiment.resume import check_same, same_run_beside
-from fastdeq.report import Run, make_rows
+from fastdeq.report import make_rows
 from fastdeq.runs.identity import FREE, digest, identity, leaves
+from fastdeq.runs.reading import Run
+from fastdeq.runs.resuming import check_same, same_run_beside
 from tests.commands import SHORT, CommandLine
 from tests.configurations import composed
 from tests.experiment.run_folders import summary

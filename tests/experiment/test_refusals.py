@@ -91,7 +91,7 @@ VALUES = {
     "data=null": ("data is None", "digits, fashion_mnist"),
     "paths.outputs=null": ("paths.outputs is None", "text"),
     "+paths.runs=a": ("'paths.runs'", "did you mean 'paths.run'"),
-    "reference={rows: [{where: {model: skip_mdeq}}]}": ("reference.rows.0.figures is missing",),
+    "reference={rows: [{where: {model: skip_mdeq}}]}": ("published row needs metrics",),
     "reference={rows: [{where: {modle: deq}, figures: {}}]}": ("reference.rows", "'modle'"),
     "solver.max_steps=9999999999999999999": ("solver.max_steps is 9", "below 2**63"),
     "seed=99999999999": ("seed is 99999999999", "at most 4294967295"),
@@ -255,7 +255,7 @@ def test_a_damaged_store_is_refused_with_the_cure(
 def test_testing_needs_weights(command: CommandLine) -> None:
     refused(command("mode=test"), "checkpoint=PATH", "from_run=FOLDER")
     refused(command("mode=test", "checkpoint=nowhere.ckpt"), "nowhere.ckpt", "last.ckpt")
-    refused(command("from_run=nowhere"), "nowhere is no run folder")
+    refused(command("from_run=nowhere"), "nowhere is not a run folder")
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_a_run_folder_that_is_there_is_refused_and_left_alone(
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "summary.json").write_text("precious")
-    refused(command(*SHORT, f"paths.run={folder}"), "paths.run", "is there already")
+    refused(command(*SHORT, f"paths.run={folder}"), "paths.run", "exists")
     assert (folder / "summary.json").read_text() == "precious"
 
 

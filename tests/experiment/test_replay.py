@@ -12,7 +12,8 @@ import torch
 from fastdeq import experiment
 from fastdeq.experiment.replay import replay
 from fastdeq.runs.files import is_sealed, seal_of
-from fastdeq.training import FAILURE, TrainingFailed
+from fastdeq.runs.folder import FAILURE
+from fastdeq.training import TrainingFailed
 from tests.commands import CommandLine, refused
 from tests.configurations import composed
 from tests.damage import cut, empty, flip, replace
@@ -195,7 +196,7 @@ def failed(command: CommandLine, tmp_path: Path) -> Path:
 
 def test_a_replay_needs_a_failed_step(command: CommandLine, tmp_path: Path) -> None:
     refused(command("mode=replay"), "from_run=FOLDER", "checkpoint=PATH")
-    refused(command("mode=replay", "from_run=nowhere"), "nowhere is no run folder")
+    refused(command("mode=replay", "from_run=nowhere"), "nowhere is not a run folder")
     refused(command("mode=replay", "checkpoint=nowhere.ckpt"), "nowhere.ckpt is not there")
     good = tmp_path / "good"
     assert command(*SHORT, "model=skip_deq", f"paths.run={good}").status == 0

@@ -105,7 +105,7 @@ def job(number: int, accuracy: float | None, **overrides: str) -> SweepJob:
         folder=f"run{number}" if done else None,
         error=None if done else "out of luck",
         summary=(
-            {"figures": {"test/accuracy": accuracy, "test/nfe": 10.0}, "train_seconds": 60.0}
+            {"metrics": {"test/accuracy": accuracy, "test/nfe": 10.0}, "train_seconds": 60.0}
             if done
             else None
         ),
@@ -205,7 +205,7 @@ def test_jobs_are_read_in_their_order_with_their_summaries(tmp_path: Path) -> No
         (tmp_path / "jobs" / f"{number}.json").write_text(json.dumps(record))
         if number != 2:
             folder.mkdir()
-            summary = {"figures": {"test/loss": number / 2}, "train_seconds": number}
+            summary = {"format": 2, "metrics": {"test/loss": number / 2}, "train_seconds": number}
             (folder / "summary.json").write_text(json.dumps(summary))
     jobs = read_jobs(tmp_path)
     assert [job.number for job in jobs] == [1, 2, 10]

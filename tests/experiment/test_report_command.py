@@ -18,7 +18,7 @@ from tests.experiment.run_folders import MNIST, unfinished_run, write_job, write
 JACOBIAN = {
     **MNIST,
     "where": {"model": "deq", "loss.jacobian": 1.0},
-    "figures": {"test/accuracy": 0.98123, "test/nfe": 5.034, "test/seconds": 0.011},
+    "metrics": {"test/accuracy": 0.98123, "test/nfe": 5.034, "test/seconds": 0.011},
     "deviations": {"test/accuracy": 0.00025, "test/nfe": 0.059},
     "parameters": 138000,
     "training_minutes": 7.321,
@@ -34,13 +34,13 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_run(
             outputs / "mnist_fc" / f"deq_{seed}",
             settings={"seed": seed},
-            figures={"test/accuracy": share, "test/nfe": 7.0 + seed},
+            metrics={"test/accuracy": share, "test/nfe": 7.0 + seed},
             reference=MNIST,
         )
     write_run(
         outputs / "mnist_fc" / "jacobian",
         settings={"loss.jacobian": 1.0},
-        figures={"test/accuracy": 0.983, "test/nfe": 4.0},
+        metrics={"test/accuracy": 0.983, "test/nfe": 4.0},
         reference=JACOBIAN,
         commit="0813f8e8b9",
         dirty=True,
@@ -157,7 +157,7 @@ def test_csv_has_a_column_for_every_number(capsys, runs):
 
 
 def test_csv_of_any_runs_has_the_same_columns(capsys, runs, tmp_path):
-    write_run(tmp_path / "other", choices={"experiment": "None"}, figures={"test/new": 1.0})
+    write_run(tmp_path / "other", choices={"experiment": "None"}, metrics={"test/new": 1.0})
     headings = {
         printed(capsys, path, "format=csv")[0].splitlines()[0] for path in ("outputs", "other")
     }
@@ -173,16 +173,16 @@ def test_json_has_numbers_and_folders(capsys, runs):
         ["outputs/mnist_fc/jacobian"],
     ]
     row = rows[1]
-    assert row["figures"]["test/accuracy"] == {
+    assert row["metrics"]["test/accuracy"] == {
         **{"mean": 0.983, "deviation": None, "n": 1},
         **{"published": 0.98123, "published_deviation": 0.00025},
     }
-    assert set(row["figures"]) == {
+    assert set(row["metrics"]) == {
         *("test/accuracy", "test/loss", "test/nfe", "test/seconds", "train/seconds"),
         *("train/backward_seconds", "training_minutes"),
     }
-    assert row["figures"]["training_minutes"]["published"] == 7.321
-    del row["figures"], row["folders"]
+    assert row["metrics"]["training_minutes"]["published"] == 7.321
+    del row["metrics"], row["folders"]
     assert row == {
         **{"experiment": "mnist_fc", "model": "DEQ", "solver": "lbroyden", "continuous": False},
         **{"jacobian": True, "settings": "", "runs": 1, "seeds": 1},
@@ -208,8 +208,8 @@ def test_several_experiments_have_a_column_and_a_regression_its_loss(capsys, tmp
     write_run(tmp_path / "a")
     folder = write_run(tmp_path / "b", choices={"experiment": "polynomial_fitting"})
     summary = json.loads((folder / "summary.json").read_text())
-    del summary["figures"]["test/accuracy"]
-    summary["figures"]["test/loss"] = 4.24e-05
+    del summary["metrics"]["test/accuracy"]
+    summary["metrics"]["test/loss"] = 4.24e-05
     (folder / "summary.json").write_text(json.dumps(summary))
     lines = printed(capsys, str(tmp_path))[0].splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:4]]
@@ -222,7 +222,7 @@ def test_several_experiments_have_a_column_and_a_regression_its_loss(capsys, tmp
 
 def test_what_rows_have_that_others_have_not_is_said(capsys, tmp_path):
     write_run(tmp_path / "a", settings={"solver.tol": 0.5})
-    write_run(tmp_path / "b", device="NVIDIA H200", figures={"test/accuracy": math.nan})
+    write_run(tmp_path / "b", device="NVIDIA H200", metrics={"test/accuracy": math.nan})
     write_run(tmp_path / "c")
     out = printed(capsys, str(tmp_path))[0]
     table, notes = out.split("\n\n")
@@ -239,11 +239,11 @@ def test_what_rows_have_that_others_have_not_is_said(capsys, tmp_path):
 
 
 def test_figures_that_are_not_finite_are_null_in_json(capsys, tmp_path):
-    write_run(tmp_path / "a", figures={"test/loss": math.inf, "test/accuracy": math.nan})
+    write_run(tmp_path / "a", metrics={"test/loss": math.inf, "test/accuracy": math.nan})
     (row,) = json.loads(printed(capsys, str(tmp_path), "format=json")[0])
     assert row["verdict"] == "diverged"
-    assert row["figures"]["test/loss"]["mean"] is None
-    assert row["figures"]["test/accuracy"]["mean"] is None
+    assert row["metrics"]["test/loss"]["mean"] is None
+    assert row["metrics"]["test/accuracy"]["mean"] is None
 
 
 def test_a_bar_in_a_setting_does_not_end_its_cell(capsys, tmp_path):
@@ -253,7 +253,7 @@ def test_a_bar_in_a_setting_does_not_end_its_cell(capsys, tmp_path):
 
 
 def test_older_references_are_shown_and_not_judged(capsys, tmp_path):
-    older = {key: MNIST[key] for key in ("source", "where", "figures", "training_minutes")}
+    older = {key: MNIST[key] for key in ("source", "where", "metrics", "training_minutes")}
     write_run(tmp_path / "a", reference=older)
     out = printed(capsys, str(tmp_path))[0]
     assert "| 98.00 [97.93]   |" in out
@@ -269,15 +269,15 @@ def test_a_real_run_is_reported(command: CommandLine, capsys):
     folder = a_run(command, "experiment=mnist_fc", *settings)
     (row,) = json.loads(printed(capsys, "outputs", str(folder), "format=json")[0])
     summary = json.loads((folder / "summary.json").read_text())
-    figures = {name: figure["mean"] for name, figure in row["figures"].items()}
+    figures = {name: figure["mean"] for name, figure in row["metrics"].items()}
     assert figures.pop("training_minutes") == summary["train_seconds"] / 60
-    assert figures == {name: summary["figures"][name] for name in figures}
+    assert figures == {name: summary["metrics"][name] for name in figures}
     assert {"test/accuracy", "test/nfe", "train/seconds", "train/backward_seconds"} < set(figures)
     assert (row["experiment"], row["model"], row["solver"]) == (
         *("mnist_fc", "Skip Reg. DEQ", "lbroyden"),
     )
     assert "partial training: 2 batches; partial test: 1 batch" in row["verdict"]
-    assert row["figures"]["test/accuracy"]["published"] == 0.97973
+    assert row["metrics"]["test/accuracy"]["published"] == 0.97973
 
 
 def test_real_seeds_share_a_row_and_real_settings_do_not(command: CommandLine, capsys):
@@ -333,13 +333,13 @@ def test_paths_that_lead_to_no_run_have_status_1(capsys, runs, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "text"),
     [
-        ("summary.json", '{"figures": {', "cannot be read, it is truncated or damaged: leave"),
+        ("summary.json", '{"metrics": {', "cannot be read, it is truncated or damaged: leave"),
         ("summary.json", b"\xff\xfe", "cannot be read, it is truncated or damaged: leave"),
-        ("summary.json", "[]", "holds no 'figures', or not as expected: it was not written by"),
-        ("summary.json", '{"figures": 1}', "holds no 'figures', or not as expected"),
+        ("summary.json", "[]", "holds no 'metrics', or not as expected: it was not written by"),
+        ("summary.json", '{"metrics": 1}', "holds no 'metrics', or not as expected"),
         ("config.yaml", "a: [", "cannot be read, it is truncated or damaged: leave"),
         ("config.yaml", "text", "holds no keys: it was not written by a run of fastdeq"),
-        ("config.yaml", None, "is missing: a run is told apart by its configuration"),
+        ("config.yaml", None, "is missing: a run is identified by its configuration"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(capsys, runs, file, content, text):

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from fastdeq.report.rows import Row, make_rows
-from fastdeq.report.runs import find_runs, read_run
+from fastdeq.report.runs import find_runs
+from fastdeq.runs.reading import read_run
 from tests.experiment.run_folders import unfinished_run, write_job, write_run
 
 
@@ -176,14 +177,14 @@ def test_rows_are_in_the_published_order(tmp_path):
 
 
 def test_seconds_of_different_devices_have_no_mean(tmp_path):
-    (row,) = rows(tmp_path, {}, {"device": "NVIDIA H200", "figures": {"test/accuracy": 0.99}})
+    (row,) = rows(tmp_path, {}, {"device": "NVIDIA H200", "metrics": {"test/accuracy": 0.99}})
     assert row.figures["test/accuracy"].mean == pytest.approx(0.985)
     assert row.figures["test/seconds"].mean is None
     assert row.figures["training_minutes"].mean is None
 
 
 def test_a_figure_that_some_runs_lack_is_that_of_the_others(tmp_path):
-    (row,) = rows(tmp_path, {}, {"figures": {"test/accuracy_top5": 0.5}})
+    (row,) = rows(tmp_path, {}, {"metrics": {"test/accuracy_top5": 0.5}})
     figure = row.figures["test/accuracy_top5"]
     assert (figure.mean, figure.deviation, figure.n) == (0.5, None, 1)
 

@@ -33,7 +33,7 @@ def test_a_sweep_over_models_and_seeds_ends_with_their_means(command: CommandLin
     ]
     assert (written / "table.md").read_text().splitlines() == table
     accuracies = [
-        json.loads((run / "summary.json").read_text())["figures"]["test/accuracy"]
+        json.loads((run / "summary.json").read_text())["metrics"]["test/accuracy"]
         for run in runs
         if json.loads((run / "summary.json").read_text())["choices"]["model"] == "deq"
     ]

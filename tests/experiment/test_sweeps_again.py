@@ -38,7 +38,7 @@ def test_a_sweep_of_interrupted_runs_is_finished_by_starting_it_again(command: C
     assert len(folders(command)) == 4
     ended = command(*SWEEP)
     assert ended.status == 0, ended.err
-    assert ended.out.count("going on    from resume.ckpt") == 4
+    assert ended.out.count("resuming    from resume.ckpt") == 4
     pieces = folders(command)
     assert len(pieces) == 4
     # And the same in one go, elsewhere.

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from fastdeq.report.rows import Row, make_rows
-from fastdeq.report.runs import read_run
 from fastdeq.report.verdict import margin
+from fastdeq.runs.reading import read_run
 from tests.experiment.run_folders import MNIST, write_run
 
 # Powers of two, so that means, differences and the margin below are exact.
-PUBLISHED = {**MNIST, "figures": {"test/accuracy": 0.5}, "deviations": {"test/accuracy": 0.0625}}
+PUBLISHED = {**MNIST, "metrics": {"test/accuracy": 0.5}, "deviations": {"test/accuracy": 0.0625}}
 ALLOWED = 2 * 0.0625 * math.sqrt(1 + 1 / 3)  # of a single seed beside three
 
 
@@ -27,7 +27,7 @@ def row(folder: Path, *runs: dict[str, Any]) -> Row:
 
 
 def accuracy(value: float, reference: dict[str, Any] | None = PUBLISHED) -> dict[str, Any]:
-    return {"figures": {"test/accuracy": value}, "reference": reference}
+    return {"metrics": {"test/accuracy": value}, "reference": reference}
 
 
 # The margin
@@ -81,21 +81,21 @@ def test_a_seed_that_was_run_twice_is_one_seed(tmp_path):
 
 
 def test_a_loss_is_judged_where_no_accuracy_is_published(tmp_path):
-    published = {"figures": {"test/loss": 0.5}, "deviations": {"test/loss": 0.0625}}
-    run = {"figures": {"test/loss": 0.53125}, "reference": {**MNIST, **published}}
+    published = {"metrics": {"test/loss": 0.5}, "deviations": {"test/loss": 0.0625}}
+    run = {"metrics": {"test/loss": 0.53125}, "reference": {**MNIST, **published}}
     assert row(tmp_path, run).verdict.text == "within: +0.0312 of ±0.144"
 
 
 def test_top_5_is_judged_where_it_alone_is_published(tmp_path):
     name = "test/accuracy_top5"
-    published = {"figures": {name: 0.5}, "deviations": {name: 0.0625}}
-    run = {"figures": {name: 0.75}, "reference": {**MNIST, **published}}
+    published = {"metrics": {name: 0.5}, "deviations": {name: 0.0625}}
+    run = {"metrics": {name: 0.75}, "reference": {**MNIST, **published}}
     assert row(tmp_path, run).verdict.text == "above: +25.00 of ±14.43"
 
 
 # What is not judged
 
-OLDER = {key: MNIST[key] for key in ("source", "where", "figures", "training_minutes")}
+OLDER = {key: MNIST[key] for key in ("source", "where", "metrics", "training_minutes")}
 STEPS = {key: value for key, value in PUBLISHED.items() if key != "epochs"} | {"steps": 20000}
 
 
@@ -103,8 +103,8 @@ STEPS = {key: value for key, value in PUBLISHED.items() if key != "epochs"} | {"
     ("run", "text"),
     [
         ({"reference": None}, "no reference"),
-        ({"reference": {"source": "a figure", "figures": {}}}, "no reference"),
-        ({"reference": {**MNIST, "figures": {"test/nfe": 4.0}}}, "no reference"),
+        ({"reference": {"source": "a figure", "metrics": {}}}, "no reference"),
+        ({"reference": {**MNIST, "metrics": {"test/nfe": 4.0}}}, "no reference"),
         ({"reference": OLDER}, "published length unknown; published spread unknown"),
         ({"reference": {**MNIST, "deviations": {}}}, "published spread unknown"),
         ({"reference": {**MNIST, "seeds": None}}, "published spread unknown"),
@@ -129,8 +129,8 @@ STEPS = {key: value for key, value in PUBLISHED.items() if key != "epochs"} | {"
             {"reference": None, "settings": {"trainer.overfit_batches": 2}},
             "partial training: 2 batches; no reference",
         ),
-        ({"reference": MNIST, "figures": {"train/loss": math.nan}}, "diverged"),
-        ({"reference": None, "figures": {"test/loss": math.inf}}, "diverged"),
+        ({"reference": MNIST, "metrics": {"train/loss": math.nan}}, "diverged"),
+        ({"reference": None, "metrics": {"test/loss": math.inf}}, "diverged"),
     ],
 )
 def test_what_cannot_be_compared_is_not_judged_and_says_why(tmp_path, run, text):
@@ -151,12 +151,12 @@ def test_the_shortest_of_a_rows_runs_counts(tmp_path):
 
 
 def test_one_run_that_diverged_is_enough(tmp_path):
-    runs = (accuracy(0.5), {**accuracy(0.5), "figures": {"train/loss": math.nan}})
+    runs = (accuracy(0.5), {**accuracy(0.5), "metrics": {"train/loss": math.nan}})
     assert row(tmp_path, *runs).verdict.text == "diverged: 1 of 2 runs"
 
 
 def test_the_most_complete_reference_of_a_row_is_taken(tmp_path):
-    older = {"source": MNIST["source"], "figures": PUBLISHED["figures"]}
+    older = {"source": MNIST["source"], "metrics": PUBLISHED["metrics"]}
     found = row(tmp_path, accuracy(0.5), accuracy(0.5, older), accuracy(0.5, None))
     assert found.reference == PUBLISHED
     assert found.verdict.text.startswith("within")

@@ -34,7 +34,7 @@ def content(folder: Path) -> dict[str, object]:
 
 
 def figures(folder: Path) -> dict[str, float]:
-    found = content(folder)["figures"]
+    found = content(folder)["metrics"]
     assert isinstance(found, dict)
     return {name: value for name, value in found.items() if "seconds" not in name}
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from fastdeq.experiment.sweep import RESUMABLE
 from fastdeq.runs.files import is_sealed
-from fastdeq.training import RESUME
+from fastdeq.runs.folder import RESUME
 from tests.commands import ROOT, CommandLine, default_signals
 from tests.comparisons import assert_same
 from tests.processes import children
@@ -99,7 +99,7 @@ def test_a_signal_stops_the_run_after_its_step_and_it_goes_on(
     again = train(tmp_path, *LONG, "stop_after=1e-9")
     out, err = again.communicate(timeout=LIMIT)
     assert again.returncode == RESUMABLE, err
-    assert "going on    from resume.ckpt" in out
+    assert "resuming    from resume.ckpt" in out
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -268,7 +268,7 @@ def test_a_run_whose_process_was_killed_is_taken_over(tmp_path: Path) -> None:
     out, err = taken.communicate(timeout=LIMIT)
     assert taken.returncode == RESUMABLE, err
     # Killed while it wrote, it has left the state before.
-    assert re.search(r"going on    from resume(\.before)?\.ckpt", out)
+    assert re.search(r"resuming    from resume(\.before)?\.ckpt", out)
 
 
 def test_a_failed_run_says_why_and_a_done_one_that_it_is(

@@ -10,14 +10,9 @@ from torch import nn
 from fastdeq import DeepEquilibriumNetwork, DEQChain
 from fastdeq.data import Batch
 from fastdeq.nn import DenseCell
+from fastdeq.runs.folder import FAILURE
 from fastdeq.solvers import LimitedMemoryBroydenSolver
-from fastdeq.training import (
-    FAILURE,
-    AbstractTask,
-    ClassificationTask,
-    Cosine,
-    LossWeights,
-)
+from fastdeq.training import AbstractTask, ClassificationTask, Cosine, LossWeights
 from tests.training.tasks import FEATURES, WIDTH, samples
 
 GOOD, OTHER = samples(5), samples(6)

@@ -11,10 +11,9 @@ from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
 from fastdeq.report import heading, row
+from fastdeq.runs.folder import BEST, LAST
 from fastdeq.solution import Solution, Status
 from fastdeq.training import (
-    BEST,
-    LAST,
     AbstractTask,
     ClassificationTask,
     EpochLines,

@@ -13,13 +13,9 @@ from torch import Tensor
 
 from fastdeq.data import Batch
 from fastdeq.runs.files import is_sealed
+from fastdeq.runs.folder import FAILURE
 from fastdeq.solution import Status
-from fastdeq.training import (
-    FAILURE,
-    Failures,
-    Pretraining,
-    TrainingFailed,
-)
+from fastdeq.training import Failures, Pretraining, TrainingFailed
 from tests.comparisons import assert_equal
 from tests.training.failing import EARLY, GOOD, NAN, OTHER, kept, task_of
 from tests.training.tasks import WIDTH, Listed, make_trainer, trained

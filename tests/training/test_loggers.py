@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fastdeq import experiment
-from fastdeq.training import AbstractTask, Interrupted
+from fastdeq.runs.status import Interrupted
+from fastdeq.training import AbstractTask
 from tests.configurations import composed
 
 SHORT = (

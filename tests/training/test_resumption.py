@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from fastdeq import experiment
-from fastdeq.experiment.resume import held
 from fastdeq.experiment.sweep import RESUMABLE
 from fastdeq.runs.files import is_sealed, seal_of
-from fastdeq.training import BEFORE, RESUME, Interrupted, TrainingFailed
+from fastdeq.runs.folder import BEFORE, RESUME
+from fastdeq.runs.lock import run_lock
+from fastdeq.runs.status import Interrupted
+from fastdeq.training import TrainingFailed
 from tests.commands import ROOT, CommandLine
 from tests.comparisons import assert_same, kept_step, summary, told
 from tests.configurations import composed
@@ -157,7 +159,7 @@ def test_with_no_state_that_is_whole_the_run_begins_again(
     for name in (RESUME, BEFORE):
         flip(folder / name)
     run(folder, "model=deq")
-    assert capsys.readouterr().out.count("is not whole: going on from the beginning") == 2
+    assert capsys.readouterr().out.count("is damaged: resuming from the beginning") == 2
     assert_same(whole, folder)
 
 
@@ -186,7 +188,7 @@ def test_a_folder_with_other_settings_is_refused(tmp_path: Path, changed: str, n
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
         run(folder, "model=deq", AT_ONCE)
-    with pytest.raises(FileExistsError, match=r"go on with the settings of that run") as caught:
+    with pytest.raises(FileExistsError, match=r"resume with the settings of that run") as caught:
         run(folder, "model=deq", changed)
     assert named in str(caught.value)
 
@@ -195,7 +197,7 @@ def test_a_folder_may_be_refused_whatever_is_in_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
         run(folder, "model=deq", AT_ONCE)
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists and is not a run folder"):
         run(folder, "model=deq", "resume=never")
 
 
@@ -203,7 +205,7 @@ def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
         run(folder, "model=deq", AT_ONCE)
-    with held(folder), pytest.raises(BlockingIOError, match="in use"):
+    with run_lock(folder), pytest.raises(BlockingIOError, match="in use"):
         run(folder, "model=deq")
     run(folder, "model=deq")  # free again
 
@@ -248,7 +250,7 @@ def test_the_command_says_that_it_goes_on_and_its_status_too(command: CommandLin
         assert f"stopped after {number} step" in answer.out
         assert "the same command goes on" in answer.out
         assert answer.err == ""
-    assert "going on    from resume.ckpt" in answers[1].out
+    assert "resuming    from resume.ckpt" in answers[1].out
     for word in ("stopped after 1 step", "going on"):
         assert word in (command.folder / "mine" / "train.log").read_text()
     assert "Traceback" not in (command.folder / "mine" / "train.log").read_text()

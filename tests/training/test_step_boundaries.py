@@ -13,14 +13,8 @@ from pytorch_lightning import Callback, Trainer
 from fastdeq.experiment.optimization import check_optimizer
 from fastdeq.experiment.replay import replay
 from fastdeq.experiment.sweep import RESUMABLE
-from fastdeq.training import (
-    FAILURE,
-    RESUME,
-    Failures,
-    Resumption,
-    StepTimer,
-    TrainingFailed,
-)
+from fastdeq.runs.folder import FAILURE, RESUME
+from fastdeq.training import Failures, Resumption, StepTimer, TrainingFailed
 from fastdeq.training import task as task_module
 from tests.commands import SHORT as COMMAND_SHORT
 from tests.commands import CommandLine, refused

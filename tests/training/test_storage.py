@@ -12,7 +12,9 @@ import torch
 
 from fastdeq import experiment
 from fastdeq.runs.files import is_sealed, seal_of
-from fastdeq.training import BEFORE, LAST, RESUME, Interrupted, SealedCheckpointIO
+from fastdeq.runs.folder import BEFORE, LAST, RESUME
+from fastdeq.runs.status import Interrupted
+from fastdeq.training import SealedCheckpointIO
 from tests.commands import SHORT, CommandLine
 from tests.comparisons import assert_same
 from tests.configurations import composed
@@ -164,7 +166,7 @@ def test_a_state_damaged_anywhere_is_passed_over(
     content[min(int(fraction * len(content)), len(content) - 1)] ^= 0x10
     path.write_bytes(content)
     experiment.run(composed(*STATES, f"paths.run={stopped}"))
-    warning = f"warning: {path} is not whole: going on from {BEFORE}"
+    warning = f"warning: {path} is damaged: resuming from {BEFORE}"
     assert warning in capsys.readouterr().out.splitlines()
     assert warning in (stopped / "train.log").read_text()
     assert_same(whole, stopped)

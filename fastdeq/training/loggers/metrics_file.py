@@ -7,7 +7,7 @@ from typing import Any
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
 
-METRICS = "metrics.csv"
+from fastdeq.runs.folder import METRICS
 
 
 class MetricsFile(CSVLogger):

@@ -11,6 +11,9 @@ from typing import Literal, cast
 import wandb
 from pytorch_lightning.loggers import WandbLogger
 
+from fastdeq.runs.files import write_text
+from fastdeq.runs.folder import WANDB_ID
+
 Mode = Literal["auto", "online", "offline", "disabled"]
 
 
@@ -53,9 +56,9 @@ class WeightsAndBiases(WandbLogger):
 
 def _run_id(folder: Path) -> str:
     """The run's id at W&B, kept in its folder: a run that goes on goes on there too."""
-    path = folder / ".wandb_id"
+    path = folder / WANDB_ID
     if not path.exists():
-        path.write_text(secrets.token_hex(4), encoding="utf-8")
+        write_text(path, secrets.token_hex(4))
     return path.read_text(encoding="utf-8")
 
 

@@ -1,27 +1,30 @@
-"""What a run folder says of its run while nobody looks: status.json."""
+"""What a run folder says of its run at any moment: status.json."""
 
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastdeq.experiment.explain import explain
-from fastdeq.experiment.folder import commit, write_json
-from fastdeq.training import Interrupted
+from fastdeq.runs.files import write_json
+from fastdeq.runs.folder import STATUS
+from fastdeq.runs.provenance import commit
 
-STATUS = "status.json"
 CREATED, RUNNING, INTERRUPTED, FAILED, DONE = "created", "running", "interrupted", "failed", "done"
 
 
+class Interrupted(Exception):
+    """The run was stopped before its end, and has saved its state."""
+
+
 @contextmanager
-def recorded(folder: Path, identity: str) -> Iterator[None]:
+def recorded(folder: Path, identity: str, explain: Callable[[Exception], str]) -> Iterator[None]:
     """Keep status.json while the run is made: running; then done, interrupted or failed, with the
-    error in a line. A process that is killed leaves "running" behind, and its lock open: see
-    `fastdeq.experiment.resume.held`.
+    error in a line (`explain`). A process that is killed leaves "running" behind, and its lock open
+    (`fastdeq.runs.lock`).
     """
     common = {
         "identity": identity,
@@ -44,12 +47,12 @@ def recorded(folder: Path, identity: str) -> Iterator[None]:
 
 
 def created(folder: Path, identity: str) -> None:
-    """The first word of a new folder."""
+    """The first status of a new folder."""
     _write(folder, {"identity": identity, "since": _now()}, CREATED)
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """What status.json says; of an older run, or half a folder, nothing."""
+    """The content of status.json; empty for an older run, or half a folder."""
     try:
         content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,0 +1,79 @@
+"""The names of all files of a run folder and of a sweep's folder, and how a run folder is made."""
+
+from datetime import datetime
+from pathlib import Path
+
+# Written before training
+CONFIG = "config.yaml"
+"""The resolved configuration."""
+OVERRIDES = "overrides.json"
+"""The command's overrides."""
+
+# Written while it trains
+STATUS = "status.json"
+METRICS = "metrics.csv"
+BEST, LAST = "best.ckpt", "last.ckpt"
+RESUME, BEFORE = "resume.ckpt", "resume.before.ckpt"
+"""The newest state to resume from, and the one before it."""
+FAILURE = "failure.ckpt"
+"""The failed step that mode=replay computes again."""
+LOCK = ".lock"
+WANDB_ID = ".wandb_id"
+
+# Written in the end
+SUMMARY = "summary.json"
+
+# In a sweep's folder
+SUBMISSION = "submission.json"
+TABLE_MARKDOWN, TABLE_CSV = "table.md", "table.csv"
+
+
+def log_file(folder: Path, mode: str) -> Path:
+    """What a run of this mode has printed."""
+    return folder / f"{mode}.log"
+
+
+def job_record(sweep: Path, number: int) -> Path:
+    """What became of a job of a sweep: overrides, run folder, error."""
+    return sweep / "jobs" / f"{number}.json"
+
+
+def job_numbers(sweep: Path) -> list[int]:
+    """The jobs of a sweep that have a record; empty for a folder that is not a sweep's."""
+    return sorted(int(path.stem) for path in sweep.glob("jobs/*.json") if path.stem.isdecimal())
+
+
+def make_folder(outputs: Path, name: str, chosen: Path | None) -> Path:
+    """A new, empty folder: `chosen`, or <outputs>/<name>/<date and time>, where a number is added
+    when another run was as quick.
+
+    Raises: FileExistsError where `chosen` has appeared by now, OSError where none can be made.
+    """
+    try:
+        return _make_folder(outputs, name, chosen)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        key, place = ("paths.run", chosen) if chosen else ("paths.outputs", outputs)
+        raise OSError(f"{key}: no folder can be made in {place} ({error.strerror})") from error
+
+
+def _make_folder(outputs: Path, name: str, chosen: Path | None) -> Path:
+    if chosen is not None:
+        try:
+            chosen.mkdir(parents=True)
+        except FileExistsError:
+            raise FileExistsError(
+                f"paths.run: {chosen} exists: give another name, leave it to the clock "
+                "(paths.run=null), or resume its run (resume=auto)"
+            ) from None
+        return chosen
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in range(1000):
+        folder = outputs / name / (stamp if attempt == 0 else f"{stamp}_{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise FileExistsError(f"could not make a new folder in {outputs / name}: 1000 in one second")

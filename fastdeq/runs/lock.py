@@ -1,0 +1,32 @@
+"""The run lock: one process at a time works in a run folder."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastdeq.runs.folder import LOCK
+from fastdeq.runs.status import read_status
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder; the operating system releases the lock when this
+    process ends, however it ends.
+
+    Raises: BlockingIOError where another process holds it.
+    """
+    with (folder / LOCK).open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"{folder} is in use: another process ({_owner(folder)}) trains in it; wait for "
+                "it, or choose another folder (paths.run=PATH, or resume=never in a sweep)"
+            ) from None
+        yield
+
+
+def _owner(folder: Path) -> str:
+    status = read_status(folder)
+    return f"{status.get('pid', 'of unknown number')} on {status.get('host', 'some machine')}"

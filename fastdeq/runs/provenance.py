@@ -1,0 +1,70 @@
+"""Where a run's metrics come from: versions, commit, machine, command, memory."""
+
+import platform
+import resource
+import subprocess
+import sys
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastdeq
+
+_PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "h5py")
+
+
+def provenance(device: torch.device, command: str) -> dict[str, Any]:
+    """Where figures come from: versions, commit, machine and command."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "host": platform.node(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "fastdeq": fastdeq.__version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in _PACKAGES},
+        },
+        "commit": commit(),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "command": command,
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: what the process had allocated at most on a GPU, or resident at most on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit that the package's own checkout is at."""
+    return _git("rev-parse", "HEAD")
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the package's own checkout; None outside one or without git."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(fastdeq.__file__).parent), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
