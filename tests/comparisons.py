@@ -24,8 +24,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def summary(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    figures = found["metrics"].items()
-    found["metrics"] = {name: value for name, value in figures if "seconds" not in name}
+    metrics = found["metrics"].items()
+    found["metrics"] = {name: value for name, value in metrics if "seconds" not in name}
     return found
 
 

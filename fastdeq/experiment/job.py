@@ -49,7 +49,7 @@ class Job:
     """What a process needs to know; picklable.
 
     config: resolved, plain containers. checkpoint: weights to begin with. resume: the saved state
-    to go on from. choices: of the configuration's groups. reference: published figures of this row,
+    to go on from. choices: of the configuration's groups. reference: published metrics of this row,
     if there are any. started: when the command began, on the clock of `time.time` (which processes
     share).
     """
@@ -84,9 +84,9 @@ def work(job: Job) -> None:
         trainer = make_trainer(cfg, task, job, timer, loggers)
         if rank == 0:
             _announce(task, trainer, job)
-        figures = _run(job, trainer, task, data)
+        metrics = _run(job, trainer, task, data)
         if rank == 0:
-            summary = _summary(job, trainer, task, timer, figures)
+            summary = _summary(job, trainer, task, timer, metrics)
             write_json(job.folder / SUMMARY, summary)
             _conclude(summary, job, trainer, task)
             for name in (RESUME, BEFORE):  # there is nothing left to go on with
@@ -198,22 +198,22 @@ def _make_loggers(cfg: dict[str, Any], job: Job, rank: int) -> list[Logger]:
 
 
 def _run(job: Job, trainer: lightning.Trainer, task: AbstractTask, data: Any) -> dict[str, float]:
-    """Fit, if that is the mode, and test the last state; all figures of the last epoch."""
-    figures: dict[str, float] = {}
+    """Fit, if that is the mode, and test the last state; all metrics of the last epoch."""
+    metrics: dict[str, float] = {}
     if job.config["mode"] == "train":
         begin = time.perf_counter()
         trainer.fit(task, datamodule=data, ckpt_path=job.resume)
-        figures["train_seconds"] = time.perf_counter() - begin
+        metrics["train_seconds"] = time.perf_counter() - begin
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set at run time
             if isinstance(callback, Resumption):
-                figures["train_seconds"] += callback.seconds_before
-                figures |= callback.metrics
-        figures |= _epoch_figures(trainer)
+                metrics["train_seconds"] += callback.seconds_before
+                metrics |= callback.metrics
+        metrics |= _epoch_metrics(trainer)
     trainer.test(task, datamodule=data, verbose=False)
-    return figures | _epoch_figures(trainer)
+    return metrics | _epoch_metrics(trainer)
 
 
-def _epoch_figures(trainer: lightning.Trainer) -> dict[str, float]:
+def _epoch_metrics(trainer: lightning.Trainer) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
@@ -226,17 +226,17 @@ def _summary(
     trainer: lightning.Trainer,
     task: AbstractTask,
     timer: StepTimer,
-    figures: dict[str, float],
+    metrics: dict[str, float],
 ) -> dict[str, Any]:
-    seconds = figures.pop("train_seconds", None)
+    seconds = metrics.pop("train_seconds", None)
     first = timer.first_start
     # Two clocks: the command's start is only known on the one that processes share.
     waited = None if first is None else time.time() - (time.perf_counter() - first) - job.started
     score = task.monitor[0]
     return {
         "format": FORMAT,
-        "score": {"metric": f"test/{score}", "value": figures[f"test/{score}"]},
-        "metrics": figures,
+        "score": {"metric": f"test/{score}", "value": metrics[f"test/{score}"]},
+        "metrics": metrics,
         "train_seconds": None if seconds is None else round(seconds, 3),
         "train_ms_per_step": timer.median_ms,
         "seconds_to_first_step": None if waited is None else round(waited, 3),

@@ -122,8 +122,8 @@ def _again(
                 total[name] = total[name] + mine if name in total else mine
     trace, status = _joined(solutions)
     trend = None if trace is None else trend_of(trace, status)
-    figures = with_norm(torch.stack(rows), total.values())
-    return Diagnosis.of(figures.tolist(), trend), total, trace
+    row = with_norm(torch.stack(rows), total.values())
+    return Diagnosis.of(row.tolist(), trend), total, trace
 
 
 def _part_of_step(
@@ -184,7 +184,7 @@ def _print(
     processes = f" on {len(ranks)} processes" if len(ranks) > 1 else ""
     print(f"step {failure['step']:,} of {path}: {samples} samples{processes}")
     for title, diagnosis in (("then", _saved_diagnosis(failure)), ("now", now)):
-        print(f"{title:<9} {_figures(diagnosis)}")
+        print(f"{title:<9} {_numbers(diagnosis)}")
     if trace is not None:
         print(f"residual  {_history(trace)}")
     if again:
@@ -200,11 +200,11 @@ def _saved_diagnosis(failure: dict[str, Any]) -> Diagnosis:
     return Diagnosis(**saved)
 
 
-def _figures(diagnosis: Diagnosis) -> str:
+def _numbers(diagnosis: Diagnosis) -> str:
     solves = (("forward", diagnosis.forward), ("backward", diagnosis.backward))
-    told = [f"{name} {status_counts(counts)}" for name, counts in solves if any(counts)]
-    figures = f"loss {diagnosis.loss:.6g}, gradient norm {diagnosis.gradient_norm:.6g}"
-    return "; ".join([figures, *told])
+    shown = [f"{name} {status_counts(counts)}" for name, counts in solves if any(counts)]
+    numbers = f"loss {diagnosis.loss:.6g}, gradient norm {diagnosis.gradient_norm:.6g}"
+    return "; ".join([numbers, *shown])
 
 
 def _history(trace: Trace) -> str:

@@ -40,9 +40,9 @@ def run(cfg: DictConfig) -> Path:
     """Check, train and test what `cfg` describes; the run's folder.
 
     The folder, <paths.outputs>/<name>/<date and time>, holds the resolved configuration
-    (config.yaml), the overrides it came from (overrides.json), the figures of every epoch
+    (config.yaml), the overrides it came from (overrides.json), the metrics of every epoch
     (metrics.csv), the states of the last epoch and of the best validation (last.ckpt, best.ckpt),
-    what was printed (train.log), and summary.json: the final figures and what they were made with.
+    what was printed (train.log), and summary.json: the final metrics and their provenance.
 
     A folder that is given (paths.run) and there already is gone on with: from its last saved state
     to its end, or not at all where it is done.

@@ -6,22 +6,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-Figures = Mapping[str, float]
+Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of a table: its name in the metrics, heading, format and width."""
+    """One metric of a table: its name, heading, format and width."""
 
-    figure: str
+    metric: str
     heading: str
     text: str
     width: int
     factor: float = 1.0
 
-    def cell(self, figures: Figures) -> str:
-        """The figure as text, right-aligned; blank where there is none."""
-        value = figures.get(self.figure)
+    def cell(self, metrics: Metrics) -> str:
+        """The metric as text, right-aligned; blank where there is none."""
+        value = metrics.get(self.metric)
         if value is None:
             return " " * self.width
         text = self.text.format(self.factor * value)
@@ -53,7 +53,7 @@ def groups(
 ) -> tuple[Group, ...]:
     """NFE, accuracy, loss and milliseconds a batch: of training, evaluation, explicit prediction.
 
-    evaluated: the stage whose figures stand in the second group ("val" or "test"), under `title`.
+    evaluated: the stage whose metrics stand in the second group ("val" or "test"), under `title`.
     accuracy: whether the task has one. explicit: whether the model predicts without a solve.
     residual: whether training shows it too (relative, of the solver).
     """
@@ -88,10 +88,10 @@ def heading(table: tuple[Group, ...], first: str) -> str:
     return f"{'':{_FIRST}}{titles}\n{first:{_FIRST}}{names}"
 
 
-def row(table: tuple[Group, ...], name: str, figures: Figures) -> str:
+def row(table: tuple[Group, ...], name: str, metrics: Metrics) -> str:
     """One line of the table."""
     cells = "".join(
-        "  " + "".join(column.cell(figures) for column in group.columns) for group in table
+        "  " + "".join(column.cell(metrics) for column in group.columns) for group in table
     )
     return f"{name:{_FIRST}}{cells}".rstrip()
 

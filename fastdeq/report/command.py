@@ -1,4 +1,4 @@
-"""The command ``python -m fastdeq.report``: a table of runs beside the published figures."""
+"""The command ``python -m fastdeq.report``: a table of runs beside published results."""
 
 import difflib
 import sys
@@ -56,7 +56,7 @@ def usage() -> str:
     """Return what the command says when it is asked for help."""
     return (
         "usage: python -m fastdeq.report PATH ... [key=value ...]\n\n"
-        "Prints a table of runs: a row a configuration, figures as mean ± standard deviation over\n"
+        "Prints a table of runs: one row per configuration, metrics as mean ± deviation over\n"
         "seeds, with the published ones beside them where the experiment has them.\n"
         "PATH: a run's folder, a folder above some, or that of a sweep (outputs/multirun/...).\n"
         f"Keys: format={'|'.join(FORMATS)} of what is printed, markdown if not given;\n"

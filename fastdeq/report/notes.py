@@ -45,7 +45,7 @@ def _reading(rows: Sequence[Row]) -> list[str]:
         notes.append(f"[ ]: published, mean ± standard deviation{over}: {source}")
     if any(row.reference is not None for row in rows):
         notes.append(VERDICT)
-    if any(row.figures[name].published is not None for row in rows for name in TIMES):
+    if any(row.metrics[name].published is not None for row in rows for name in TIMES):
         notes.append(
             "published times: the paper names no GPU (its cluster scripts assume V100s with "
             "32 GB): no time is judged"

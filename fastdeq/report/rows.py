@@ -1,4 +1,4 @@
-"""Rows of a report: runs that differ in their seeds alone, and their figures over the seeds."""
+"""Rows of a report: runs that differ in their seeds alone, and their metrics over the seeds."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,13 +7,13 @@ from typing import Any
 
 from fastdeq.report.configuration import Label, differences, label
 from fastdeq.report.sweeps import mean_and_deviation
-from fastdeq.report.verdict import Figure, Verdict, judge
+from fastdeq.report.verdict import Metric, Verdict, judge
 from fastdeq.runs.identity import digest, without_seeds
 from fastdeq.runs.reading import Run
 
 TIMES = ("train/seconds", "train/backward_seconds", "test/seconds", "training_minutes")
-FIGURES = ("test/accuracy", "test/accuracy_top5", "test/loss", "test/nfe", *TIMES)
-"""Figures of a report, as they are called in summary.json."""
+METRICS = ("test/accuracy", "test/accuracy_top5", "test/loss", "test/nfe", *TIMES)
+"""Metrics of a report, as they are called in summary.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +21,13 @@ class Row:
     """Runs of one configuration over their seeds.
 
     settings: what tells the row from others of the same label, "" where the label does.
-    figures: of every name of FIGURES. reference: the published row (summary.json).
+    metrics: of every name of METRICS. reference: the published row (summary.json).
     """
 
     label: Label
     settings: str
     runs: tuple[Run, ...]
-    figures: Mapping[str, Figure]
+    metrics: Mapping[str, Metric]
     parameters: int
     reference: Mapping[str, Any] | None
     verdict: Verdict
@@ -40,7 +40,7 @@ class Row:
     @property
     def judged_by_loss(self) -> bool:
         """Whether the task has no accuracy."""
-        return all(self.figures[name].mean is None for name in FIGURES[:2])
+        return all(self.metrics[name].mean is None for name in METRICS[:2])
 
 
 def make_rows(runs: Iterable[Run]) -> list[Row]:
@@ -68,18 +68,18 @@ def _row(name: Label, settings: str, members: Sequence[Run]) -> Row:
     reference = _reference(runs)
     # Seconds of different machines have no mean.
     timed = len({run.device for run in runs}) == 1
-    figures = {
-        figure: _figure(figure, runs if timed or figure not in TIMES else (), reference)
-        for figure in FIGURES
+    metrics = {
+        metric: _metric(metric, runs if timed or metric not in TIMES else (), reference)
+        for metric in METRICS
     }
     return Row(
         label=name,
         settings=settings,
         runs=runs,
-        figures=figures,
+        metrics=metrics,
         parameters=runs[0].summary["parameters"],
         reference=reference,
-        verdict=judge(runs, figures, reference),
+        verdict=judge(runs, metrics, reference),
     )
 
 
@@ -89,7 +89,7 @@ def _reference(runs: Sequence[Run]) -> Mapping[str, Any] | None:
     return max(known, key=lambda row: (len(row.get("deviations") or {}), len(row)), default=None)
 
 
-def _figure(name: str, runs: Sequence[Run], reference: Mapping[str, Any] | None) -> Figure:
+def _metric(name: str, runs: Sequence[Run], reference: Mapping[str, Any] | None) -> Metric:
     by_seed: dict[int, list[float]] = {}
     for run in runs:
         if name in run.metrics:
@@ -99,9 +99,9 @@ def _figure(name: str, runs: Sequence[Run], reference: Mapping[str, Any] | None)
         mean, deviation = mean_and_deviation([statistics.fmean(each) for each in by_seed.values()])
     published = reference or {}
     value = (published.get("metrics") or {}).get(name)
-    if name == "training_minutes":  # stands beside the figures
+    if name == "training_minutes":  # stands beside the metrics
         value = published.get(name)
-    return Figure(
+    return Metric(
         mean=mean,
         deviation=deviation,
         n=len(by_seed),

@@ -16,7 +16,7 @@ from fastdeq.runs.reading import job_records, read_summary
 
 SEED = "seed"
 
-# heading, figure of summary.json (or of its "metrics"), format, factor
+# heading, key of summary.json or of its "metrics", format, factor
 _COLUMNS = (
     ("test accuracy %", "test/accuracy", "{:.2f}", 100.0),
     ("test loss", "test/loss", "{:.3g}", 1.0),
@@ -40,8 +40,8 @@ class SweepJob:
     summary: dict[str, Any] | None
     interrupted: bool = False
 
-    def figure(self, name: str) -> float | None:
-        """A figure of the summary, wherever it stands there."""
+    def metric(self, name: str) -> float | None:
+        """A number of the summary: one of its metrics, or beside them."""
         if self.summary is None:
             return None
         value = self.summary["metrics"].get(name, self.summary.get(name))
@@ -70,11 +70,11 @@ class SweepTable:
             row = tuple(job.overrides.get(key, "") for key in self.varied)
             self.groups.setdefault(row, []).append(job)
         self.columns = [
-            column for column in _COLUMNS if any(job.figure(column[1]) is not None for job in jobs)
+            column for column in _COLUMNS if any(job.metric(column[1]) is not None for job in jobs)
         ]
 
     def rows(self) -> list[list[str]]:
-        """Headings, then a row a setting: the settings, runs done of runs started, the figures."""
+        """Headings, then a row a setting: the settings, runs done of runs started, the metrics."""
         table = [[*self.varied, "runs", *(column[0] for column in self.columns)]]
         for settings, jobs in self.groups.items():
             done = sum(job.summary is not None for job in jobs)
@@ -106,8 +106,8 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _cell(column: tuple[str, str, str, float], jobs: Sequence[SweepJob]) -> str:
-    _, figure, text, factor = column
-    values = [factor * value for job in jobs if (value := job.figure(figure)) is not None]
+    _, metric, text, factor = column
+    values = [factor * value for job in jobs if (value := job.metric(metric)) is not None]
     if not values:
         return ""
     mean, deviation = mean_and_deviation(values)

@@ -10,28 +10,28 @@ from typing import Any
 
 from fastdeq.report.configuration import NONE
 from fastdeq.report.markdown import aligned
-from fastdeq.report.rows import FIGURES, Row
-from fastdeq.report.verdict import Figure
+from fastdeq.report.rows import METRICS, Row
+from fastdeq.report.verdict import Metric
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure's heading, format and factor in Markdown."""
+    """A metric's heading, format and factor in Markdown."""
 
-    figure: str
+    metric: str
     heading: str
     text: str
     factor: float = 1.0
 
     def cell(self, row: Row) -> str:
         """mean ± deviation [published ± deviation], as far as they are known."""
-        figure = row.figures[self.figure]
-        if self.figure == "test/loss" and not row.judged_by_loss:
+        metric = row.metrics[self.metric]
+        if self.metric == "test/loss" and not row.judged_by_loss:
             return ""
-        parts = [self._pair(figure.mean, figure.deviation)]
-        if 0 < figure.n < row.seeds:
-            parts.append(f"(n = {figure.n})")
-        if published := self._pair(figure.published, figure.published_deviation):
+        parts = [self._pair(metric.mean, metric.deviation)]
+        if 0 < metric.n < row.seeds:
+            parts.append(f"(n = {metric.n})")
+        if published := self._pair(metric.published, metric.published_deviation):
             parts.append(f"[{published}]")
         return " ".join(part for part in parts if part)
 
@@ -85,9 +85,9 @@ def comma_separated(rows: Sequence[Row]) -> str:
 
 
 def json_text(rows: Sequence[Row]) -> str:
-    """A list of rows with their figures, in the units of summary.json, and folders.
+    """A list of rows with their metrics, in the units of summary.json, and folders.
 
-    Figures that are not finite are null, for JSON has no others; the verdict tells.
+    Metrics that are not finite are null, for JSON has no others; the verdict tells.
     """
     return json.dumps([_nested(row) for row in rows], indent=2, ensure_ascii=False, allow_nan=False)
 
@@ -137,13 +137,13 @@ def _flat(row: Row) -> dict[str, Any]:
         "parameters": row.parameters,
         "parameters_published": (row.reference or {}).get("parameters"),
     }
-    for name in FIGURES:
-        figure = row.figures[name]
+    for name in METRICS:
+        metric = row.metrics[name]
         line |= {
-            name: figure.mean,
-            f"{name}_deviation": figure.deviation,
-            f"{name}_published": figure.published,
-            f"{name}_published_deviation": figure.published_deviation,
+            name: metric.mean,
+            f"{name}_deviation": metric.deviation,
+            f"{name}_published": metric.published,
+            f"{name}_published_deviation": metric.published_deviation,
         }
     return line | _verdict(row)
 
@@ -154,9 +154,9 @@ def _nested(row: Row) -> dict[str, Any]:
         **_head(row),
         "parameters": {"value": row.parameters, "published": reference.get("parameters")},
         "metrics": {
-            name: _finite(figure)
-            for name, figure in row.figures.items()
-            if figure.mean is not None or figure.published is not None
+            name: _finite(metric)
+            for name, metric in row.metrics.items()
+            if metric.mean is not None or metric.published is not None
         },
         "reference": None
         if row.reference is None
@@ -166,10 +166,10 @@ def _nested(row: Row) -> dict[str, Any]:
     }
 
 
-def _finite(figure: Figure) -> dict[str, float | None]:
+def _finite(metric: Metric) -> dict[str, float | None]:
     return {
         key: None if value is None or not math.isfinite(value) else value
-        for key, value in vars(figure).items()
+        for key, value in vars(metric).items()
     }
 
 

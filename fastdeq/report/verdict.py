@@ -1,4 +1,4 @@
-"""Where a measured figure stands beside the published one, and what forbids to say so."""
+"""Where a measured metric stands beside the published one, and what forbids to say so."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ QUALITY = ("test/accuracy", "test/accuracy_top5", "test/loss")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A figure over the seeds of a row, in the units of summary.json, beside the published one.
+class Metric:
+    """A metric over the seeds of a row, in the units of summary.json, beside the published one.
 
     mean: None where no run has it. deviation: of a sample (n − 1); None for a single seed.
     n: how many seeds have it.
@@ -37,12 +37,12 @@ class Verdict:
 
 
 def judge(
-    runs: Sequence[Run], figures: Mapping[str, Figure], reference: Mapping[str, Any] | None
+    runs: Sequence[Run], metrics: Mapping[str, Metric], reference: Mapping[str, Any] | None
 ) -> Verdict:
     """Whether the runs of a row come out as published: within, above or below the spread.
 
     reference: the published row, as in summary.json. Runs that diverged, that were shorter or
-    longer than the published ones or on part of the data, and figures without a published spread
+    longer than the published ones or on part of the data, and metrics without a published spread
     are not judged; the text then says why. Times never are: the machine is another.
     """
     if broken := sum(run.diverged for run in runs):
@@ -50,17 +50,17 @@ def judge(
         return Verdict(text=f"diverged{share}")
     obstacles = _partial(runs[0].settings)
     name = next((name for name in QUALITY if reference and name in reference["metrics"]), None)
-    figure = figures.get(name) if name is not None else None
-    if reference is None or name is None or figure is None or figure.mean is None:
+    metric = metrics.get(name) if name is not None else None
+    if reference is None or name is None or metric is None or metric.mean is None:
         return Verdict(text="; ".join([*obstacles, "no reference"]))
     obstacles = [*_length(runs, reference), *obstacles]
-    seeds, spread = reference.get("seeds"), figure.published_deviation
+    seeds, spread = reference.get("seeds"), metric.published_deviation
     if not seeds or spread is None:
         obstacles.append("published spread unknown")
-    if obstacles or figure.published is None or not seeds or spread is None:
+    if obstacles or metric.published is None or not seeds or spread is None:
         return Verdict(text="; ".join(obstacles))
-    allowed = margin(spread, seeds, figure.deviation, figure.n)
-    return _compared(figure.mean - figure.published, allowed, 1.0 if name == "test/loss" else 100.0)
+    allowed = margin(spread, seeds, metric.deviation, metric.n)
+    return _compared(metric.mean - metric.published, allowed, 1.0 if name == "test/loss" else 100.0)
 
 
 def margin(published: float, seeds: int, ours: float | None, n: int) -> float:
@@ -72,7 +72,7 @@ def margin(published: float, seeds: int, ours: float | None, n: int) -> float:
     n = 1. The first is two standard errors of the difference (Welch: the two spreads need not be
     equal). A single run tells nothing of its own spread: the second is the interval in which one
     more run of the published kind is predicted. The factor is 2 and no quantile of Student's t: of
-    normal figures with equal settings, 82 % (one seed beside three: 2 degrees of freedom) to 88 %
+    normal metrics with equal settings, 82 % (one seed beside three: 2 degrees of freedom) to 88 %
     (three beside three of equal spread: 4) come out within.
     """
     if ours is None:

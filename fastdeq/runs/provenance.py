@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy"
 
 
 def provenance(device: torch.device, command: str) -> dict[str, Any]:
-    """Where figures come from: versions, commit, machine and command."""
+    """Where metrics come from: versions, commit, machine and command."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else device.type,

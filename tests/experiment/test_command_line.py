@@ -20,7 +20,7 @@ def summary(folder: Path) -> dict[str, object]:
     return content
 
 
-def figures(folder: Path) -> dict[str, float]:
+def metrics(folder: Path) -> dict[str, float]:
     """Of the final test, without what a clock says."""
     found = summary(folder)["metrics"]
     assert isinstance(found, dict)
@@ -103,11 +103,11 @@ def test_no_bar_is_drawn_where_nobody_watches(command: CommandLine) -> None:
 # Runs from runs
 
 
-def test_testing_a_run_gives_its_figures_again(command: CommandLine) -> None:
+def test_testing_a_run_gives_its_metrics_again(command: CommandLine) -> None:
     trained = a_run(command, "seed=3", "arch.width=32")
     for weights in ((), (f"checkpoint={trained / 'last.ckpt'}",)):
         tested = newest(command, "mode=test", f"from_run={trained}", *weights)
-        assert figures(tested) == figures(trained)
+        assert metrics(tested) == metrics(trained)
         assert summary(tested)["mode"] == "test"
         assert not list(tested.glob("*.ckpt"))
         assert (tested / "test.log").exists()
@@ -116,8 +116,8 @@ def test_testing_a_run_gives_its_figures_again(command: CommandLine) -> None:
 def test_a_checkpoint_is_tested_under_other_settings(command: CommandLine) -> None:
     trained = a_run(command)
     exact = newest(command, "mode=test", f"from_run={trained}", "solver.tol=1e-6")
-    assert figures(exact)["test/residual"] < 1e-6 < figures(trained)["test/residual"]
-    assert figures(exact)["test/nfe"] > figures(trained)["test/nfe"]
+    assert metrics(exact)["test/residual"] < 1e-6 < metrics(trained)["test/residual"]
+    assert metrics(exact)["test/nfe"] > metrics(trained)["test/nfe"]
 
 
 def test_training_goes_on_from_the_weights_of_a_checkpoint(command: CommandLine) -> None:
@@ -144,15 +144,15 @@ def test_a_run_from_a_run_has_its_overrides_and_those_typed_now(command: Command
     assert OmegaConf.load(third / "config.yaml").seed == 6
 
 
-def test_the_same_run_again_gives_the_same_figures(command: CommandLine) -> None:
+def test_the_same_run_again_gives_the_same_metrics(command: CommandLine) -> None:
     first = a_run(command, "model=deq", "seed=5")
-    assert figures(newest(command, f"from_run={first}")) == figures(first)
+    assert metrics(newest(command, f"from_run={first}")) == metrics(first)
 
 
 # What is written
 
 
-def test_every_figure_of_the_summary_is_in_the_metrics(command: CommandLine) -> None:
+def test_every_metric_of_the_summary_is_in_the_metrics(command: CommandLine) -> None:
     folder = a_run(command, "model=skip_deq")
     with (folder / "metrics.csv").open() as lines:
         rows = list(csv.DictReader(lines))
@@ -164,7 +164,7 @@ def test_every_figure_of_the_summary_is_in_the_metrics(command: CommandLine) -> 
         assert float(written[-1]) == value, name
 
 
-def test_the_summary_says_how_the_figures_were_made(command: CommandLine) -> None:
+def test_the_summary_says_how_the_metrics_were_made(command: CommandLine) -> None:
     folder = a_run(command, "seed=2")
     content = summary(folder)
     assert {"versions", "commit", "dirty", "seed", "device", "command", "host"} <= set(content)

@@ -33,12 +33,12 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def figures(logged: list[dict[str, str]]) -> list[dict[str, str]]:
+def metrics(logged: list[dict[str, str]]) -> list[dict[str, str]]:
     """The rows without what a clock says."""
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in logged]
 
 
-def test_a_run_folder_holds_configuration_figures_checkpoint_and_summary(tmp_path: Path) -> None:
+def test_a_run_folder_holds_configuration_metrics_checkpoint_and_summary(tmp_path: Path) -> None:
     folder = run(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
@@ -74,8 +74,8 @@ def test_the_summary_says_what_the_metrics_say_and_where_they_come_from(tmp_path
 def test_every_epoch_is_logged_with_loss_accuracy_nfe_and_residual(tmp_path: Path) -> None:
     logged = rows(run(tmp_path))
     for stage in ("train", "val"):
-        for figure in ("loss", "accuracy", "nfe", "residual", "unconverged"):
-            assert sum(bool(row[f"{stage}/{figure}"]) for row in logged) == 2, (stage, figure)
+        for metric in ("loss", "accuracy", "nfe", "residual", "unconverged"):
+            assert sum(bool(row[f"{stage}/{metric}"]) for row in logged) == 2, (stage, metric)
     assert all(float(row["train/nfe_backward"]) > 0 for row in logged if row["train/nfe_backward"])
 
 
@@ -88,8 +88,8 @@ def test_skip_models_log_the_prediction_without_a_solve_and_vanilla_ones_do_not(
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
     first, again, other = (rows(run(tmp_path, f"seed={seed}")) for seed in (1, 1, 2))
-    assert figures(first) == figures(again)
-    assert figures(first) != figures(other)
+    assert metrics(first) == metrics(again)
+    assert metrics(first) != metrics(other)
 
 
 def test_the_checkpoint_loads_as_weights_only_and_gives_the_tested_accuracy(
@@ -118,9 +118,9 @@ def test_the_explicit_accuracy_is_that_of_the_prediction_and_not_of_the_solve(
     monkeypatch.setattr(
         DEQChain, "explicit", lambda self, x: torch.eye(10)[torch.full((len(x),), 3)]
     )
-    figures = json.loads((run(tmp_path) / "summary.json").read_text())["metrics"]
+    metrics = json.loads((run(tmp_path) / "summary.json").read_text())["metrics"]
     threes = (read_digits().test_labels == 3).float().mean().item()
-    assert figures["test/explicit_accuracy"] == pytest.approx(threes, abs=1e-6)
+    assert metrics["test/explicit_accuracy"] == pytest.approx(threes, abs=1e-6)
 
 
 def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_run_augments_the_training_images_of_a_stored_set(
     places = (f"data.root={tmp_path / 'root'}", f"data.store={tmp_path}")
     settings = ("data=cifar10", *places, "data.batch_size=8", "model=skip_reg_deq")
     plain, augmented = (
-        figures(rows(run(tmp_path, *settings, f"augmentation={choice}")))
+        metrics(rows(run(tmp_path, *settings, f"augmentation={choice}")))
         for choice in ("none", "flip_resize_crop")
     )
     assert plain != augmented

@@ -245,8 +245,8 @@ def test_every_row_of_a_reference_can_be_reached_and_names_its_source() -> None:
         assert reference.source
         for row in reference.rows:
             assert row.where.model in GROUPS["model"]
-            assert all(name.split("/")[0] in ("train", "test") for name in row.figures)
-            assert set(row.deviations) <= set(row.figures)
+            assert all(name.split("/")[0] in ("train", "test") for name in row.metrics)
+            assert set(row.deviations) <= set(row.metrics)
             choices = [
                 f"{key}={value}" for key, value in row.where.items() if key in ("model", "solver")
             ]
@@ -266,7 +266,7 @@ def test_every_row_of_a_reference_can_be_reached_and_names_its_source() -> None:
 def test_every_published_row_has_a_reference_of_its_own(experiment: str, rows: int) -> None:
     found = composed(f"experiment={experiment}").reference.rows
     assert len({str(row.where) for row in found}) == len(found) == rows
-    assert len({str(row.figures) for row in found}) == rows
+    assert len({str(row.metrics) for row in found}) == rows
 
 
 def test_nothing_is_claimed_of_the_published_gpu_but_what_the_scripts_assume() -> None:

@@ -73,8 +73,8 @@ def test_a_step_made_again_has_the_loss_and_the_gradient_it_had(
     assert found.failed
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"step 0 of {folder / FAILURE}: 360 samples")
-    then_figures, now_figures = lines[1].removeprefix("then"), lines[2].removeprefix("now")
-    assert then_figures.strip() == now_figures.strip()
+    then_numbers, now_numbers = lines[1].removeprefix("then"), lines[2].removeprefix("now")
+    assert then_numbers.strip() == now_numbers.strip()
 
 
 def test_a_later_step_too_with_the_draws_of_its_number(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tables about runs: every figure under its heading, every mean with its spread."""
+"""Tables about runs: every metric under its heading, every mean with its spread."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from fastdeq.report.sweeps import SweepJob, mean_and_deviation
 
 # Columns
 
-FIGURES = {
+METRICS = {
     "train/nfe": 12.0,
     "train/accuracy": 0.98765,
     "train/loss": 0.125,
@@ -44,13 +44,13 @@ def full(**options: Any) -> tuple[Group, ...]:
 @pytest.mark.parametrize("explicit", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("loss", ["{:.4f}", "{:.2e}"])
-def test_every_figure_ends_where_its_heading_ends(accuracy, explicit, residual, loss):
+def test_every_metric_ends_where_its_heading_ends(accuracy, explicit, residual, loss):
     table = full(accuracy=accuracy, explicit=explicit, residual=residual, loss=loss)
     _, names = heading(table, "epoch").splitlines()
-    line = row(table, "10/300", FIGURES)
+    line = row(table, "10/300", METRICS)
     assert ends(line)[1:] == ends(names)[1:]
-    figures = 6 + 2 * accuracy + residual + explicit * (2 + accuracy)
-    assert len(ends(line)) == 1 + figures
+    metrics = 6 + 2 * accuracy + residual + explicit * (2 + accuracy)
+    assert len(ends(line)) == 1 + metrics
 
 
 def test_a_groups_title_spans_its_columns():
@@ -64,18 +64,18 @@ def test_a_groups_title_spans_its_columns():
     assert [names[:stop].rstrip() for _, stop in spans] == [names[:stop] for _, stop in spans]
 
 
-def test_figures_are_shown_in_their_units():
-    assert row(full(), "1/2", FIGURES).split("  ")[0] == "1/2"
-    cells = re.findall(r"\S+(?: %)?", row(full(), "1/2", FIGURES))[1:]
+def test_metrics_are_shown_in_their_units():
+    assert row(full(), "1/2", METRICS).split("  ")[0] == "1/2"
+    cells = re.findall(r"\S+(?: %)?", row(full(), "1/2", METRICS))[1:]
     train = ["12.00", "98.77 %", "0.1250", "12.3", "4e-04"]
     test = ["7.25", "100.00 %", "12.5000", "1500.0"]
     assert cells == [*train, *test, "50.00 %", "0.7500", "1.0"]
 
 
-@pytest.mark.parametrize("name", sorted(FIGURES))
-def test_a_missing_figure_leaves_its_place_blank_and_the_others_where_they_are(name):
-    figures = {key: value for key, value in FIGURES.items() if key != name}
-    whole, line = row(full(), "1/2", FIGURES), row(full(), "1/2", figures)
+@pytest.mark.parametrize("name", sorted(METRICS))
+def test_a_missing_metric_leaves_its_place_blank_and_the_others_where_they_are(name):
+    metrics = {key: value for key, value in METRICS.items() if key != name}
+    whole, line = row(full(), "1/2", METRICS), row(full(), "1/2", metrics)
     kept = [place for place in ends(whole) if place in ends(line)]
     assert len(kept) == len(ends(whole)) - 1 == len(ends(line))
 
@@ -84,12 +84,12 @@ def test_a_missing_figure_leaves_its_place_blank_and_the_others_where_they_are(n
     ("broken", "shown"), [(math.nan, "nan"), (math.inf, "inf"), (6.8e29, "6.8e+29")]
 )
 def test_the_loss_of_a_run_that_diverges_is_shown_in_its_place(broken, shown):
-    line = row(full(), "1/2", {**FIGURES, "val/loss": broken})
+    line = row(full(), "1/2", {**METRICS, "val/loss": broken})
     assert f" {shown} " in line
-    assert ends(line) == ends(row(full(), "1/2", FIGURES))
+    assert ends(line) == ends(row(full(), "1/2", METRICS))
 
 
-def test_a_row_without_figures_is_its_name():
+def test_a_row_without_metrics_is_its_name():
     assert row(full(), "published", {}) == "published"
 
 
@@ -159,12 +159,12 @@ def test_failed_jobs_are_counted_and_are_in_no_mean():
     assert column(table, "test accuracy %") == ["90.00", ""]
 
 
-def test_a_sweep_of_failures_has_a_table_without_figures():
+def test_a_sweep_of_failures_has_a_table_without_metrics():
     table = SweepTable([job(0, None, seed="0"), job(1, None, seed="1")])
     assert table.rows() == [["runs"], ["0 of 2"]]
 
 
-def test_figures_that_no_job_has_get_no_column():
+def test_metrics_that_no_job_has_get_no_column():
     assert SweepTable([job(0, 0.9)]).rows()[0] == [
         "runs",
         "test accuracy %",
@@ -174,7 +174,7 @@ def test_figures_that_no_job_has_get_no_column():
 
 
 @pytest.mark.parametrize("broken", [math.inf, math.nan])
-def test_a_figure_that_is_not_finite_stays_visible(broken):
+def test_a_metric_that_is_not_finite_stays_visible(broken):
     table = SweepTable([job(0, 0.9, seed="0"), job(1, broken, seed="1")]).rows()
     assert column(table, "test accuracy %") == [f"{broken} ± nan"]
 
@@ -210,6 +210,6 @@ def test_jobs_are_read_in_their_order_with_their_summaries(tmp_path: Path) -> No
     jobs = read_jobs(tmp_path)
     assert [job.number for job in jobs] == [1, 2, 10]
     assert [job.overrides["seed"] for job in jobs] == ["1", "2", "10"]
-    assert [job.figure("test/loss") for job in jobs] == [0.5, None, 5.0]
-    assert [job.figure("train_seconds") for job in jobs] == [1.0, None, 10.0]
+    assert [job.metric("test/loss") for job in jobs] == [0.5, None, 5.0]
+    assert [job.metric("train_seconds") for job in jobs] == [1.0, None, 10.0]
     assert [job.error for job in jobs] == [None, "out of luck", None]

@@ -128,7 +128,7 @@ def test_csv_has_a_column_for_every_number(capsys, runs):
     rows = list(csv.DictReader(io.StringIO(out)))
     assert len(rows) == 2
     first = {key: value for key, value in rows[0].items() if value}
-    figures = (
+    metrics = (
         ("test/accuracy", (0.979 + 0.98 + 0.982) / 3, math.sqrt(7 / 3) / 1000, 0.97926, 0.00107),
         ("test/nfe", 9.0, 1.0, 18.345, 0.732),
         ("test/loss", 0.067, 0.0, None, None),
@@ -139,7 +139,7 @@ def test_csv_has_a_column_for_every_number(capsys, runs):
     )
     expected = {
         f"{name}{end}": value
-        for name, *values in figures
+        for name, *values in metrics
         for end, value in zip(
             ("", "_deviation", "_published", "_published_deviation"), values, strict=True
         )
@@ -238,7 +238,7 @@ def test_what_rows_have_that_others_have_not_is_said(capsys, tmp_path):
     ]
 
 
-def test_figures_that_are_not_finite_are_null_in_json(capsys, tmp_path):
+def test_metrics_that_are_not_finite_are_null_in_json(capsys, tmp_path):
     write_run(tmp_path / "a", metrics={"test/loss": math.inf, "test/accuracy": math.nan})
     (row,) = json.loads(printed(capsys, str(tmp_path), "format=json")[0])
     assert row["verdict"] == "diverged"
@@ -269,10 +269,10 @@ def test_a_real_run_is_reported(command: CommandLine, capsys):
     folder = a_run(command, "experiment=mnist_fc", *settings)
     (row,) = json.loads(printed(capsys, "outputs", str(folder), "format=json")[0])
     summary = json.loads((folder / "summary.json").read_text())
-    figures = {name: figure["mean"] for name, figure in row["metrics"].items()}
-    assert figures.pop("training_minutes") == summary["train_seconds"] / 60
-    assert figures == {name: summary["metrics"][name] for name in figures}
-    assert {"test/accuracy", "test/nfe", "train/seconds", "train/backward_seconds"} < set(figures)
+    metrics = {name: metric["mean"] for name, metric in row["metrics"].items()}
+    assert metrics.pop("training_minutes") == summary["train_seconds"] / 60
+    assert metrics == {name: summary["metrics"][name] for name in metrics}
+    assert {"test/accuracy", "test/nfe", "train/seconds", "train/backward_seconds"} < set(metrics)
     assert (row["experiment"], row["model"], row["solver"]) == (
         *("mnist_fc", "Skip Reg. DEQ", "lbroyden"),
     )

@@ -173,20 +173,20 @@ def test_rows_are_in_the_published_order(tmp_path):
     assert first == [(False, False), (False, True), (True, False), (True, True)]
 
 
-# Figures
+# Metrics
 
 
 def test_seconds_of_different_devices_have_no_mean(tmp_path):
     (row,) = rows(tmp_path, {}, {"device": "NVIDIA H200", "metrics": {"test/accuracy": 0.99}})
-    assert row.figures["test/accuracy"].mean == pytest.approx(0.985)
-    assert row.figures["test/seconds"].mean is None
-    assert row.figures["training_minutes"].mean is None
+    assert row.metrics["test/accuracy"].mean == pytest.approx(0.985)
+    assert row.metrics["test/seconds"].mean is None
+    assert row.metrics["training_minutes"].mean is None
 
 
-def test_a_figure_that_some_runs_lack_is_that_of_the_others(tmp_path):
+def test_a_metric_that_some_runs_lack_is_that_of_the_others(tmp_path):
     (row,) = rows(tmp_path, {}, {"metrics": {"test/accuracy_top5": 0.5}})
-    figure = row.figures["test/accuracy_top5"]
-    assert (figure.mean, figure.deviation, figure.n) == (0.5, None, 1)
+    metric = row.metrics["test/accuracy_top5"]
+    assert (metric.mean, metric.deviation, metric.n) == (0.5, None, 1)
 
 
 # What paths lead to

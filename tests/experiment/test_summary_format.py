@@ -87,7 +87,7 @@ def test_a_report_has_the_measured_and_the_published_metrics(folder: Path) -> No
     (run,) = find_runs([folder]).runs.values()
     assert run.metrics["training_minutes"] == pytest.approx(6.364 / 60)
     (row,) = make_rows([run])
-    accuracy = row.figures["test/accuracy"]
+    accuracy = row.metrics["test/accuracy"]
     assert (accuracy.mean, accuracy.published, accuracy.published_deviation) == (
         *(0.25, 0.97759, 0.0008),
     )

@@ -75,8 +75,8 @@ def test_with_several_seeds_both_spreads_count(tmp_path, centre, word):
 def test_a_seed_that_was_run_twice_is_one_seed(tmp_path):
     again = {"settings": {"seed": 0}}
     found = row(tmp_path, accuracy(0.5), accuracy(0.75) | again)
-    figure = found.figures["test/accuracy"]
-    assert (figure.mean, figure.deviation, figure.n) == (0.625, None, 1)
+    metric = found.metrics["test/accuracy"]
+    assert (metric.mean, metric.deviation, metric.n) == (0.625, None, 1)
     assert found.verdict.margin == ALLOWED
 
 
@@ -103,7 +103,7 @@ STEPS = {key: value for key, value in PUBLISHED.items() if key != "epochs"} | {"
     ("run", "text"),
     [
         ({"reference": None}, "no reference"),
-        ({"reference": {"source": "a figure", "metrics": {}}}, "no reference"),
+        ({"reference": {"source": "a metric", "metrics": {}}}, "no reference"),
         ({"reference": {**MNIST, "metrics": {"test/nfe": 4.0}}}, "no reference"),
         ({"reference": OLDER}, "published length unknown; published spread unknown"),
         ({"reference": {**MNIST, "deviations": {}}}, "published spread unknown"),

@@ -33,7 +33,7 @@ def content(folder: Path) -> dict[str, object]:
     return loaded
 
 
-def figures(folder: Path) -> dict[str, float]:
+def metrics(folder: Path) -> dict[str, float]:
     found = content(folder)["metrics"]
     assert isinstance(found, dict)
     return {name: value for name, value in found.items() if "seconds" not in name}
@@ -47,13 +47,13 @@ def run(command: CommandLine, *overrides: str) -> Path:
     return added.parent
 
 
-def test_one_two_and_three_processes_have_the_same_figures(command: CommandLine) -> None:
+def test_one_two_and_three_processes_have_the_same_metrics(command: CommandLine) -> None:
     single = run(command)
     for ranks in (2, 3):
         several = run(command, "trainer=ddp_cpu", f"trainer.devices={ranks}")
         assert content(several)["devices"] == ranks
         assert content(several)["steps"] == content(single)["steps"] == 3
-        alone, together = figures(single), figures(several)
+        alone, together = metrics(single), metrics(several)
         assert set(alone) == set(together)
         for name, value in alone.items():
             # Counts are equal; what is averaged was added up in another order, in float32.
