@@ -15,14 +15,14 @@ from omegaconf import DictConfig
 
 from fastdeq.experiment.choices import check_choices, with_merged_groups
 from fastdeq.experiment.explain import explain
-from fastdeq.experiment.launch import follow
+from fastdeq.experiment.launch import work_for
 from fastdeq.experiment.rendezvous import (
-    dismiss,
     end_with,
     in_submitit,
-    is_follower,
-    meeting,
+    is_worker,
     preemption_signal,
+    release_workers,
+    rendezvous,
     requeue,
 )
 from fastdeq.experiment.replay import replay
@@ -45,8 +45,8 @@ def command_line(main: Callable[[], object]) -> None:
     keep_streams()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors on, instead of printing them itself
     quiet_hydra()
-    if is_follower():
-        follow_first()
+    if is_worker():
+        run_worker()
         return
     try:
         flags, overrides, prints = _parse(sys.argv[1:])
@@ -63,7 +63,7 @@ def command_line(main: Callable[[], object]) -> None:
     except Exception as error:
         fail(error)
     finally:
-        dismiss()
+        release_workers()
 
 
 def job(cfg: DictConfig) -> float:
@@ -74,8 +74,8 @@ def job(cfg: DictConfig) -> float:
     """
     keep_streams()  # of submitit's and joblib's processes, which come here without command_line
     _undo_chdir()
-    if is_follower():  # of submitit, which composes on every rank
-        return follow_first()
+    if is_worker():  # of submitit, which composes on every rank
+        return run_worker()
     end_with(0)
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         try:
@@ -115,7 +115,7 @@ def job(cfg: DictConfig) -> float:
             end_with(RESUMABLE if interrupted else 1)
         return math.nan
     finally:
-        dismiss()
+        release_workers()
     record_job(folder, None)
     return score
 
@@ -131,19 +131,19 @@ def _undo_chdir() -> None:
         os.chdir(hydra.runtime.cwd)
 
 
-def follow_first() -> float:
-    """All that a rank of a cluster does that is not the first; NaN."""
+def run_worker() -> float:
+    """All that a worker does, a rank of a cluster that is not the first; NaN."""
     end_with(0)
-    leader = meeting()
+    leader = rendezvous()
     assert leader is not None
     try:
-        follow(leader)
+        work_for(leader)
     except Interrupted:
-        pass  # the first one says so, and its exit status counts
+        pass  # the leader reports it, and its exit status counts
     except Exception as error:
         end_with(1)
         report(error, debug="debug=true" in sys.argv)
-        if HydraConfig.initialized():  # in a sweep; the first one may be lost in a collective
+        if HydraConfig.initialized():  # in a sweep; the leader may hang in a collective
             record_job(None, explain(error))
         leader.fail(explain(error), "".join(traceback.format_exception(error)))
     return math.nan

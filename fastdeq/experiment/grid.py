@@ -16,8 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
 from fastdeq.experiment.choices import CONF
-from fastdeq.experiment.command import follow_first, job
-from fastdeq.experiment.rendezvous import is_follower
+from fastdeq.experiment.command import job, run_worker
+from fastdeq.experiment.rendezvous import is_worker
 from fastdeq.experiment.run import Checked, check
 from fastdeq.experiment.submission import to_submit
 from fastdeq.experiment.sweep import quiet_hydra
@@ -77,8 +77,8 @@ def run_job(grid: Grid, number: int) -> float:
     What goes wrong is recorded and decides the status that the process ends with.
     """
     keep_streams()
-    if is_follower():
-        return follow_first()
+    if is_worker():
+        return run_worker()
     with _job(grid, number) as cfg:
         return job(cfg)
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, ProcessRaisedException, spawn
 
 from fastdeq.experiment.job import Job, work
-from fastdeq.experiment.rendezvous import Meeting, RankFailed, meeting
+from fastdeq.experiment.rendezvous import RankFailed, Rendezvous, rendezvous
 from fastdeq.experiment.signals import ASKED, listening, received
 from fastdeq.runs.folder import log_file
 from fastdeq.runs.log import logging_to
@@ -38,9 +38,9 @@ def launch(job: Job) -> None:
     others are ended; Interrupted for a run that has saved its state to go on later.
     """
     log = log_file(job.folder, job.config["mode"])
-    if (others := meeting()) is not None:
+    if (workers := rendezvous()) is not None:
         with logging_to(log):
-            _lead(job, others)
+            _run_leader(job, workers)
         return
     if job.ranks == 1:
         with logging_to(log):
@@ -53,27 +53,27 @@ def launch(job: Job) -> None:
         raise Interrupted("stopped before its end, and can go on")
 
 
-def follow(leader: Meeting) -> None:
-    """The life of a cluster's rank that is not the first: it composes and checks nothing, makes no
-    folder, and says nothing.
+def work_for(leader: Rendezvous) -> None:
+    """The work of a worker, a cluster's rank that is not the first: it composes and checks nothing,
+    makes no folder, and prints nothing.
 
     Raises: what the work raises.
     """
-    job = leader.told()
+    job = leader.receive()
     if job is not None:
         with listening():
             work(job)
 
 
-def _lead(job: Job, others: Meeting) -> None:
-    """Raises: what the work raises; RankFailed where another rank's failure is behind it."""
-    others.tell(job)
+def _run_leader(job: Job, workers: Rendezvous) -> None:
+    """Raises: what the work raises; RankFailed where the failure of a worker caused it."""
+    workers.send(job)
     try:
         work(job)
     except Interrupted:
         raise
     except Exception as error:
-        if (failure := others.failure()) is None:
+        if (failure := workers.failure()) is None:
             raise
         text, trace = failure
         first = RankFailed(f"a process failed: {text}")

@@ -1,5 +1,5 @@
-"""A process that Slurm's `srun` has started as one of several: a rank of the run, no parent of
-some. How the ranks find each other, and in which order they end.
+"""The ranks that Slurm's `srun` has started: how the leader (rank 0) and its workers find each
+other, and in which order they end.
 """
 
 import atexit
@@ -62,13 +62,14 @@ class RankFailed(RuntimeError):
     """A rank that is not this one has failed, and its failure explains this one's."""
 
 
-class Meeting:
-    """Where the ranks of a step learn from the first what to do, and the first what has failed.
+class Rendezvous:
+    """A store by which the leader sends the job to its workers, and a worker its error to the
+    leader.
 
     Over the network and not through files: a file that one node writes may be seen on another one a
     minute later. What is sent is pickled, as torch.distributed does it, among a user's own tasks.
 
-    Raises: torch's DistStoreError where the ranks cannot reach the first within ten minutes.
+    Raises: torch's DistStoreError where a worker cannot reach the leader within ten minutes.
     """
 
     def __init__(self, step: Step) -> None:
@@ -81,26 +82,24 @@ class Meeting:
             wait_for_workers=False,
         )
 
-    def tell(self, job: Any) -> None:
-        """Of the first rank: what all are to do; None: nothing. What was told first, holds."""
+    def send(self, job: Any) -> None:
+        """Of the leader: the job of all; None releases the workers. Only the first call counts."""
         if not self._store.check([_JOB]):
             self._store.set(_JOB, pickle.dumps(job).hex())
 
-    def told(self) -> Any:
-        """Of the others: waits, however long the first one prepares its data."""
+    def receive(self) -> Any:
+        """Of a worker: wait for the job, however long the leader prepares its data."""
         while not self._store.check([_JOB]):
             time.sleep(_LOOK)  # where a signal is noticed, as it would not be inside of torch
         return pickle.loads(bytes.fromhex(self._store.get(_JOB).decode()))
 
     def fail(self, text: str, trace: str) -> None:
-        """Of the others: let the first one say why its collectives break, if it still can."""
+        """Of a worker: give the leader the reason why its collectives break."""
         self._store.set(_ERROR, json.dumps([text, trace]))
         self._wait(lambda: self._store.check([_NOTED]), _LEAVE)
 
     def failure(self) -> tuple[str, str] | None:
-        """Of the first: the error of another rank, for which it may wait in vain, and where that
-        was raised.
-        """
+        """Of the leader: the error of a worker and its traceback, if one has failed."""
         if not self._wait(lambda: self._store.check([_ERROR]), 10 * _LOOK):
             return None
         self._store.set(_NOTED, "")
@@ -108,8 +107,8 @@ class Meeting:
         return text, trace
 
     def leave(self) -> None:
-        """The first rank goes last: `srun --kill-on-bad-exit` ends the others when one fails, and
-        they have results to write; and the store is the first one's.
+        """The leader ends last: `srun --kill-on-bad-exit` ends the others when one fails, and they
+        have results to write; and the store is the leader's.
         """
         if self.step.rank > 0:
             self._store.add(_GONE, 1)
@@ -123,26 +122,26 @@ class Meeting:
                 if time.monotonic() > end:
                     return False
                 time.sleep(_LOOK)
-        except DistNetworkError:  # the first rank is not there any more
+        except DistNetworkError:  # the leader has ended
             return False
         return True
 
 
 @cache
-def meeting() -> Meeting | None:
-    """The step's, one for the life of the process; None outside of a step of several tasks."""
+def rendezvous() -> Rendezvous | None:
+    """That of the step, one per process; None outside of a step of several tasks."""
     step = current_step()
-    return None if step is None else Meeting(step)
+    return None if step is None else Rendezvous(step)
 
 
-def dismiss() -> None:
-    """Of the first rank, when it has come to its end: let the others go that still wait for it."""
-    if (others := meeting()) is not None and others.step.rank == 0:
-        others.tell(None)
+def release_workers() -> None:
+    """Of the leader, at its end: release the workers that still wait for a job."""
+    if (found := rendezvous()) is not None and found.step.rank == 0:
+        found.send(None)
 
 
-def is_follower() -> bool:
-    """Whether this process does what another one tells: a rank that is not the first."""
+def is_worker() -> bool:
+    """Whether this process is a worker: a rank of a step that is not the first."""
     step = current_step()
     return step is not None and step.rank > 0
 
@@ -177,8 +176,8 @@ def _leave() -> None:
     """Like `launch.leave`: the interpreter is not taken apart around the threads of gloo."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if current_step() is not None and meeting.cache_info().currsize:
-        found = meeting()
+    if current_step() is not None and rendezvous.cache_info().currsize:
+        found = rendezvous()
         assert found is not None
         found.leave()
     os._exit(_status)

@@ -13,7 +13,7 @@ pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 from fastdeq.cluster.command import ACTIONS, main
 from fastdeq.cluster.record import newest, read_submission
 from fastdeq.experiment.checks import count_ranks
-from fastdeq.experiment.rendezvous import current_step, is_follower, meeting
+from fastdeq.experiment.rendezvous import current_step, is_worker, rendezvous
 from fastdeq.experiment.submission import check_tasks
 from tests.commands import SHORT, CommandLine
 
@@ -38,7 +38,7 @@ def _step(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     current_step.cache_clear()
     yield
     current_step.cache_clear()
-    meeting.cache_clear()
+    rendezvous.cache_clear()
 
 
 @pytest.mark.usefixtures("_step")
@@ -47,7 +47,7 @@ def test_a_task_of_several_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step is not None
     assert (step.rank, step.ranks, step.nodes, step.address) == (3, 4, 2, "node07")
     assert 15000 <= step.port < 31000
-    assert is_follower()
+    assert is_worker()
 
 
 @pytest.mark.usefixtures("_step")
@@ -57,7 +57,7 @@ def test_a_batch_script_is_no_task_of_several(
 ) -> None:
     monkeypatch.delenv(variable)
     assert current_step() is None
-    assert not is_follower()
+    assert not is_worker()
 
 
 @pytest.mark.usefixtures("_step")
