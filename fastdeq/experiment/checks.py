@@ -66,24 +66,24 @@ def _check_length(trainer: DictConfig) -> None:
         )
 
 
-def count_ranks(trainer: dict[str, Any], *, elsewhere: bool = False) -> int:
+def count_ranks(trainer: dict[str, Any], *, for_submission: bool = False) -> int:
     """How many processes train: one for each device of a distributed strategy, else one.
 
-    elsewhere: the run is for other machines than this one, which may lack their devices.
+    for_submission: the run is for other machines, whose devices this one may lack.
 
     Raises: ValueError for more GPUs than there are, for several devices without a strategy that
     divides the work, and for other numbers of tasks than a cluster has started.
     """
-    count = _count_devices(trainer, elsewhere=elsewhere)
+    count = _count_devices(trainer, for_submission=for_submission)
     nodes: int = trainer.get("num_nodes", 1)
-    step = None if elsewhere else current_step()
+    step = None if for_submission else current_step()
     if step is not None and (step.ranks, step.nodes) != (count * nodes, nodes):
         raise ValueError(
             f"srun has started {step.ranks} tasks on {step.nodes} nodes, but trainer.devices is "
             f"{trainer.get('devices', 1)} and trainer.num_nodes is {nodes}: a run needs one task "
             "for each device of each node"
         )
-    if nodes > 1 and step is None and not elsewhere:
+    if nodes > 1 and step is None and not for_submission:
         raise ValueError(
             f"trainer.num_nodes is {nodes}: on several machines Slurm starts one task for each "
             "device (slurm/one_run.sbatch)"
@@ -91,19 +91,19 @@ def count_ranks(trainer: dict[str, Any], *, elsewhere: bool = False) -> int:
     return count * nodes
 
 
-def _count_devices(trainer: dict[str, Any], *, elsewhere: bool) -> int:
+def _count_devices(trainer: dict[str, Any], *, for_submission: bool) -> int:
     """Of one node."""
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", 1)
     gpus = torch.cuda.device_count()
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)
-    if accelerator in ("gpu", "cuda") and not gpus and not elsewhere:
+    if accelerator in ("gpu", "cuda") and not gpus and not for_submission:
         raise ValueError(
             f"trainer.accelerator is {accelerator}, but there is no GPU here: use "
             "trainer.accelerator=cpu, or trainer=ddp_cpu for several processes"
         )
     count = len(devices) if isinstance(devices, list) else devices
     if count in ("auto", -1, "-1"):
-        if elsewhere and accelerator != "cpu":
+        if for_submission and accelerator != "cpu":
             raise ValueError(
                 f"trainer.devices is {devices}, which is not known before the job starts: give "
                 "the number of GPUs of a node"
@@ -112,7 +112,7 @@ def _count_devices(trainer: dict[str, Any], *, elsewhere: bool) -> int:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"trainer.devices is {devices!r}, but must be at least 1, a list, or auto")
     wanted = max(devices) + 1 if isinstance(devices, list) and devices else count
-    if on_gpu and wanted > gpus and not elsewhere:
+    if on_gpu and wanted > gpus and not for_submission:
         raise ValueError(f"trainer.devices asks for {devices}, but there are {gpus} GPUs here")
     if count > 1 and not isinstance(trainer.get("strategy"), dict):
         cure = "trainer=ddp" if on_gpu else "trainer=ddp_cpu"

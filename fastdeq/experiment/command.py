@@ -28,7 +28,7 @@ from fastdeq.experiment.rendezvous import (
 from fastdeq.experiment.replay import replay
 from fastdeq.experiment.run import read_score, run
 from fastdeq.experiment.signals import received
-from fastdeq.experiment.sweep import RESUMABLE, Refused, failed_job, quiet_hydra, record_job
+from fastdeq.experiment.sweep import RESUMABLE, ConfigError, failed_job, quiet_hydra, record_job
 from fastdeq.runs.reading import read_overrides
 from fastdeq.runs.status import Interrupted
 from fastdeq.streams import check_written, keep_streams
@@ -58,7 +58,7 @@ def command_line(main: Callable[[], object]) -> None:
         finally:
             if prints:
                 check_written()
-    except Refused as error:
+    except ConfigError as error:
         fail(error.cause)
     except Exception as error:
         fail(error)

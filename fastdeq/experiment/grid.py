@@ -68,7 +68,7 @@ def check_job(grid: Grid, number: int) -> Checked:
     Raises: as `run` does.
     """
     with _job(grid, number) as cfg:
-        return check(cfg, elsewhere=True)
+        return check(cfg, for_submission=True)
 
 
 def run_job(grid: Grid, number: int) -> float:

@@ -17,9 +17,9 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from fastdeq.experiment.blame import blamed_on
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.checks import check_values, count_ranks
+from fastdeq.experiment.error_context import error_context
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.job import Job, make_trainer, step_settings
 from fastdeq.experiment.keys import RunSettings
@@ -108,10 +108,10 @@ class Checked:
         return Path(self.config["paths"]["outputs"]) / self.settings.name / self.identity
 
 
-def check(cfg: DictConfig, *, elsewhere: bool = False) -> Checked:
+def check(cfg: DictConfig, *, for_submission: bool = False) -> Checked:
     """Check the values, and build everything once, which leaves nothing behind but prepared data.
 
-    elsewhere: it is to run on other machines than this one, which may lack their devices.
+    for_submission: it will run on other machines, whose devices this one may lack.
 
     Raises: as `run` does before anything is written.
     """
@@ -119,11 +119,11 @@ def check(cfg: DictConfig, *, elsewhere: bool = False) -> Checked:
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     if settings.mode == "replay":
         raise ValueError("mode=replay makes no run: call fastdeq.experiment.replay")
-    ranks = count_ranks(config["trainer"], elsewhere=elsewhere)
+    ranks = count_ranks(config["trainer"], for_submission=for_submission)
     checkpoint, choices = _checkpoint(settings), _choices()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is built again for the run warns again
-        _check_parts(cfg, None if elsewhere else config, ranks, checkpoint)
+        _check_parts(cfg, None if for_submission else config, ranks, checkpoint)
     return Checked(
         config=config,
         settings=settings,
@@ -211,24 +211,24 @@ def _check_parts(
     """
     parts = copy.deepcopy(cfg)  # Hydra resolves it, and then nothing tells where a value stands
     for key in ("solver", "adjoint", "loss", "scheduler", "callbacks"):
-        with blamed_on(cfg, key):
+        with error_context(cfg, key):
             instantiate(parts.get(key), _convert_="all")
-    with blamed_on(cfg, "data"):
+    with error_context(cfg, "data"):
         data = instantiate(parts.data, _convert_="all")
     if data.batch_size < ranks:
         raise ValueError(
             f"data.batch_size is {data.batch_size}, the batch of all devices together, but there "
             f"are {ranks} of them: use at least one sample a device"
         )
-    with blamed_on(cfg, "task"):
+    with error_context(cfg, "task"):
         task = instantiate(parts.task, _convert_="all", **step_settings(parts.trainer))
-    with blamed_on(cfg, "optimizer"):
+    with error_context(cfg, "optimizer"):
         task.make_optimizer(task.parameters())
         check_optimizer(task.make_optimizer, cfg.trainer, ranks)
-    with blamed_on(cfg, "scheduler"):
+    with error_context(cfg, "scheduler"):
         check_scheduler(task, cfg.trainer)
     if config is not None:
-        with blamed_on(cfg, "trainer"):
+        with error_context(cfg, "trainer"):
             make_trainer(config, task)
     wanted, found = (tuple(cfg.sizes.input), cfg.sizes.outputs), (data.input_shape, data.outputs)
     if wanted != found:
@@ -238,10 +238,10 @@ def _check_parts(
         )
     if checkpoint is not None:
         load_weights(task, checkpoint)
-    with blamed_on(cfg, "data"):
+    with error_context(cfg, "data"):
         data.prepare_data()
         batch = data.sample_batch()
-    with blamed_on(cfg, "model"):
+    with error_context(cfg, "model"):
         task.check_model(batch)
 
 

@@ -61,7 +61,7 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Compose with every value that the sweep names, once, before anything is written."""
         if current_step() is not None:
-            raise Refused(
+            raise ConfigError(
                 ValueError(
                     "-m inside of a Slurm job of several tasks: start the sweep outside of it with "
                     "hydra/launcher=submitit_slurm, or as an array (slurm/sweep_array.sbatch)"
@@ -80,9 +80,9 @@ class Sweep(Callback):
             for text in texts[1:] or texts:
                 cfg = self._compose([*first[:place], text, *first[place + 1 :]])
                 if launcher is not None:
-                    _or_refused(check_tasks, launcher, cfg.trainer)
+                    _or_config_error(check_tasks, launcher, cfg.trainer)
         if launcher is not None:
-            _or_refused(check_queue, launcher)
+            _or_config_error(check_queue, launcher)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print and write the table; leave with status 1 if a job failed, 75 if one can go on."""
@@ -104,7 +104,7 @@ class Sweep(Callback):
     def _compose(self, overrides: list[str]) -> DictConfig:
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        cfg = _or_refused(
+        cfg = _or_config_error(
             hydra.compose_config,
             "train",
             overrides,
@@ -112,24 +112,24 @@ class Sweep(Callback):
             with_log_configuration=False,
         )
         if cfg.get("mode") == "replay":
-            raise Refused(ValueError("mode=replay makes one step again: leave -m out"))
+            raise ConfigError(ValueError("mode=replay makes one step again: leave -m out"))
         return cfg
 
 
-class Refused(BaseException):
-    """Passes through Hydra to the command line; see `on_multirun_start`."""
+class ConfigError(BaseException):
+    """A sweep that cannot start. No Exception: Hydra turns those of a callback into warnings."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
         self.cause = cause
 
 
-def _or_refused(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Hydra turns a callback's exceptions into warnings and goes on."""
+def _or_config_error(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Raises: ConfigError for any exception of the function."""
     try:
         return function(*arguments, **options)
     except Exception as error:
-        raise Refused(error) from error
+        raise ConfigError(error) from error
 
 
 def quiet_hydra() -> None:
@@ -140,11 +140,11 @@ def quiet_hydra() -> None:
 
 
 def _check_plugin(node: DictConfig) -> None:
-    """Raises: Refused for a launcher or sweeper that is not installed."""
+    """Raises: ConfigError for a launcher or sweeper that is not installed."""
     *package, _ = str(node._target_).split(".")
     extra = _EXTRAS.get(".".join(package[:2]))
     if extra is not None and find_spec(".".join(package[:2])) is None:
-        raise Refused(
+        raise ConfigError(
             ImportError(f'{node._target_} is not installed: pip install "fastdeq[{extra}]"')
         )
 

@@ -75,9 +75,9 @@ def test_several_nodes_need_a_cluster() -> None:
 
 def test_gpus_that_are_elsewhere_are_counted_but_not_guessed() -> None:
     gpus = {"accelerator": "gpu", "strategy": {}}
-    assert count_ranks({"devices": 4, "num_nodes": 2, **gpus}, elsewhere=True) == 8
+    assert count_ranks({"devices": 4, "num_nodes": 2, **gpus}, for_submission=True) == 8
     with pytest.raises(ValueError, match="not known before the job starts"):
-        count_ranks({"devices": "auto", **gpus}, elsewhere=True)
+        count_ranks({"devices": "auto", **gpus}, for_submission=True)
 
 
 def test_fewer_gpus_than_devices_are_refused() -> None:

@@ -14,7 +14,7 @@ from fastdeq.experiment.explain import explain
 
 
 @contextmanager
-def blamed_on(cfg: DictConfig, key: str) -> Iterator[None]:
+def error_context(cfg: DictConfig, key: str) -> Iterator[None]:
     """Let an error that comes from the node at `key` name the key that the user has typed: the one
     whose argument the message begins with, or else all that the node depends on.
     """
