@@ -36,7 +36,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def told(folder: Path) -> list[str]:
+def failure_lines(folder: Path) -> list[str]:
     """What train.log says of steps that failed, without the time and the folder."""
     lines = (folder / "train.log").read_text().splitlines()
     found = [
@@ -56,7 +56,7 @@ def kept_step(folder: Path) -> bytes | None:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    assert told(one) == told(other)
+    assert failure_lines(one) == failure_lines(other)
     assert kept_step(one) == kept_step(other)
     for a, b in zip(rows(one), rows(other), strict=True):
         assert a == b

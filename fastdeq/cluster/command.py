@@ -194,7 +194,7 @@ def _overrides(arguments: Sequence[str]) -> list[str]:
 
 
 def _varied(jobs: Sequence[Submitted]) -> list[str]:
-    """The keys that tell the jobs apart."""
+    """The keys in which the jobs differ."""
     values: dict[str, set[str]] = {}
     for job in jobs:
         for override in job.overrides:

@@ -70,7 +70,7 @@ def job(cfg: DictConfig) -> float:
     """One job of the command, alone or in a sweep; its test score, NaN for a job that failed.
 
     A job of a sweep that fails does not stop the others, unless stop_at_failure says so; the table
-    and the exit status tell.
+    and the exit status report it.
     """
     keep_streams()  # of submitit's and joblib's processes, which come here without command_line
     _undo_chdir()

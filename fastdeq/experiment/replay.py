@@ -202,9 +202,9 @@ def _saved_diagnosis(failure: dict[str, Any]) -> Diagnosis:
 
 def _numbers(diagnosis: Diagnosis) -> str:
     solves = (("forward", diagnosis.forward), ("backward", diagnosis.backward))
-    shown = [f"{name} {status_counts(counts)}" for name, counts in solves if any(counts)]
+    statuses = [f"{name} {status_counts(counts)}" for name, counts in solves if any(counts)]
     numbers = f"loss {diagnosis.loss:.6g}, gradient norm {diagnosis.gradient_norm:.6g}"
-    return "; ".join([numbers, *shown])
+    return "; ".join([numbers, *statuses])
 
 
 def _history(trace: Trace) -> str:

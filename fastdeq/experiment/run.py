@@ -209,7 +209,9 @@ def _check_parts(
 
     config: what a trainer is built from; None: none, for want of its devices.
     """
-    parts = copy.deepcopy(cfg)  # Hydra resolves it, and then nothing tells where a value stands
+    parts = copy.deepcopy(
+        cfg
+    )  # Hydra resolves it, and the interpolations of the original are needed
     for key in ("solver", "adjoint", "loss", "scheduler", "callbacks"):
         with error_context(cfg, key):
             instantiate(parts.get(key), _convert_="all")

@@ -51,7 +51,7 @@ def check_queue(launcher: Mapping[str, Any]) -> None:
         )
     if 60 * limit < delay + _EARLY:
         raise ValueError(
-            f"hydra.launcher.timeout_min is {limit}, but the run is told to stop "
+            f"hydra.launcher.timeout_min is {limit}, but the run is signalled to stop "
             f"signal_delay_s={delay} seconds before its end, or up to {_EARLY} seconds earlier: "
             "give the job more time, or a shorter delay"
         )

@@ -1,4 +1,4 @@
-"""What tells the configurations of runs apart: labels for columns, settings for the rest."""
+"""How the configurations of runs differ: labels for columns, settings for the rest."""
 
 import json
 from collections.abc import Hashable, Mapping, Sequence

@@ -20,7 +20,7 @@ METRICS = ("test/accuracy", "test/accuracy_top5", "test/loss", "test/nfe", *TIME
 class Row:
     """Runs of one configuration over their seeds.
 
-    settings: what tells the row from others of the same label, "" where the label does.
+    settings: how the row differs from others of the same label, "" where the label does.
     metrics: of every name of METRICS. reference: the published row (summary.json).
     """
 

@@ -11,7 +11,7 @@ from fastdeq.runs.reading import Run, is_done, job_records, read_run
 
 @dataclass(frozen=True)
 class Found:
-    """What paths lead to: finished runs in the order found, and what else there is to tell.
+    """What paths lead to: finished runs in the order found, and what else is reported.
 
     unfinished: folders of runs without a summary. failed: a sentence for each job of a sweep that
     left no run, by its folder, if it came to have one.

@@ -87,7 +87,7 @@ def comma_separated(rows: Sequence[Row]) -> str:
 def json_text(rows: Sequence[Row]) -> str:
     """A list of rows with their metrics, in the units of summary.json, and folders.
 
-    Metrics that are not finite are null, for JSON has no others; the verdict tells.
+    Metrics that are not finite are null, for JSON has no others; the verdict says so.
     """
     return json.dumps([_nested(row) for row in rows], indent=2, ensure_ascii=False, allow_nan=False)
 

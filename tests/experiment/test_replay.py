@@ -211,7 +211,7 @@ def test_a_damaged_file_is_refused(
     command: CommandLine, failed: Path, damage: Callable[[Path], None], sealed: bool
 ) -> None:
     if damage is flip and not sealed:
-        pytest.skip("without its seal, a flipped bit cannot be told from another number")
+        pytest.skip("without its seal, a flipped bit looks like another number")
     damage(failed / FAILURE)
     if not sealed:
         seal_of(failed / FAILURE).unlink()

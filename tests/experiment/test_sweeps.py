@@ -1,4 +1,4 @@
-"""``python train.py -m``: a job for each combination, a table at the end, failures told apart."""
+"""``python train.py -m``: a job for each combination, a table at the end, failures listed."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Kill a training run at random moments until it is done, and see whether anybody could tell.
+"""Kill a training run at random moments until it is done, and see whether the result differs.
 
     python -m tests.process.kills --kills 50 --seed 1 --folder FOLDER
 

@@ -16,7 +16,7 @@ from fastdeq.runs.lock import run_lock
 from fastdeq.runs.status import Interrupted
 from fastdeq.training import TrainingFailed
 from tests.commands import ROOT, CommandLine
-from tests.comparisons import assert_same, kept_step, summary, told
+from tests.comparisons import assert_same, kept_step, summary, failure_lines
 from tests.configurations import composed
 from tests.runs import AT_ONCE, SHORT, run, run_in_pieces
 
@@ -60,7 +60,7 @@ def test_of_the_network_whose_failing_steps_are_skipped_some_fail_and_some_do_no
     tmp_path: Path,
 ) -> None:
     folder = run(tmp_path / "whole", *NETWORKS["some steps skipped"])
-    first, last = told(folder)
+    first, last = failure_lines(folder)
     assert first.startswith("step 1: ")
     failed, steps = (int(word) for word in last.split(": ")[1].split()[:3:2])
     assert 1 < failed < steps
@@ -84,7 +84,7 @@ def test_a_row_of_failing_steps_goes_on_where_it_was(tmp_path: Path, on_failure:
                 break
     assert errors[0] == errors[1]
     assert "the last 5 steps in a row failed" in errors[0]
-    assert told(tmp_path / "whole") == told(tmp_path / "pieces")
+    assert failure_lines(tmp_path / "whole") == failure_lines(tmp_path / "pieces")
     assert kept_step(tmp_path / "whole") == kept_step(tmp_path / "pieces")
 
 
