@@ -85,7 +85,9 @@ def job(cfg: DictConfig) -> float:
                 return loss
             return read_score(run(cfg))
         except Interrupted:
-            print("the same command goes on, where it names the run folder (paths.run)", flush=True)
+            print(
+                "the same command resumes it, where it names the run folder (paths.run)", flush=True
+            )
             _end(RESUMABLE)
         except Exception as error:
             fail(error, debug=cfg.get("debug") is True)
@@ -109,7 +111,7 @@ def job(cfg: DictConfig) -> float:
         if interrupted and in_submitit() and received() == preemption_signal().name:
             _requeue()
         elif received():  # it was the sweep that was asked to stop
-            print("the same command goes on", flush=True)
+            print("the same command resumes the sweep", flush=True)
             _end(RESUMABLE)
         else:
             end_with(RESUMABLE if interrupted else 1)
@@ -152,7 +154,7 @@ def run_worker() -> float:
 def _requeue() -> None:
     """Let submitit put the job into the queue again; does not return, but where it will not."""
     end_with(RESUMABLE)
-    print("going back into the queue", flush=True)
+    print("requeued", flush=True)
     try:
         requeue()
     except Exception as error:  # of submitit: timed out too many times

@@ -31,7 +31,7 @@ def explain(error: BaseException) -> str:
             return _one_line(sentence(error))
     if type(error).__name__ == "UncompletedJobError":  # of submitit, with all that was printed
         job, what = [*str(error).splitlines(), ""][:2]
-        return f"{job} {what}; the sweep's other jobs go on: start it again to collect them"
+        return f"{job} {what}; the sweep's other jobs continue: start it again to collect them"
     name = (
         "" if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: "
     )

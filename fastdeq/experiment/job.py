@@ -49,8 +49,8 @@ class Job:
     """What a process needs to know; picklable.
 
     config: resolved, plain containers. checkpoint: weights to begin with. resume: the saved state
-    to go on from. choices: of the configuration's groups. reference: published metrics of this row,
-    if there are any. started: when the command began, on the clock of `time.time` (which processes
+    to resume from. choices: of the configuration's groups. reference: the published row of this
+    run, if there is one. started: when the command began, on the clock of `time.time` (which processes
     share).
     """
 
@@ -69,7 +69,7 @@ class Job:
 def work(job: Job) -> None:
     """Run the job as the rank that the environment says; rank 0 writes the summary.
 
-    Raises: whatever the parts raise; Interrupted where the run has saved its state to go on later.
+    Raises: whatever the parts raise; Interrupted where the run has saved its state to resume later.
     """
     cfg = job.config
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
@@ -89,7 +89,7 @@ def work(job: Job) -> None:
             summary = _summary(job, trainer, task, timer, metrics)
             write_json(job.folder / SUMMARY, summary)
             _conclude(summary, job, trainer, task)
-            for name in (RESUME, BEFORE):  # there is nothing left to go on with
+            for name in (RESUME, BEFORE):  # there is nothing left to resume
                 remove_sealed(job.folder / name)
     finally:
         for logger in loggers:

@@ -35,7 +35,7 @@ def launch(job: Job) -> None:
     those that a cluster has started, of which this is the first.
 
     Raises: what the work raises; of several processes, that of the first that failed, and the
-    others are ended; Interrupted for a run that has saved its state to go on later.
+    others are ended; Interrupted for a run that has saved its state to resume later.
     """
     log = log_file(job.folder, job.config["mode"])
     if (workers := rendezvous()) is not None:
@@ -50,7 +50,7 @@ def launch(job: Job) -> None:
     with logging_to(log):
         _wait_for(ranks)
     if not is_done(job.folder):  # all have ended well, but not the run
-        raise Interrupted("stopped before its end, and can go on")
+        raise Interrupted("stopped before its end, and can resume")
 
 
 def work_for(leader: Rendezvous) -> None:

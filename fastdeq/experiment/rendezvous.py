@@ -163,7 +163,7 @@ def end_with(status: int) -> None:
     """Let this process, if it belongs to a cluster's job, end with `status`, whatever comes.
 
     submitit takes an exception that its job has handled for a success, and a job that writes its
-    result and then fails is what is wanted: the sweep goes on, and Slurm says FAILED.
+    result and then fails is what is wanted: the sweep continues, and Slurm says FAILED.
     """
     global _status
     _status = status

@@ -44,8 +44,8 @@ def run(cfg: DictConfig) -> Path:
     (metrics.csv), the states of the last epoch and of the best validation (last.ckpt, best.ckpt),
     what was printed (train.log), and summary.json: the final metrics and their provenance.
 
-    A folder that is given (paths.run) and there already is gone on with: from its last saved state
-    to its end, or not at all where it is done.
+    The run of a folder that is given (paths.run) and exists is resumed, from its last saved state
+    to its end; nothing happens where it is done.
 
     Raises, before anything is written: ValueError, TypeError, OSError or Hydra's
     InstantiationException for settings, data or a checkpoint that cannot be used; FileExistsError
@@ -56,14 +56,14 @@ def run(cfg: DictConfig) -> Path:
     checked = check(cfg)
     config, settings, identity = checked.config, checked.settings, checked.identity
     chosen = None if config["paths"]["run"] is None else Path(config["paths"]["run"])
-    goes_on = settings.resume == "auto" and settings.mode == "train"
-    if chosen is None and goes_on and HydraConfig.get().mode == RunMode.MULTIRUN:
+    resumes = settings.resume == "auto" and settings.mode == "train"
+    if chosen is None and resumes and HydraConfig.get().mode == RunMode.MULTIRUN:
         chosen = checked.folder_in_sweep
         if not chosen.exists():
             chosen = same_run_beside(chosen, config) or chosen
-    folder = _folder(chosen, config, settings, identity, goes_on=goes_on)
+    folder = _folder(chosen, config, settings, identity, resumes=resumes)
     with run_lock(folder):
-        if goes_on and is_done(folder):
+        if resumes and is_done(folder):
             print(f"done already: see {folder}")
             return folder
         with logging_to(log_file(folder, settings.mode)):
@@ -141,10 +141,10 @@ def _folder(
     settings: RunSettings,
     identity: str,
     *,
-    goes_on: bool,
+    resumes: bool,
 ) -> Path:
-    """A new folder, or with `goes_on` the chosen one as it is."""
-    if chosen is not None and goes_on:
+    """A new folder, or with `resumes` the chosen one as it is."""
+    if chosen is not None and resumes:
         if not chosen.exists():
             # Made aside and renamed: of several processes that come at the same moment one makes
             # it, and the others find it whole.

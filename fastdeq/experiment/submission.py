@@ -47,7 +47,7 @@ def check_queue(launcher: Mapping[str, Any]) -> None:
     if limit < 1:
         raise ValueError(
             "hydra.launcher.timeout_min is not given: say how many minutes a job may take before "
-            "it saves its state and goes back into the queue"
+            "it saves its state and is requeued"
         )
     if 60 * limit < delay + _EARLY:
         raise ValueError(

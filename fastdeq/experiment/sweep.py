@@ -24,13 +24,13 @@ from fastdeq.runs.reading import job_records
 
 T = TypeVar("T")
 RESUMABLE = 75
-"""The exit status of a run that has saved its state to go on later (sysexits' EX_TEMPFAIL)."""
+"""The exit status of a run that has saved its state to resume later (sysexits' EX_TEMPFAIL)."""
 
 
 def record_job(folder: Path | None, error: str | None, *, interrupted: bool = False) -> None:
     """Write <sweep>/jobs/<number>.json: the job's overrides, run folder, and what went wrong.
 
-    interrupted: nothing did, but the job has stopped before its end and can go on.
+    interrupted: nothing did, but the job has stopped before its end and can resume.
     """
     hydra = HydraConfig.get()
     path = job_record(Path(hydra.sweep.dir), hydra.job.num)
@@ -85,7 +85,7 @@ class Sweep(Callback):
             _or_config_error(check_queue, launcher)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print and write the table; leave with status 1 if a job failed, 75 if one can go on."""
+        """Print and write the table; leave with status 1 if a job failed, 75 if one can resume."""
         folder = Path(config.hydra.sweep.dir)
         jobs = read_jobs(folder)
         if not jobs:

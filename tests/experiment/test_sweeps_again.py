@@ -1,4 +1,4 @@
-"""A sweep that is started again: what is done is skipped, what was cut off or failed goes on."""
+"""A sweep that is started again: what is done is skipped, what was cut off or failed resumes."""
 
 import subprocess
 import sys

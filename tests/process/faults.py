@@ -43,7 +43,7 @@ class Exchanged(Callback):
 
 
 class Waiting(Callback):
-    """The ninth step of a job that starts for the first time lasts until the run is signalled to stop:
+    """The ninth step of a job that starts for the first time lasts until a signal to stop:
     what comes before and after a signal is the same however fast the machine is.
 
     Raises: TimeoutError after five minutes.

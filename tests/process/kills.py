@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def start(folder: Path) -> int:
-    """A process that makes the run, or goes on with it."""
+    """A process that makes the run, or resumes it."""
     if pid := os.fork():
         return pid
     try:

@@ -32,7 +32,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A job that goes back into the queue waits as long as a credential lives.
+# A requeued job waits as long as a credential lives.
 AuthInfo=socket={root}/munge.socket,cred_expire=5
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmctldParameters=preempt_send_user_signal

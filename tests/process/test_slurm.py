@@ -217,7 +217,7 @@ def test_a_preempted_run_goes_on_and_ends_as_the_one_that_was_not(
     assert cluster.wait_until_ended(urgent) == ["COMPLETED"]
     assert cluster.wait_until_ended(number) == ["COMPLETED"]
     assert cluster.slurm.job(number)["Restarts"] == "1"
-    assert (run / "train.log").read_text().count("going on") == 1
+    assert (run / "train.log").read_text().count("resuming    from") == 1
     assert_same(sweep[1], run)
 
 

@@ -90,7 +90,7 @@ def test_a_signal_stops_the_run_after_its_step_and_it_goes_on(
     out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == RESUMABLE, err
     assert f"as {number.name} says" in out
-    assert "the same command goes on" in out
+    assert "the same command resumes" in out
     assert err == ""
     assert is_sealed(tmp_path / "run" / RESUME)
     said = status(tmp_path / "run")
@@ -168,7 +168,7 @@ def test_ctrl_c_once_saves_and_ends(tmp_path: Path, ranks: int) -> None:
     printed = read_until_closed(terminal)
     _, ended = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(ended) == RESUMABLE, printed
-    assert "the same command goes on" in printed
+    assert "the same command resumes" in printed
     assert "Traceback" not in printed
     assert is_sealed(tmp_path / "run" / RESUME)
 

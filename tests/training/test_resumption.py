@@ -1,4 +1,4 @@
-"""A run that is interrupted and goes on is the run that was not."""
+"""A run that is interrupted and resumed equals the run that was not."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from fastdeq.runs.lock import run_lock
 from fastdeq.runs.status import Interrupted
 from fastdeq.training import TrainingFailed
 from tests.commands import ROOT, CommandLine
-from tests.comparisons import assert_same, kept_step, summary, failure_lines
+from tests.comparisons import assert_same, failure_lines, kept_step, summary
 from tests.configurations import composed
 from tests.runs import AT_ONCE, SHORT, run, run_in_pieces
 
@@ -232,7 +232,7 @@ def test_two_processes_stop_together_and_go_on_together(command: CommandLine) ->
     for steps in (2, 4, 6, 8, 10):
         stopped = command(*short, "paths.run=pieces", AT_ONCE)
         assert stopped.status == RESUMABLE, stopped.err
-        assert "the same command goes on" in stopped.out
+        assert "the same command resumes" in stopped.out
         state = torch.load(command.folder / "pieces" / RESUME, weights_only=True)
         assert state["global_step"] == steps
         first, second = (each["random"]["torch"] for each in state["fastdeq"]["ranks"])
@@ -248,7 +248,7 @@ def test_the_command_says_that_it_goes_on_and_its_status_too(command: CommandLin
     for number, answer in enumerate(answers, 1):
         assert answer.status == RESUMABLE
         assert f"stopped after {number} step" in answer.out
-        assert "the same command goes on" in answer.out
+        assert "the same command resumes" in answer.out
         assert answer.err == ""
     assert "resuming    from resume.ckpt" in answers[1].out
     for word in ("stopped after 1 step", "going on"):
