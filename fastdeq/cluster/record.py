@@ -55,7 +55,7 @@ def read_submission(sweep: Path) -> list[Submitted]:
     """
     path = sweep / SUBMISSION
     if not path.is_file():
-        raise FileNotFoundError(f"{sweep} is no sweep that was submitted ({SUBMISSION} is missing)")
+        raise FileNotFoundError(f"{sweep} is not a submitted sweep ({SUBMISSION} is missing)")
     try:
         return [
             Submitted(

@@ -196,7 +196,7 @@ def _target(key: str, name: Any) -> Any:
             f"{key} is {name!r}, but there is no such class or function ({reason})"
         ) from error
     if not callable(target):
-        raise TypeError(f"{key} is {name}, which is no class or function, but a {type(target)}")
+        raise TypeError(f"{key} is {name}, which is not a class or function, but a {type(target)}")
     return target
 
 

@@ -17,7 +17,7 @@ def load_weights(task: AbstractTask, path: Path) -> None:
     """
     weights = read_checkpoint(path).get("state_dict")
     if not isinstance(weights, dict):
-        raise ValueError(f"{path} is no checkpoint of a run: give best.ckpt or last.ckpt of one")
+        raise ValueError(f"{path} is not a checkpoint of a run: give best.ckpt or last.ckpt of one")
     try:
         task.load_state_dict(weights)
     except RuntimeError as error:
@@ -29,18 +29,18 @@ def load_weights(task: AbstractTask, path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What is in the file; empty where that is no dictionary.
+    """What is in the file; empty where that is not a dictionary.
 
     Raises: FileNotFoundError where there is none; ValueError for a file that cannot be read.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: {path} is no file: give last.ckpt of a run folder")
+        raise FileNotFoundError(f"checkpoint: {path} is not a file: give last.ckpt of a run folder")
     try:
         # Tensors and plain containers only: a checkpoint can run no code.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"checkpoint: {path} cannot be read: it is truncated, damaged or no checkpoint; take "
-            "another one of its run"
+            f"checkpoint: {path} cannot be read: it is truncated, damaged or not a checkpoint; "
+            "take another one of its run"
         ) from error
     return content if isinstance(content, dict) else {}

@@ -22,8 +22,8 @@ def with_merged_groups(arguments: Sequence[str]) -> list[str]:
 
 
 def check_choices(arguments: Sequence[str]) -> None:
-    """Raises: TypeError for a group whose choice is no name, which Hydra refuses without the key;
-    what else is wrong with the arguments is left to Hydra.
+    """Raises: TypeError for a group whose choice is not a name, which Hydra refuses without the
+    key; what else is wrong with the arguments is left to Hydra.
     """
     parser = OverridesParser.create()
     for word in arguments:

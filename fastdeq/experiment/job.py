@@ -50,8 +50,8 @@ class Job:
 
     config: resolved, plain containers. checkpoint: weights to begin with. resume: the saved state
     to resume from. choices: of the configuration's groups. reference: the published row of this
-    run, if there is one. started: when the command began, on the clock of `time.time` (which processes
-    share).
+    run, if there is one. started: when the command began, on the clock of `time.time` (which
+    processes share).
     """
 
     config: dict[str, Any]
@@ -141,7 +141,7 @@ def make_trainer(
     if own := sorted(trainer.keywords.keys() & _OWN):
         raise ValueError(f"{own[0]} is given by fastdeq itself: leave it out")
     if callable(strategy := trainer.keywords.get("strategy")):
-        # Looking for idle parameters costs a walk through the graph in every step.
+        # Looking for unused parameters costs a walk through the graph in every step.
         options["strategy"] = strategy(find_unused_parameters=task.leaves_parameters_unused)
     for name in _STEP:  # the task's: Lightning takes them in automatic optimization alone
         trainer.keywords.pop(name, None)
@@ -282,7 +282,7 @@ def _conclude(
     )
     if summary["train_seconds"] is not None:
         step = summary["train_ms_per_step"]
-        pace = "" if step is None else f", {step:.1f} ms a step (median)"
+        pace = "" if step is None else f", {step:.1f} ms per step (median)"
         count = summary["steps"]
         steps = "1 step" if count == 1 else f"{count:,} steps"
         LOG.info("%s in %.1f s%s", steps, summary["train_seconds"], pace)

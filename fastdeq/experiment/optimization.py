@@ -16,7 +16,7 @@ def check_optimizer(make: OptimizerFactory, trainer: Mapping[str, Any], ranks: i
     """Refuse what an optimizer that evaluates the loss several times in a step (LBFGS) cannot do.
 
     Its later evaluations see the last batch alone where gradients are accumulated, its line search
-    sees one process's loss, and a gradient scaler takes gradients once a step (Lightning 246).
+    sees one process's loss, and a gradient scaler takes gradients once per step (Lightning 246).
 
     Raises: ValueError.
     """

@@ -80,7 +80,7 @@ def _path(settings: RunSettings) -> Path:
         path = Path(settings.from_run) / FAILURE
     if not path.is_file():
         raise FileNotFoundError(
-            f"mode=replay: {path} is not there: give a run of which a step has failed, or "
+            f"mode=replay: {path} does not exist: give a run of which a step has failed, or "
             "checkpoint=PATH"
         )
     return path

@@ -118,7 +118,7 @@ def check(cfg: DictConfig, *, for_submission: bool = False) -> Checked:
     settings = check_values(cfg)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     if settings.mode == "replay":
-        raise ValueError("mode=replay makes no run: call fastdeq.experiment.replay")
+        raise ValueError("mode=replay does not make a run: call fastdeq.experiment.replay")
     ranks = count_ranks(config["trainer"], for_submission=for_submission)
     checkpoint, choices = _checkpoint(settings), _choices()
     with warnings.catch_warnings():
@@ -220,7 +220,7 @@ def _check_parts(
     if data.batch_size < ranks:
         raise ValueError(
             f"data.batch_size is {data.batch_size}, the batch of all devices together, but there "
-            f"are {ranks} of them: use at least one sample a device"
+            f"are {ranks} of them: use at least one sample per device"
         )
     with error_context(cfg, "task"):
         task = instantiate(parts.task, _convert_="all", **step_settings(parts.trainer))

@@ -51,7 +51,7 @@ def groups(
     loss: str = "{:.4f}",
     residual: bool = False,
 ) -> tuple[Group, ...]:
-    """NFE, accuracy, loss and milliseconds a batch: of training, evaluation, explicit prediction.
+    """NFE, accuracy, loss and milliseconds per batch: of training, evaluation, explicit prediction.
 
     evaluated: the stage whose metrics stand in the second group ("val" or "test"), under `title`.
     accuracy: whether the task has one. explicit: whether the model predicts without a solve.

@@ -25,7 +25,7 @@ class Found:
 def find_runs(paths: Iterable[Path]) -> Found:
     """The runs of run folders, of folders above them, and of the folders of sweeps; each once.
 
-    Raises: OSError for a path that is no folder, or that leads to no run; ValueError for a file
+    Raises: OSError for a path that is not a folder, or that leads to no run; ValueError for a file
     that cannot be read, with its name.
     """
     found = Found()

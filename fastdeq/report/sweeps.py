@@ -1,4 +1,4 @@
-"""The table at the end of a sweep: mean ± standard deviation over seeds, a row a setting."""
+"""The table at the end of a sweep: mean ± standard deviation over seeds, one row per setting."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ _COLUMNS = (
     ("explicit loss", "test/explicit_loss", "{:.3g}", 1.0),
     ("test NFE", "test/nfe", "{:.2f}", 1.0),
     ("unconverged %", "test/unconverged", "{:.2f}", 100.0),
-    ("ms a training step", "train_ms_per_step", "{:.1f}", 1.0),
+    ("ms per training step", "train_ms_per_step", "{:.1f}", 1.0),
     ("training s", "train_seconds", "{:.1f}", 1.0),
 )
 
@@ -74,7 +74,7 @@ class SweepTable:
         ]
 
     def rows(self) -> list[list[str]]:
-        """Headings, then a row a setting: the settings, runs done of runs started, the metrics."""
+        """Headings, then one row per setting: settings, runs done of runs started, metrics."""
         table = [[*self.varied, "runs", *(column[0] for column in self.columns)]]
         for settings, jobs in self.groups.items():
             done = sum(job.summary is not None for job in jobs)

@@ -71,7 +71,7 @@ def margin(published: float, seeds: int, ours: float | None, n: int) -> float:
     published: s₀, deviation over `seeds` published seeds. ours: s, deviation over n seeds, None for
     n = 1. The first is two standard errors of the difference (Welch: the two spreads need not be
     equal). A single run has no spread of its own: the second is the interval in which one
-    more run of the published kind is predicted. The factor is 2 and no quantile of Student's t: of
+    more run of the published kind is predicted. The factor is 2, not a quantile of Student's t: of
     normal metrics with equal settings, 82 % (one seed beside three: 2 degrees of freedom) to 88 %
     (three beside three of equal spread: 4) come out within.
     """

@@ -36,7 +36,7 @@ COUNTED = ("trainer.limit_", "trainer.overfit_batches", "trainer.val_check_inter
 
 
 def leaves(config: Mapping[str, Any]) -> dict[str, Leaf]:
-    """Dotted key and value of all that is no container; an empty container counts as a value."""
+    """Dotted key and value of all that is not a container; an empty container counts as a value."""
     return dict(_leaves(config, ""))
 
 

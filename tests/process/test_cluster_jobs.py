@@ -114,7 +114,7 @@ def test_a_shipped_grid_is_listed_and_can_be_narrowed(capsys: pytest.CaptureFixt
         (["list", "--cfg"], 2, "--cfg is for train.py alone"),
         (["logs", "sweep=x"], 2, "logs needs the number of a job"),
         (["status"], 1, "holds no sweep that was submitted"),
-        (["status", "sweep=x"], 1, "x is no sweep that was submitted"),
+        (["status", "sweep=x"], 1, "x is not a submitted sweep"),
         (["list", "model=none"], 1, "there is no model=none"),
         (["list", "hydra/launcher=joblib"], 1, "start the sweep by train.py -m"),
         (["list", "hydra/sweeper=search", "seed=1"], 1, "a search does not know its jobs"),
