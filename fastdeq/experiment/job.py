@@ -20,6 +20,7 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.loggers import Logger
 
+import fastdeq
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.signals import received
@@ -250,7 +251,7 @@ def _summary(
         "name": job.config["name"],
         "choices": job.choices,
         "reference": job.reference,
-        **provenance(trainer.strategy.root_device, job.command),
+        **provenance(trainer.strategy.root_device, job.command, fastdeq.__version__),
     }
 
 

@@ -11,20 +11,18 @@ from typing import Any
 
 import torch
 
-import fastdeq
-
 _PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "h5py")
 
 
-def provenance(device: torch.device, command: str) -> dict[str, Any]:
-    """Where metrics come from: versions, commit, machine and command."""
+def provenance(device: torch.device, command: str, release: str) -> dict[str, Any]:
+    """Where metrics come from: versions (release: that of fastdeq), commit, machine and command."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "host": platform.node(),
         "threads": torch.get_num_threads(),
         "versions": {
-            "fastdeq": fastdeq.__version__,
+            "fastdeq": release,
             "python": platform.python_version(),
             **{package: _version(package) for package in _PACKAGES},
         },
@@ -59,7 +57,7 @@ def _git(*arguments: str) -> str | None:
     """What git says of the package's own checkout; None outside one or without git."""
     try:
         answer = subprocess.run(
-            ["git", "-C", str(Path(fastdeq.__file__).parent), *arguments],
+            ["git", "-C", str(Path(__file__).parent), *arguments],
             capture_output=True,
             encoding="utf-8",
             errors="replace",

@@ -169,6 +169,22 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
+def longest_chain(graph: dict[str, set[str]], first: str) -> list[str]:
+    """The longest path of imports that starts at `first`; the graph has no cycle."""
+    chains = [longest_chain(graph, target) for target in sorted(graph.get(first, ()))]
+    return [first, *max(chains, key=len, default=[])]
+
+
+def parts(modules: dict[str, Module]) -> dict[str, set[str]]:
+    """What the packages and modules directly below fastdeq import of each other."""
+    graph: dict[str, set[str]] = {}
+    for name, module in modules.items():
+        part = ".".join(name.split(".")[:2])
+        others = {".".join(target.split(".")[:2]) for target in own(targets(module, modules))}
+        graph[part] = graph.get(part, set()) | (others - {part})
+    return graph
+
+
 def definitions(module: Module) -> Iterator[tuple[str, Definition]]:
     """All functions, methods and classes with their qualified names."""
 
@@ -202,6 +218,14 @@ def test_no_modules_import_each_other_in_a_circle():
     graph = {name: own(targets(module, MODULES)) for name, module in MODULES.items()}
     cycle = find_cycle(graph)
     assert not cycle, " → ".join(cycle)
+
+
+def test_the_parts_of_the_package_form_at_most_ten_layers_without_a_cycle():
+    graph = parts(MODULES)
+    cycle = find_cycle(graph)
+    assert not cycle, " → ".join(cycle)
+    chain = longest_chain(graph, "fastdeq.experiment")
+    assert len(chain) <= 10, " → ".join(chain)
 
 
 def test_no_import_is_hidden_in_a_function():
@@ -284,6 +308,8 @@ def test_every_public_function_and_class_has_a_docstring():
         ("fastdeq.training.regression", "fastdeq", True),
         ("fastdeq", "fastdeq.nn", True),
         ("fastdeq", "fastdeq.training", False),
+        ("fastdeq.runs.resuming", "fastdeq.training", False),
+        ("fastdeq.report", "fastdeq.runs.reading", True),
         ("fastdeq.data.digits", "fastdeq.data.store", True),
         ("fastdeq.data.digits", "fastdeq.settings", True),
         ("fastdeq.data.digits", "fastdeq.solvers", False),
@@ -340,6 +366,7 @@ def report(modules: dict[str, Module]) -> str:
     documented = sum(ast.get_docstring(node) is not None for node in public)
     largest, longest = max(lines, key=lines.__getitem__), max(lengths, key=lengths.__getitem__)
     over = sum(length > 40 for length in lengths.values())
+    chain = longest_chain(parts(modules), "fastdeq.experiment")
     return "\n".join(
         (
             f"{len(modules)} modules, {sum(lines.values())} lines",
@@ -350,6 +377,7 @@ def report(modules: dict[str, Module]) -> str:
             f"{over} of {len(lengths)} over 40 ({over / len(lengths):.0%})",
             f"public functions, methods and classes with a docstring: "
             f"{documented} of {len(public)} ({documented / len(public):.0%})",
+            f"longest chain of imports: {len(chain)}, {' → '.join(chain)}",
         )
     )
 
