@@ -120,7 +120,7 @@ def test_a_checkpoint_is_tested_under_other_settings(command: CommandLine) -> No
     assert metrics(exact)["test/nfe"] > metrics(trained)["test/nfe"]
 
 
-def test_training_goes_on_from_the_weights_of_a_checkpoint(command: CommandLine) -> None:
+def test_training_continues_from_the_weights_of_a_checkpoint(command: CommandLine) -> None:
     first = a_run(command)
     second = newest(command, *SHORT, f"checkpoint={first / 'last.ckpt'}", "optimizer.lr=0.0")
     old, new = (

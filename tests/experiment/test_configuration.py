@@ -154,7 +154,7 @@ def test_samples_are_solved_one_by_one_where_the_normalization_lets_them(
         (["model=residual", "arch=fc"], "this arch has no 'plain': leave arch= out"),
     ],
 )
-def test_what_does_not_fit_a_multiscale_network_is_told_in_one_line(
+def test_what_does_not_fit_a_multiscale_network_is_reported_in_one_line(
     overrides: list[str], sentence: str
 ) -> None:
     chosen = [] if any("model=" in override for override in overrides) else ["model=mdeq"]

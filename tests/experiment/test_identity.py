@@ -99,7 +99,7 @@ def test_a_key_changes_both_the_identity_and_the_row_or_neither(choices: tuple[s
         *(("checkpoint", "a.ckpt", False), ("mode", "test", False), ("name", "mine", False)),
     ],
 )
-def test_what_the_results_do_not_depend_on_is_no_part_of_the_identity(
+def test_what_the_results_do_not_depend_on_is_not_part_of_the_identity(
     key: str, value: Any, is_same: bool
 ) -> None:
     cfg = composed("data=image_folder")

@@ -284,7 +284,7 @@ def test_a_checkpoint_of_another_model_or_of_another_program_is_refused(
         "another model",
     )
     torch.save({"weights": torch.zeros(3)}, checkpoint)
-    refused(command("mode=test", f"checkpoint={checkpoint}"), "no checkpoint of a run")
+    refused(command("mode=test", f"checkpoint={checkpoint}"), "not a checkpoint of a run")
 
 
 def test_a_run_folder_that_is_there_is_refused_and_left_alone(

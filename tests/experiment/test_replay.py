@@ -236,12 +236,12 @@ def test_a_sweep_of_replays_is_refused(command: CommandLine, failed: Path) -> No
     refused(command(*sweep), "mode=replay", "leave -m out")
 
 
-def test_a_replay_is_no_run(failed: Path) -> None:
+def test_a_replay_is_not_a_run(failed: Path) -> None:
     cfg = composed("mode=replay", f"from_run={failed}")
     with pytest.raises(ValueError, match=r"fastdeq\.experiment\.replay"):
         experiment.run(cfg)
 
 
-def test_what_goes_wrong_in_training_is_no_exception_of_this_module(tmp_path: Path) -> None:
+def test_what_goes_wrong_in_training_is_not_an_exception_of_this_module(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailed, match="mode=replay from_run="):
         run(tmp_path / "run", "model=deq", *NEVER, "callbacks.failures.on_failure=raise")

@@ -211,7 +211,7 @@ def test_files_that_loggers_keep_in_a_run_are_no_runs(tmp_path):
     assert list(find_runs([tmp_path]).runs) == [run]
 
 
-def test_a_sweep_leads_to_its_runs_and_tells_of_the_others(tmp_path):
+def test_a_sweep_leads_to_its_runs_and_reports_the_others(tmp_path):
     sweep = tmp_path / "multirun" / "1"
     write_job(sweep, 0, write_run(tmp_path / "a"))
     write_job(sweep, 2, None, error="out of memory", model="deq", seed="2")

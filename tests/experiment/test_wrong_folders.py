@@ -122,7 +122,7 @@ def test_a_root_that_is_missing_is_named(tmp_path):
         folder(None).prepare_data()
 
 
-def test_a_file_that_is_not_store_is_not_root(tmp_path):
+def test_a_file_that_is_not_a_store_is_not_a_root(tmp_path):
     (tmp_path / "x.h5").write_text("<html>")
     text = refusal(folder(tmp_path / "x.h5"), tmp_path / "x.h5")
     assert text.endswith("give the folder that it was made from")

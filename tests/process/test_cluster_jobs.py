@@ -52,7 +52,7 @@ def test_a_task_of_several_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_step")
 @pytest.mark.parametrize("variable", ["SLURM_STEP_NUM_TASKS", "SLURM_PROCID"])
-def test_a_batch_script_is_no_task_of_several(
+def test_a_batch_script_is_not_one_of_several_tasks(
     monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.delenv(variable)

@@ -202,7 +202,7 @@ def test_a_run_records_its_own_command_and_not_that_of_submitit(sweep: dict[int,
     assert "seed=2" in json.loads((sweep[2] / "overrides.json").read_text())
 
 
-def test_a_preempted_run_goes_on_and_ends_as_the_one_that_was_not(
+def test_a_preempted_run_resumes_and_ends_as_the_one_that_was_not(
     cluster: Cluster, sweep: dict[int, Path]
 ) -> None:
     submitted, number = cluster.submit(*TWO, "seed=1", "name=preempted", WAITING)
@@ -279,7 +279,7 @@ def test_an_array_runs_the_jobs_that_are_listed(cluster: Cluster) -> None:
     assert (content(run)["seed"], content(run)["name"]) == (7, "an array")
 
 
-def test_a_run_out_of_time_goes_on_and_ends_as_the_one_that_was_not(
+def test_a_run_out_of_time_resumes_and_ends_as_the_one_that_was_not(
     cluster: Cluster, timed_out: TimedOut, command: CommandLine
 ) -> None:
     assert command(*RUN, "seed=1", "paths.run=whole").status == 0
@@ -290,7 +290,7 @@ def test_a_run_out_of_time_goes_on_and_ends_as_the_one_that_was_not(
     assert printed.splitlines()[0].split("|")[1].strip() == "runs"
 
 
-def test_a_plain_script_out_of_time_goes_on_and_ends_as_the_one_that_was_not(
+def test_a_plain_script_out_of_time_resumes_and_ends_as_the_one_that_was_not(
     cluster: Cluster, timed_out: TimedOut, sweep: dict[int, Path]
 ) -> None:
     assert cluster.wait_until_ended(timed_out.script) == ["COMPLETED"]

@@ -81,7 +81,7 @@ def test_a_run_that_is_killed_again_and_again_equals_the_run_that_was_not(tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
-def test_a_signal_stops_the_run_after_its_step_and_it_goes_on(
+def test_a_signal_stops_the_run_after_its_step_and_it_resumes(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     process = train(tmp_path, *LONG)

@@ -69,7 +69,7 @@ def test_of_the_network_whose_failing_steps_are_skipped_some_fail_and_some_do_no
 
 @pytest.mark.filterwarnings("ignore:f is not finite:RuntimeWarning")  # in the evaluations
 @pytest.mark.parametrize("on_failure", ["warn", "skip_step"])
-def test_a_row_of_failing_steps_goes_on_where_it_was(tmp_path: Path, on_failure: str) -> None:
+def test_a_row_of_failing_steps_continues_where_it_was(tmp_path: Path, on_failure: str) -> None:
     # Nothing in these steps is finite, so that warn counts them too.
     failing = ("model=deq", *NOT_FINITE, f"callbacks.failures.on_failure={on_failure}")
     errors = []
@@ -137,7 +137,7 @@ def unseal(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, empty, unseal, Path.unlink])
-def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, damage: Any) -> None:
+def test_a_damaged_state_is_skipped_for_the_one_before(tmp_path: Path, damage: Any) -> None:
     whole = run(tmp_path / "whole", "model=deq")
     folder = tmp_path / "run"
     for _ in range(2):
@@ -224,7 +224,7 @@ def test_the_weights_of_a_state_can_be_used_like_those_of_any_checkpoint(tmp_pat
     assert summary(tested)["mode"] == "test"
 
 
-def test_two_processes_stop_together_and_go_on_together(command: CommandLine) -> None:
+def test_two_processes_stop_together_and_resume_together(command: CommandLine) -> None:
     short = (*SHORT, "model=deq", "loss.jacobian=0.1", "trainer=ddp_cpu", "trainer.devices=2")
     whole = command(*short, "paths.run=whole")
     assert whole.status == 0, whole.err
@@ -242,7 +242,7 @@ def test_two_processes_stop_together_and_go_on_together(command: CommandLine) ->
     assert_same(command.folder / "whole", command.folder / "pieces")
 
 
-def test_the_command_says_that_it_goes_on_and_its_status_too(command: CommandLine) -> None:
+def test_the_command_says_that_it_resumes_and_its_status_too(command: CommandLine) -> None:
     words = (*SHORT, "model=deq", "paths.run=mine", AT_ONCE)
     answers = [command(*words) for _ in range(3)]
     for number, answer in enumerate(answers, 1):

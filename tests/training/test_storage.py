@@ -108,7 +108,7 @@ def test_on_a_read_only_disk_the_checkpoint_before_stays(disk: Path) -> None:
     assert is_sealed(path)
 
 
-def test_a_run_on_a_disk_that_fills_up_ends_in_a_line_and_goes_on_later(
+def test_a_run_on_a_disk_that_fills_up_ends_in_a_line_and_resumes_later(
     command: CommandLine, disk: Path
 ) -> None:
     short = ("model=deq", "trainer.max_epochs=3", "data.batch_size=360", "trainer.accelerator=cpu")
@@ -158,7 +158,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("fraction", [i / 8 for i in range(9)])
-def test_a_state_damaged_anywhere_is_passed_over(
+def test_a_state_damaged_anywhere_is_skipped(
     stopped: Path, whole: Path, fraction: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = stopped / RESUME
