@@ -1,4 +1,4 @@
-"""How much `import fastdeq` adds to `import torch`: medians over alternating fresh processes.
+"""How much `import fastdeq.nn` adds to `import torch`: medians over alternating fresh processes.
 
 python benchmarks/import_time.py [--runs 7]
 """
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 
-STATEMENTS = ("import torch", "import torch, fastdeq")
+STATEMENTS = ("import torch", "import torch, fastdeq.nn")
 
 
 def main() -> None:

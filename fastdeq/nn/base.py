@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdeq.fixed_point import fixed_depth
+from fastdeq._fixed_point import fixed_depth
 from fastdeq.nn.call import CellCall, check_cell
 from fastdeq.nn.initializers import AbstractInitializer, zeros_of
 from fastdeq.nn.weight_norm import parametrizations_cached

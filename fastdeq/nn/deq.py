@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from fastdeq._fixed_point import check_settings, fixed_point
 from fastdeq.adjoints import AbstractAdjoint, Implicit
-from fastdeq.fixed_point import check_settings, fixed_point
 from fastdeq.krylov import GMRES
 from fastdeq.nn.base import AbstractCellLayer
 from fastdeq.nn.coupling import check_coupling, coupling

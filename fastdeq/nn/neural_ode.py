@@ -7,9 +7,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from fastdeq._fixed_point import unsolved
 from fastdeq.adjoints.once import differentiable_once
 from fastdeq.autodiff import carries_tangent, edges_behind
-from fastdeq.fixed_point import unsolved
 from fastdeq.flatten import Layout
 from fastdeq.nn.base import AbstractCellLayer
 from fastdeq.nn.call import CellCall

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdeq.fixed_point import fixed_depth
+from fastdeq._fixed_point import fixed_depth
 from fastdeq.nn.base import AbstractCellLayer
 from fastdeq.nn.initializers import AbstractInitializer
 from fastdeq.notation import State, StateMap

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from benchmarks.solver_step import Operations
 from fastdeq import GMRES
+from fastdeq._fixed_point import fixed_point
 from fastdeq.adjoints import Implicit
 from fastdeq.autocast import full_precision
-from fastdeq.fixed_point import fixed_point
 from fastdeq.history import History
 from fastdeq.solvers import (
     AbstractSolver,

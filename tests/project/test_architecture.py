@@ -33,7 +33,7 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.krylov": 1,
     "fastdeq.history": 1,
     "fastdeq.adjoints": 2,
-    "fastdeq.fixed_point": 3,
+    "fastdeq._fixed_point": 3,
     "fastdeq.regularizers": 3,
     "fastdeq.nn": 4,
     "fastdeq.data.__main__": 7,  # a command around the data sets

@@ -86,6 +86,12 @@ def test_the_data_of_the_wheel_are_readable(wheel, tmp_path):
     assert in_isolation(code, wheel, tmp_path) == "1437"
 
 
-def test_importing_fastdeq_loads_none_of_the_extras(tmp_path):
-    code = f"import fastdeq; print([name for name in {EXTRAS} if name in sys.modules])"
-    assert in_isolation(code, ROOT, tmp_path) == "[]"
+def test_importing_fastdeq_loads_none_of_the_extras_and_torch_with_its_first_name(tmp_path):
+    found = f"print([name for name in {EXTRAS} if name in sys.modules])"
+    code = f"import fastdeq; print('torch' in sys.modules); from fastdeq import *; nn; {found}"
+    assert in_isolation(code, ROOT, tmp_path).split("\n") == ["False", "[]"]
+
+
+def test_a_public_function_is_not_hidden_by_a_module_of_its_name(tmp_path):
+    code = "import fastdeq.nn; print([callable(fastdeq.fixed_point), callable(fastdeq.gmres)])"
+    assert in_isolation(code, ROOT, tmp_path) == "[True, True]"
