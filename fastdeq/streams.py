@@ -39,12 +39,16 @@ def check_written() -> None:
         raise OSError(f"stdout cannot be written ({raw.error.strerror}): the output is incomplete")
 
 
-def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Call `main` with the arguments of the process, and exit with the status that it returns, or
-    with 1 where its output could not be written.
+def run_command(
+    main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None
+) -> NoReturn:
+    """Call `main`, and exit with the status that it returns, or with 1 where its output could not
+    be written.
+
+    arguments: those of the process if not given.
     """
     keep_streams()
-    status = main(sys.argv[1:])
+    status = main(sys.argv[1:] if arguments is None else arguments)
     try:
         check_written()
     except OSError as error:

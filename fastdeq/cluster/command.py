@@ -1,15 +1,16 @@
-"""The command ``python -m fastdeq.cluster``: a sweep in Slurm's queue, without waiting for it."""
+"""The command ``fastdeq jobs``: a sweep in Slurm's queue, without waiting for it."""
 
-import difflib
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastdeq.cluster.record import OPEN, Submitted, newest, read_submission, slurm_states
 from fastdeq.cluster.submit import submit
+from fastdeq.commands import Parser, exit_status, typed
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.grid import read_grid
 from fastdeq.experiment.sweep import RESUMABLE
@@ -17,102 +18,97 @@ from fastdeq.report import SweepTable, read_jobs
 from fastdeq.report.markdown import aligned
 
 
-class UsageError(Exception):
-    """A command line that cannot be understood; its text is one line."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """Which sweep, and which of its jobs; None: all."""
-
-    sweep: Path
-    number: int | None
-
-    def jobs(self) -> list[Submitted]:
-        """Raises: OSError or ValueError where they are not known."""
-        jobs = read_submission(self.sweep)
-        if self.number is None:
-            return jobs
-        if not 0 <= self.number < len(jobs):
-            raise ValueError(
-                f"there is no job {self.number}: {self.sweep} has 0 to {len(jobs) - 1}"
-            )
-        return [jobs[self.number]]
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit status: 0, 1 for an error, 2 for the usage, and 75 where
     jobs are not done that are asked for.
     """
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(usage())
-        return 0 if arguments else 2
-    action, *rest = arguments
-    try:
-        if action not in ACTIONS:
-            raise UsageError(_unknown("action", action, ACTIONS))
-        return ACTIONS[action](rest)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        where = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-        print(f"error: {where}{explain(error)}", file=sys.stderr)
-        return 1
+    # A sweep is typed for `fastdeq train` with a flag that says here what is clear.
+    words = [word for word in arguments if word not in ("-m", "--multirun")]
+    return exit_status(lambda: _run(parser().parse_args(words)), Exception, explain=_explain)
 
 
-def usage() -> str:
-    """Return what the command says when it is asked for help."""
-    return (
-        "usage: python -m fastdeq.cluster ACTION ...\n\n"
-        "A sweep as one array of Slurm jobs, which this command does not wait for.\n\n"
-        "  submit key=value ...  what train.py -m takes, and hydra.launcher.timeout_min=MINUTES;\n"
-        "                        conf/hydra/launcher/submitit_slurm.yaml explains its other keys\n"
-        "  list key=value ...    a line of overrides for each job; submits nothing\n"
-        "  status                a table: what Slurm says of each job, and what its run does\n"
-        "  logs N                what job N has printed\n"
-        "  cancel [N]            job N, or all that have not ended\n"
-        "  collect               the table of what is done; status 75 where a job is still open\n\n"
-        "All but submit and list take sweep=FOLDER, which submit has printed; if not given, the\n"
-        "newest one in outputs/multirun."
+def _run(given: Namespace) -> int:
+    if find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+        raise ImportError("a launcher is missing: pip install hydra-submitit-launcher")
+    return ACTIONS[given.action](given)
+
+
+def _explain(error: Exception) -> str:
+    where = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+    return f"{where}{explain(error)}"
+
+
+def parser() -> Parser:
+    """A subparser for each action."""
+    command = typed("jobs")
+    made = Parser(
+        prog=command,
+        description="Run a sweep as one array of Slurm jobs, without waiting for it.",
+        examples=f"  {command} submit sweep=mnist_fc data.root=PATH hydra.launcher.timeout_min=60\n"
+        f"  {command} status\n  {command} logs 3\n  {command} collect --sweep FOLDER",
     )
+    overrides = Parser(add_help=False)
+    overrides.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help=f"what {typed('train')} -m takes, and hydra.launcher.timeout_min=MINUTES; "
+        "conf/hydra/launcher/submitit_slurm.yaml explains its other keys",
+    )
+    sweep = Parser(add_help=False)
+    sweep.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FOLDER",
+        help="the folder that submit has printed (default: the newest in outputs/multirun)",
+    )
+    actions = made.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+    added = {
+        name: actions.add_parser(name, parents=[parent], help=text, description=text)
+        for name, parent, text in (
+            ("submit", overrides, "check all jobs and put them into the queue"),
+            ("list", overrides, "print a line of overrides for each job; submit nothing"),
+            ("status", sweep, "print a table: the state of each job in Slurm, and of its run"),
+            ("logs", sweep, "print the log of a job"),
+            ("cancel", sweep, "cancel one job, or all that have not ended"),
+            ("collect", sweep, "print the table of what is done; status 75: a job is still open"),
+        )
+    }
+    added["logs"].add_argument("number", type=int, metavar="N", help="the job's number")
+    added["cancel"].add_argument("number", type=int, nargs="?", metavar="N", help="default: all")
+    return made
 
 
-def parse(arguments: Sequence[str]) -> Request:
-    """Return what is asked for; raises UsageError, or OSError where there is no sweep."""
-    sweep, number = None, None
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if argument.isdecimal():
-            number = int(argument)
-        elif key != "sweep":
-            raise UsageError(_unknown("key", key, ("sweep",)))
-        elif not equals or not text:
-            raise UsageError("sweep has no value: write sweep=FOLDER")
-        else:
-            sweep = Path(text)
-    return Request(newest(Path("outputs")) if sweep is None else sweep, number)
+def _sweep(given: Namespace) -> Path:
+    """Raises: FileNotFoundError where there is none."""
+    return newest(Path("outputs")) if given.sweep is None else Path(given.sweep)
 
 
-def _submit(arguments: Sequence[str]) -> int:
-    folder, jobs = submit(_overrides(arguments))
+def _job(sweep: Path, number: int) -> Submitted:
+    """Raises: OSError or ValueError where it is not known."""
+    jobs = read_submission(sweep)
+    if not 0 <= number < len(jobs):
+        raise ValueError(f"there is no job {number}: {sweep} has 0 to {len(jobs) - 1}")
+    return jobs[number]
+
+
+def _submit(given: Namespace) -> int:
+    folder, jobs = submit(given.overrides)
     first = jobs[0].slurm.partition("_")[0]
     print(f"{len(jobs)} jobs are in the queue, as {first}: see {folder}")
-    print(f"python -m fastdeq.cluster status sweep={shlex.quote(str(folder))}")
+    print(f"{typed('jobs')} status --sweep {shlex.quote(str(folder))}")
     return 0
 
 
-def _list(arguments: Sequence[str]) -> int:
-    for job in read_grid(_overrides(arguments)).jobs:
+def _list(given: Namespace) -> int:
+    for job in read_grid(given.overrides).jobs:
         print(shlex.join(job))
     return 0
 
 
-def _status(arguments: Sequence[str]) -> int:
-    request = parse(arguments)
-    jobs = request.jobs()
-    states = slurm_states(jobs)
-    varied = _varied(read_submission(request.sweep))
+def _status(given: Namespace) -> int:
+    jobs = read_submission(_sweep(given))
+    states, varied = slurm_states(jobs), _varied(jobs)
     rows = [["job", "slurm", "state", "run", *varied, "folder"]]
     for job in jobs:
         values = dict(override.split("=", 1) for override in job.overrides)
@@ -122,11 +118,8 @@ def _status(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _logs(arguments: Sequence[str]) -> int:
-    request = parse(arguments)
-    if request.number is None:
-        raise UsageError("logs needs the number of a job: python -m fastdeq.cluster logs 0")
-    (job,) = request.jobs()
+def _logs(given: Namespace) -> int:
+    job = _job(_sweep(given), given.number)
     if not job.log.exists():
         state = slurm_states([job])[job.number]
         raise FileNotFoundError(f"job {job.number} has printed nothing yet (Slurm says {state})")
@@ -134,8 +127,9 @@ def _logs(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _cancel(arguments: Sequence[str]) -> int:
-    jobs = parse(arguments).jobs()
+def _cancel(given: Namespace) -> int:
+    sweep = _sweep(given)
+    jobs = read_submission(sweep) if given.number is None else [_job(sweep, given.number)]
     states = slurm_states(jobs)
     names = [job.slurm for job in jobs if states[job.number] in (*OPEN, "UNKNOWN")]
     if names:
@@ -152,15 +146,15 @@ def _cancel(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _collect(arguments: Sequence[str]) -> int:
-    request = parse(arguments)
-    submitted = request.jobs()
-    records = {job.number: job for job in read_jobs(request.sweep)}
+def _collect(given: Namespace) -> int:
+    sweep = _sweep(given)
+    submitted = read_submission(sweep)
+    records = {job.number: job for job in read_jobs(sweep)}
     done = [job for job in records.values() if job.summary is not None]
     if done:
         table = SweepTable(done)
-        table.write(request.sweep)
-        print(f"{table.markdown()}\n\nmean ± standard deviation over seeds; see {request.sweep}")
+        table.write(sweep)
+        print(f"{table.markdown()}\n\nmean ± standard deviation over seeds; see {sweep}")
     missing = [job for job in submitted if job.number not in {each.number for each in done}]
     states = slurm_states(missing)
     for job in missing:
@@ -173,7 +167,7 @@ def _collect(arguments: Sequence[str]) -> int:
     return RESUMABLE if missing else 0
 
 
-ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
+ACTIONS: dict[str, Callable[[Namespace], int]] = {
     "submit": _submit,
     "list": _list,
     "status": _status,
@@ -181,16 +175,7 @@ ACTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "cancel": _cancel,
     "collect": _collect,
 }
-"""What the command does, by its first word."""
-
-
-def _overrides(arguments: Sequence[str]) -> list[str]:
-    """Raises: UsageError for a flag, which only train.py has."""
-    words = [word for word in arguments if word not in ("-m", "--multirun")]
-    for word in words:
-        if word.startswith("-"):
-            raise UsageError(f"{word} is for train.py alone: give key=value")
-    return words
+"""What the command does, by its action."""
 
 
 def _varied(jobs: Sequence[Submitted]) -> list[str]:
@@ -201,9 +186,3 @@ def _varied(jobs: Sequence[Submitted]) -> list[str]:
             key, _, text = override.partition("=")
             values.setdefault(key, set()).add(text)
     return [key for key, texts in values.items() if len(texts) > 1]
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    cure = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(known)}"
-    return f"unknown {what} {name!r}: {cure}"

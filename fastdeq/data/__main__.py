@@ -1,4 +1,4 @@
-"""``python -m fastdeq.data NAME key=value ...``: prepare a data set and show what it holds."""
+"""``python -m fastdeq.data``: the same as ``fastdeq data``."""
 
 from fastdeq.data.command import main
 from fastdeq.streams import run_command

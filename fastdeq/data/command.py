@@ -1,9 +1,8 @@
-"""The command ``python -m fastdeq.data``: prepare or verify a set, and show what it holds."""
+"""The command ``fastdeq data``: prepare or verify a data set, and show what it holds."""
 
-import difflib
+import argparse
 import inspect
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdeq.commands import Parser, UsageError, exit_status, typed
 from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.digits import DigitsDataModule
 from fastdeq.data.image_folder import ImageFolderDataModule
@@ -29,70 +29,98 @@ SETS: dict[str, type[InMemoryDataModule | ImageFolderDataModule]] = {
     "polynomial": PolynomialDataModule,
     "svhn": SvhnDataModule,
 }
-"""The data sets by the name that the command knows them by."""
+"""The data sets by their names in conf/data."""
 
 _SHOWN = 20  # classes, in one line
 
 
-class UsageError(Exception):
-    """A command line that cannot be understood; its text is one line."""
+_HELP = {
+    "root": "folder with the source files (default: $FASTDEQ_DATA)",
+    "store": "folder that keeps the prepared set (default: the user's cache)",
+    "download": "download the source files where they are missing",
+    "verify": "compare the source files with the published ones",
+}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit status: 0, 1 for an error in the data, 2 for the usage."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(usage())
-        return 0 if arguments else 2
-    try:
-        name, settings = parse(arguments)
-        data = _make(name, settings)
-        data.prepare_data()
-        train, test = data.load()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: _prepare(arguments), OSError, ValueError, ImportError)
+
+
+def _prepare(arguments: Sequence[str]) -> int:
+    name, settings = parse(arguments)
+    data = _make(name, settings)
+    data.prepare_data()
+    train, test = data.load()
     for title, text in describe(name, data, train, test):
         print(f"{title:<14}{text}")
     return 0
 
 
-def usage() -> str:
-    """Return the text of --help."""
-    return (
-        "usage: python -m fastdeq.data NAME [key=value ...]\n\n"
-        "Prepares a data set, or verifies it where it is ready, and shows what it holds.\n"
-        f"NAME: {', '.join(SETS)}.\n"
-        "Keys are those of conf/data/NAME.yaml, among them root (the folder with the source\n"
-        "files, $FASTDEQ_DATA if not given), store (the folder to keep the set in),\n"
-        "download=true and verify=false."
+def parser() -> Parser:
+    """A subparser for each data set, with an option for each setting of its data module."""
+    command = typed("data")
+    made = Parser(
+        prog=command,
+        description="Prepare a data set, or verify it where it is ready, and show what it holds.",
+        examples=f"  {command} digits\n  {command} mnist --root PATH\n  {command} mnist --help",
     )
+    sets = made.add_subparsers(
+        dest="data_set",
+        metavar="NAME",
+        help=f"{', '.join(SETS)}; NAME --help lists its options",
+        required=True,
+    )
+    for name, module in SETS.items():
+        text = (
+            f"The options are keys of conf/data/{name}.yaml, which explains them; data.KEY=VALUE,"
+        )
+        one = sets.add_parser(name, description=f"{text}\nas training takes it, is understood too.")
+        for key, parameter in inspect.signature(module).parameters.items():
+            _add_option(one, key, parameter)
+    return made
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """Return the set's name and its constructor's arguments; raises UsageError."""
-    name, *rest = arguments
-    if name not in SETS:
-        raise UsageError(_unknown("data set", name, SETS))
-    defaults = {
-        # None alone does not say that a number is meant.
-        key: 0 if parameter.annotation == int | None else parameter.default
-        for key, parameter in inspect.signature(SETS[name]).parameters.items()
-    }
-    settings: dict[str, Any] = {}
-    for argument in rest:
-        key, equals, text = argument.partition("=")
-        key = key.removeprefix("data.")  # as it is written for train.py, and in error messages
-        if key not in defaults:
-            raise UsageError(_unknown(f"key of {name}", key, defaults))
-        if not equals:
-            raise UsageError(f"{key} has no value: write {key}=VALUE")
-        settings[key] = _value(key, text, defaults[key])
-    if "root" in defaults and (root := os.environ.get("FASTDEQ_DATA")):
+    settings = vars(parser().parse_args([_as_option(word) for word in arguments]))
+    name = settings.pop("data_set")
+    has_root = "root" in inspect.signature(SETS[name]).parameters
+    if has_root and (root := os.environ.get("FASTDEQ_DATA")):
         settings.setdefault("root", root)
     return name, settings
+
+
+def _add_option(parser: argparse.ArgumentParser, key: str, parameter: inspect.Parameter) -> None:
+    """Of a number, a text, a path or a switch; a range or a mapping is for training alone."""
+    flag, default = f"--{key.replace('_', '-')}", parameter.default
+    if isinstance(default, bool):
+        parser.add_argument(
+            flag,
+            action=argparse.BooleanOptionalAction,
+            default=argparse.SUPPRESS,
+            help=f"{_HELP[key]} (default: {default})" if key in _HELP else None,
+        )
+    elif default is None or isinstance(default, int | float | str):
+        number = int if parameter.annotation == int | None else type(default)
+        parser.add_argument(
+            flag,
+            type=str if number is type(None) else number,
+            metavar={"root": "PATH", "store": "FOLDER"}.get(key, "VALUE"),
+            default=argparse.SUPPRESS,
+            help=_HELP.get(key, f"default: {default}"),
+        )
+
+
+def _as_option(word: str) -> str:
+    """`data.root=PATH`, as it is written for training and in messages, as `--root=PATH`."""
+    if not word.startswith("data."):
+        return word
+    key, _, text = word.removeprefix("data.").partition("=")
+    name = key.replace("_", "-")
+    if text.lower() in ("true", "false"):
+        return f"--{name}" if text.lower() == "true" else f"--no-{name}"
+    return f"--{name}={text}"
 
 
 def describe(
@@ -147,29 +175,6 @@ def _make(name: str, settings: dict[str, Any]) -> InMemoryDataModule | ImageFold
         return SETS[name](**settings)
     except (TypeError, ValueError) as error:  # wrong, out of range, or not to be combined
         raise UsageError(str(error)) from None
-
-
-def _value(key: str, text: str, default: object) -> object:
-    """Read ``text`` as a value of the type of the key's default; without one it is a path."""
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise UsageError(f"{key} must be true or false, not {text!r}")
-        return text.lower() == "true"
-    if isinstance(default, str):
-        return text
-    if isinstance(default, int | float):
-        try:
-            return type(default)(text)
-        except ValueError:
-            kind = "an integer" if isinstance(default, int) else "a number"
-            raise UsageError(f"{key} must be {kind}, not {text!r}") from None
-    return None if text.lower() in ("", "null", "none") else text
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    cure = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(known)}"
-    return f"unknown {what} {name!r}: {cure}"
 
 
 def _counts(counts: Sequence[int]) -> str:

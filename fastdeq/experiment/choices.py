@@ -11,8 +11,15 @@ from hydra.errors import HydraException
 import fastdeq
 from fastdeq.experiment.keys import KEYS
 
-CONF = Path(fastdeq.__file__).parents[1] / "conf"
-"""Of the checkout that this package is in; an installed package alone has none."""
+
+def _conf() -> Path:
+    """A wheel holds conf/ in the package, a checkout beside it."""
+    package = Path(fastdeq.__file__).parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+CONF = _conf()
+"""The configuration tree that fastdeq brings."""
 
 
 def with_merged_groups(arguments: Sequence[str]) -> list[str]:

@@ -11,8 +11,9 @@ from typing import NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from fastdeq.commands import UsageError, check_options, typed
 from fastdeq.experiment.choices import check_choices, with_merged_groups
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.launch import work_for
@@ -34,10 +35,12 @@ from fastdeq.runs.status import Interrupted
 from fastdeq.streams import check_written, keep_streams
 
 quiet_hydra()  # submitit's processes load this module and compose, without anything else of it
+OmegaConf.register_new_resolver("typed", typed, replace=True)  # for conf/hydra/help
 
 
 def command_line(main: Callable[[], object]) -> None:
-    """Let Hydra compose and call `main`; whatever goes wrong ends in one line and status 1.
+    """Let Hydra compose and call `main`; whatever goes wrong ends in one line and status 1, or 2
+    for a flag that does not exist.
 
     main: the function that `hydra.main` has decorated. With debug=true among the arguments, errors
     keep their traceback.
@@ -60,6 +63,9 @@ def command_line(main: Callable[[], object]) -> None:
                 check_written()
     except ConfigError as error:
         fail(error.cause)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        _end(2)
     except Exception as error:
         fail(error)
     finally:
@@ -184,8 +190,12 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
     """Flags, overrides, and whether the flags ask for nothing but a printout.
 
     Hydra's own parser accepts flags before or after the overrides, not among them.
+
+    Raises: UsageError for a flag that does not exist.
     """
-    given = get_args_parser().parse_intermixed_args(list(arguments))
+    parser = get_args_parser()
+    given, unknown = parser.parse_known_intermixed_args(list(arguments))
+    check_options(unknown, parser)
     flags = list(arguments)
     for word in given.overrides:
         flags.remove(word)

@@ -1,4 +1,4 @@
-"""The jobs of a sweep, from the arguments that `train.py -m` takes, without starting them."""
+"""The jobs of a sweep, from the arguments that `fastdeq train -m` takes, without starting them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
+from fastdeq.commands import typed
 from fastdeq.experiment.choices import CONF
 from fastdeq.experiment.command import job, run_worker
 from fastdeq.experiment.rendezvous import is_worker
@@ -37,7 +38,7 @@ class Grid:
 
 
 def read_grid(arguments: Sequence[str]) -> Grid:
-    """The sweep that `train.py -m hydra/launcher=submitit_slurm` would make of the arguments.
+    """The sweep that `fastdeq train -m hydra/launcher=submitit_slurm` would make of the arguments.
 
     Raises: ValueError for another launcher or another sweeper than a grid; Hydra's own errors.
     """
@@ -47,9 +48,9 @@ def read_grid(arguments: Sequence[str]) -> Grid:
         cfg = _compose(hydra, (*slurm, *arguments))
     sweeper, launcher = cfg.hydra.sweeper, to_submit(cfg.hydra.launcher)
     if launcher is None:
-        raise ValueError("hydra/launcher is not submitit_slurm: start the sweep by train.py -m")
+        raise ValueError(f"hydra/launcher is not submitit_slurm: use {typed('train')} -m")
     if not str(sweeper._target_).endswith(".BasicSweeper"):
-        raise ValueError("a search does not know its jobs beforehand: start it by train.py -m")
+        raise ValueError(f"a search does not know its jobs beforehand: use {typed('train')} -m")
     params = (sweeper.get("params") or {}).items()
     given = [*(f"{key}={value}" for key, value in params), *cfg.hydra.overrides.task]
     overrides = OverridesParser.create().parse_overrides(given)
@@ -98,9 +99,6 @@ def _job(grid: Grid, number: int) -> Iterator[DictConfig]:
 
 @contextmanager
 def _hydra() -> Iterator[Hydra]:
-    """Raises: FileNotFoundError where there is no configuration to compose."""
-    if not (CONF / "train.yaml").is_file():
-        raise FileNotFoundError(f"{CONF} is not there: use a checkout, pip install -e .")
     quiet_hydra()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="train"):
         hydra = GlobalHydra.instance().hydra

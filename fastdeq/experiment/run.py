@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from fastdeq.commands import typed
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.checks import check_values, count_ranks
 from fastdeq.experiment.error_context import error_context
@@ -257,9 +258,8 @@ def _command() -> str:
     that it is in.
     """
     hydra = HydraConfig.get()
-    return shlex.join(
-        ["train.py", *hydra.overrides.task] if hydra.mode == RunMode.MULTIRUN else sys.argv
-    )
+    words = hydra.overrides.task if hydra.mode == RunMode.MULTIRUN else sys.argv[1:]
+    return f"{typed('train')} {shlex.join(words)}".rstrip()
 
 
 def _started() -> float:

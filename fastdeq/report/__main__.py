@@ -1,4 +1,4 @@
-"""``python -m fastdeq.report PATH ... key=value ...``: a table of runs."""
+"""``python -m fastdeq.report``: the same as ``fastdeq report``."""
 
 from fastdeq.report.command import main
 from fastdeq.streams import run_command

@@ -1,22 +1,17 @@
-"""The command ``python -m fastdeq.report``: a table of runs beside published results."""
+"""The command ``fastdeq report``: a table of runs beside published metrics."""
 
-import difflib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastdeq.commands import Parser, UsageError, exit_status, typed
 from fastdeq.report.notes import footnotes
 from fastdeq.report.rows import make_rows
 from fastdeq.report.runs import find_runs
 from fastdeq.report.tables import FORMATS
 
-KEYS = ("format", "out")
 SUFFIXES = {".md": "markdown", ".csv": "csv", ".json": "json"}
-
-
-class UsageError(Exception):
-    """A command line that cannot be understood; its text is one line."""
 
 
 @dataclass(frozen=True)
@@ -30,58 +25,58 @@ class Request:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns the exit status: 0, 1 for an error in the runs, 2 for the usage."""
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(usage())
-        return 0 if arguments else 2
-    try:
-        request = parse(arguments)
-        table, notes = report(request)
-        if request.out is None:
-            print(table)
-        else:
-            request.out.write_text(table + "\n", encoding="utf-8", errors="backslashreplace")
-            print(f"see {request.out}")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: _print_or_write(parse(arguments)), OSError, ValueError)
+
+
+def _print_or_write(request: Request) -> int:
+    table, notes = report(request)
+    if request.out is None:
+        print(table)
+    else:
+        request.out.write_text(table + "\n", encoding="utf-8", errors="backslashreplace")
+        print(f"see {request.out}")
     for note in notes:
         print(note, file=sys.stderr)
     return 0
 
 
-def usage() -> str:
-    """Return what the command says when it is asked for help."""
-    return (
-        "usage: python -m fastdeq.report PATH ... [key=value ...]\n\n"
-        "Prints a table of runs: one row per configuration, metrics as mean ± deviation over\n"
-        "seeds, with the published ones beside them where the experiment has them.\n"
-        "PATH: a run's folder, a folder above some, or that of a sweep (outputs/multirun/...).\n"
-        f"Keys: format={'|'.join(FORMATS)} of what is printed, markdown if not given;\n"
-        f"out=FILE to write instead, in the format of its ending ({', '.join(SUFFIXES)})."
+def parser() -> Parser:
+    """What `fastdeq report` takes."""
+    command = typed("report")
+    made = Parser(
+        prog=command,
+        description="Print a table of runs: one row per configuration, metrics as mean ± standard\n"
+        "deviation over seeds, beside the published ones where there are any.",
+        examples=f"  {command} outputs\n"
+        f"  {command} outputs/multirun/2026-07-01_12-00-00-000000 --format csv\n"
+        f"  {command} outputs --out table.md",
     )
+    made.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="a run folder, a folder above some, or the folder of a sweep",
+    )
+    made.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        metavar="FORMAT",
+        help=f"{', '.join(FORMATS)} (default: markdown)",
+    )
+    made.add_argument(
+        "--out",
+        metavar="FILE",
+        help=f"write a file instead, in the format of its ending ({', '.join(SUFFIXES)})",
+    )
+    return made
 
 
 def parse(arguments: Sequence[str]) -> Request:
     """Return what is asked for; raises UsageError."""
-    paths: list[Path] = []
-    settings: dict[str, str] = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if Path(argument).exists() or (not equals and key not in KEYS and key[:1] != "-"):
-            paths.append(Path(argument))
-        elif key not in KEYS:
-            raise UsageError(_unknown("key", key, KEYS))
-        elif not text:
-            raise UsageError(f"{key} has no value: write {key}=VALUE")
-        else:
-            settings[key] = text
-    if not paths:
-        raise UsageError("no PATH: name a run's folder, or one above some, such as outputs")
-    form, out = _form(settings.get("format"), settings.get("out"))
-    return Request(tuple(paths), form, out)
+    given = parser().parse_args(arguments)
+    form, out = _form(given.format, given.out)
+    return Request(tuple(given.paths), form, out)
 
 
 def report(request: Request) -> tuple[str, list[str]]:
@@ -104,19 +99,11 @@ def report(request: Request) -> tuple[str, list[str]]:
 
 
 def _form(name: str | None, out: str | None) -> tuple[str, Path | None]:
-    if name is not None and name not in FORMATS:
-        raise UsageError(_unknown("format", name, FORMATS))
     if out is None:
         return name or "markdown", None
     form = SUFFIXES.get(Path(out).suffix)
     if form is None:
-        raise UsageError(f"out is {out!r}, but must end in {', '.join(SUFFIXES)}")
+        raise UsageError(f"--out is {out!r}, but must end in {', '.join(SUFFIXES)}")
     if name not in (None, form):
-        raise UsageError(f"format={name}, but out={out} is {form}: leave the format to the ending")
+        raise UsageError(f"--format is {name}, but {out} is {form}: leave --format out")
     return form, Path(out)
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    cure = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(known)}"
-    return f"unknown {what} {name!r}: {cure}"

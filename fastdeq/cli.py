@@ -1,0 +1,91 @@
+"""The command `fastdeq`, or `python -m fastdeq`: train, data, report, jobs, bench.
+
+Only the package of the subcommand that runs is imported: `fastdeq --help` needs neither torch nor
+Lightning.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from fastdeq import __version__
+from fastdeq.commands import Parser, exit_status, typed
+from fastdeq.streams import run_command
+
+COMMANDS = {
+    "train": ("fastdeq.experiment.train", "train and test one model, or a sweep of them (-m)"),
+    "data": ("fastdeq.data.command", "prepare a data set, and show what it holds"),
+    "report": ("fastdeq.report.command", "tabulate runs beside published metrics"),
+    "jobs": ("fastdeq.cluster.command", "submit a sweep to Slurm, and follow its jobs"),
+    "bench": ("fastdeq.bench", "run a benchmark of the checkout"),
+}
+"""Where each subcommand's `main` is, and what it does."""
+
+EXTRAS = {"train": "experiment", "data": "experiment", "report": "experiment", "jobs": "cluster"}
+"""What a subcommand needs beside the library; see pyproject.toml."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a subcommand and end the process with its exit status: 0; 1 after an error; 2 for a
+    command line that cannot be understood; 75 where something is not done yet.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["-sc"]:
+        words = _completion(words)
+    if words[:1] == ["train"]:
+        # They ask a run to stop, and may come while torch is still being imported: they wait until
+        # the run listens, instead of ending the process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
+    run_command(dispatch, words)
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Import the subcommand that is named first, and call its `main` with the other arguments."""
+    if not arguments:
+        parser().print_help()
+        return 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return exit_status(lambda: bool(parser().parse_args([name])))
+    try:
+        module = import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package == "fastdeq" or name not in EXTRAS:
+            raise
+        why = f"needs {package}: install the extra {EXTRAS[name]!r} of fastdeq"
+        print(f"error: fastdeq {name} {why}", file=sys.stderr)
+        return 1
+    status: int = module.main(rest)
+    return status
+
+
+def _completion(words: list[str]) -> list[str]:
+    """Hydra's completion script asks the program, and knows no subcommand: train answers."""
+    program, *typed_now = os.environ.get("COMP_LINE", "").split(" ")
+    if typed_now[:1] != ["train"]:
+        sys.exit(0)
+    os.environ["COMP_LINE"] = " ".join([program, *typed_now[1:]])
+    return ["train", *words]
+
+
+def parser() -> Parser:
+    """What `fastdeq --help` prints; each subcommand has a parser of its own."""
+    command = typed("").rstrip()
+    made = Parser(
+        prog=command,
+        usage=f"{command} [-h] [--version] COMMAND ...",
+        description="Train and compare deep equilibrium models.",
+        examples=f"  {command} train model=skip_deq data=digits solver.tol=1e-3\n"
+        f"  {command} train -m model=deq,skip_deq seed=1,2,3\n"
+        f"  {command} report outputs\n"
+        f"  {command} COMMAND --help",
+    )
+    made.add_argument("--version", action="version", version=f"fastdeq {__version__}")
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return made

@@ -1,0 +1,24 @@
+"""The command ``fastdeq train``, and train.py: Hydra composes conf/, and the run starts."""
+
+import sys
+from collections.abc import Sequence
+
+import hydra
+from omegaconf import DictConfig
+
+from fastdeq.experiment.choices import CONF
+from fastdeq.experiment.command import command_line, job
+
+
+# An absolute path: the processes of launchers (joblib, submitit) get it with the job.
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def run(cfg: DictConfig) -> float:
+    """Run one experiment; returns its test score (for sweepers)."""
+    return job(cfg)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compose and run what the arguments say; ends the process itself where that fails."""
+    sys.argv[1:] = arguments
+    command_line(run)
+    return 0
