@@ -1,6 +1,6 @@
 """The command ``fastdeq bench``: the benchmarks of a checkout, which a wheel does not hold."""
 
-import runpy
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ def _run(arguments: list[str]) -> int:
         raise FileNotFoundError("there are no benchmarks here: a checkout of fastdeq has them")
     if not arguments or arguments[0].startswith("-"):
         _parser(names).parse_args(arguments or ["--help"])
-    name, *sys.argv[1:] = arguments
+    name, *rest = arguments
     if name not in names:
         raise UsageError(unknown_name("benchmark", name, names))
-    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
-    return 0
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *rest]
+    return subprocess.run(command, check=False).returncode
 
 
 def _parser(names: list[str]) -> Parser:

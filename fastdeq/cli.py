@@ -56,8 +56,8 @@ def dispatch(arguments: Sequence[str]) -> int:
         package = str(error.name).partition(".")[0]
         if package == "fastdeq" or name not in EXTRAS:
             raise
-        why = f"needs {package}: install the extra {EXTRAS[name]!r} of fastdeq"
-        print(f"error: fastdeq {name} {why}", file=sys.stderr)
+        cure = f"install fastdeq with its extra {EXTRAS[name]!r}, as the README describes"
+        print(f"error: fastdeq {name} needs {package}: {cure}", file=sys.stderr)
         return 1
     status: int = module.main(rest)
     return status

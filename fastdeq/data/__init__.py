@@ -4,9 +4,9 @@
 C. Kaynak, 1998, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49) as distributed
 with scikit-learn, under CC BY 4.0; the README in this folder says how it was made.
 
-``python -m fastdeq.data NAME`` prepares or verifies a set and shows what it holds.
+``fastdeq data NAME`` prepares or verifies a set and shows what it holds.
 
-Needs the ``experiment`` extra: ``pip install "fastdeq[experiment]"``.
+Needs the extra ``experiment``.
 """
 
 from fastdeq.data.augmentation import Augmentation, PadCrop, RandomFlip, ResizeCrop

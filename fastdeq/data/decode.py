@@ -45,7 +45,7 @@ _SAMPLE = 3  # spawn key of the random numbers of a sample; its place in the ord
 def require_pillow() -> None:
     """Raise ImportError, with the cure, where Pillow is not installed."""
     if not _HAS_PILLOW:
-        raise ImportError("image folders need Pillow: pip install pillow, or 'fastdeq[images]'")
+        raise ImportError("image folders need Pillow: pip install pillow")
 
 
 def identify(content: bytes) -> None:

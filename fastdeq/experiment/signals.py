@@ -43,7 +43,7 @@ def listening(
         for number in signals
         if signal.getsignal(number) != signal.SIG_IGN
     }
-    # Those that have come since the process was started wait until now (train.py).
+    # Those that have come since the process was started wait until now (fastdeq.cli).
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     try:
         yield

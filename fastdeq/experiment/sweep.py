@@ -142,18 +142,17 @@ def quiet_hydra() -> None:
 def _check_plugin(node: DictConfig) -> None:
     """Raises: ConfigError for a launcher or sweeper that is not installed."""
     *package, _ = str(node._target_).split(".")
-    extra = _EXTRAS.get(".".join(package[:2]))
-    if extra is not None and find_spec(".".join(package[:2])) is None:
-        raise ConfigError(
-            ImportError(f'{node._target_} is not installed: pip install "fastdeq[{extra}]"')
-        )
+    plugin = ".".join(package[:2])
+    if plugin in _PLUGINS and find_spec(plugin) is None:
+        raise ConfigError(ImportError(f"{plugin} is not installed: pip install {_PLUGINS[plugin]}"))
 
 
-_EXTRAS = {
-    "hydra_plugins.hydra_joblib_launcher": "joblib",
-    "hydra_plugins.hydra_submitit_launcher": "cluster",
-    "hydra_plugins.hydra_optuna_sweeper": "optuna",
+_PLUGINS = {
+    "hydra_plugins.hydra_joblib_launcher": "hydra-joblib-launcher",
+    "hydra_plugins.hydra_submitit_launcher": "hydra-submitit-launcher",
+    "hydra_plugins.hydra_optuna_sweeper": "hydra-optuna-sweeper",
 }
+"""Launchers and sweepers that are not part of Hydra, by the packages that bring them."""
 
 
 def _alternatives(override: Override) -> list[str]:

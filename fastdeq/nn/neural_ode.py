@@ -22,9 +22,7 @@ from fastdeq.timer import Stopwatch
 try:
     from torchdiffeq import odeint_adjoint
 except ImportError as error:
-    raise ImportError(
-        "neural ODEs need torchdiffeq: pip install torchdiffeq, or 'fastdeq[ode]'"
-    ) from error
+    raise ImportError("neural ODEs need torchdiffeq: pip install torchdiffeq") from error
 
 Integrator: TypeAlias = Literal["dopri5", "bosh3", "dopri8", "adaptive_heun"]
 """Adaptive Runge–Kutta methods of torchdiffeq."""

@@ -1,4 +1,4 @@
-"""``python -m fastdeq.report``: one table of runs in three formats, one line where it fails."""
+"""``fastdeq report``: one table of runs in three formats, one line where it fails."""
 
 import csv
 import io
@@ -123,7 +123,7 @@ def test_markdown_is_a_table_with_everything_else_below_it(capsys, runs):
 
 
 def test_csv_has_a_column_for_every_number(capsys, runs):
-    out, err = printed(capsys, str(runs), "format=csv")
+    out, err = printed(capsys, str(runs), "--format=csv")
     assert err == NOTES
     rows = list(csv.DictReader(io.StringIO(out)))
     assert len(rows) == 2
@@ -159,13 +159,13 @@ def test_csv_has_a_column_for_every_number(capsys, runs):
 def test_csv_of_any_runs_has_the_same_columns(capsys, runs, tmp_path):
     write_run(tmp_path / "other", choices={"experiment": "None"}, metrics={"test/new": 1.0})
     headings = {
-        printed(capsys, path, "format=csv")[0].splitlines()[0] for path in ("outputs", "other")
+        printed(capsys, path, "--format=csv")[0].splitlines()[0] for path in ("outputs", "other")
     }
     assert len(headings) == 1
 
 
 def test_json_has_numbers_and_folders(capsys, runs):
-    out, err = printed(capsys, str(runs), "format=json")
+    out, err = printed(capsys, str(runs), "--format=json")
     assert err == NOTES
     rows = json.loads(out)
     assert [row["folders"] for row in rows] == [
@@ -198,10 +198,10 @@ def test_json_has_numbers_and_folders(capsys, runs):
     ("name", "form"), [("t.md", "markdown"), ("t.csv", "csv"), ("t.json", "json")]
 )
 def test_a_file_holds_what_would_be_printed_in_the_format_of_its_ending(capsys, runs, name, form):
-    wanted = printed(capsys, str(runs), f"format={form}")
-    assert printed(capsys, str(runs), f"out={name}") == (f"see {name}\n", wanted[1])
+    wanted = printed(capsys, str(runs), f"--format={form}")
+    assert printed(capsys, str(runs), f"--out={name}") == (f"see {name}\n", wanted[1])
     assert Path(name).read_text() == wanted[0]
-    assert printed(capsys, f"out={name}", str(runs), f"format={form}")[0] == f"see {name}\n"
+    assert printed(capsys, f"--out={name}", str(runs), f"--format={form}")[0] == f"see {name}\n"
 
 
 def test_several_experiments_have_a_column_and_a_regression_its_loss(capsys, tmp_path):
@@ -240,7 +240,7 @@ def test_what_rows_have_that_others_have_not_is_said(capsys, tmp_path):
 
 def test_metrics_that_are_not_finite_are_null_in_json(capsys, tmp_path):
     write_run(tmp_path / "a", metrics={"test/loss": math.inf, "test/accuracy": math.nan})
-    (row,) = json.loads(printed(capsys, str(tmp_path), "format=json")[0])
+    (row,) = json.loads(printed(capsys, str(tmp_path), "--format=json")[0])
     assert row["verdict"] == "diverged"
     assert row["metrics"]["test/loss"]["mean"] is None
     assert row["metrics"]["test/accuracy"]["mean"] is None
@@ -267,7 +267,7 @@ def test_older_references_are_shown_and_not_judged(capsys, tmp_path):
 def test_a_real_run_is_reported(command: CommandLine, capsys):
     settings = ("model=skip_reg_deq", "data=digits", "arch=fc", "seed=3")
     folder = a_run(command, "experiment=mnist_fc", *settings)
-    (row,) = json.loads(printed(capsys, "outputs", str(folder), "format=json")[0])
+    (row,) = json.loads(printed(capsys, "outputs", str(folder), "--format=json")[0])
     summary = json.loads((folder / "summary.json").read_text())
     metrics = {name: metric["mean"] for name, metric in row["metrics"].items()}
     assert metrics.pop("training_minutes") == summary["train_seconds"] / 60
@@ -284,7 +284,7 @@ def test_real_seeds_share_a_row_and_real_settings_do_not(command: CommandLine, c
     a_run(command, "seed=1", "logger=csv")
     a_run(command, "seed=2", "paths.outputs=outputs/b")
     a_run(command, "seed=1", "skip_weight=0.5", "arch.width=16")
-    rows = json.loads(printed(capsys, "outputs", "format=json")[0])
+    rows = json.loads(printed(capsys, "outputs", "--format=json")[0])
     assert [(row["settings"], row["runs"]) for row in rows] == [
         ("skip_weight=0.5 arch.width=16", 1),
         ("skip_weight=1.0 arch.width=128", 2),
@@ -297,25 +297,29 @@ def test_real_seeds_share_a_row_and_real_settings_do_not(command: CommandLine, c
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["format=csv"], "no PATH: name a run's folder, or one above some, such as outputs"),
-        (["outputs", "fromat=csv"], "unknown key 'fromat': did you mean format?"),
-        (["outputs", "--format", "csv"], "unknown key '--format': did you mean format?"),
-        (["outputs", "seed=1"], "unknown key 'seed': choose from format, out"),
-        (["outputs", "format=jsn"], "unknown format 'jsn': did you mean json?"),
-        (["outputs", "format=xml"], "unknown format 'xml': choose from markdown, csv, json"),
-        (["outputs", "format"], "format has no value: write format=VALUE"),
-        (["outputs", "out="], "out has no value: write out=VALUE"),
-        (["outputs", "out=t.txt"], "out is 't.txt', but must end in .md, .csv, .json"),
+        ([], "the following arguments are required: PATH (see "),
+        (["--format=csv"], "the following arguments are required: PATH (see "),
+        (["outputs", "--fromat=csv"], "unknown option '--fromat': did you mean --format?"),
+        (["outputs", "--fromat", "csv"], "unknown option '--fromat': did you mean --format?"),
         (
-            ["outputs", "out=t.csv", "format=json"],
-            "format=json, but out=t.csv is csv: leave the format to the ending",
+            ["outputs", "--seed=1"],
+            "unknown option '--seed': choose from -h, --help, --format, --out",
+        ),
+        (["outputs", "--format=jsn"], "unknown format 'jsn': did you mean json?"),
+        (["outputs", "--format=xml"], "unknown format 'xml': choose from markdown, csv, json"),
+        (["outputs", "--format"], "--format: expected one argument (see "),
+        (["outputs", "--out="], "--out is '', but must end in .md, .csv, .json"),
+        (["outputs", "--out=t.txt"], "--out is 't.txt', but must end in .md, .csv, .json"),
+        (
+            ["outputs", "--out=t.csv", "--format=json"],
+            "--format is json, but t.csv is csv: leave --format out",
         ),
     ],
 )
 def test_a_command_line_that_makes_no_sense_has_status_2_and_the_cure(
     capsys, runs, arguments, text
 ):
-    assert refused(capsys, *arguments, status=2) == text
+    assert refused(capsys, *arguments, status=2).startswith(text)
 
 
 def test_paths_that_lead_to_no_run_have_status_1(capsys, runs, tmp_path):
@@ -363,19 +367,14 @@ def test_a_record_of_a_job_that_cannot_be_read_is_named(capsys, runs):
 
 
 def test_a_file_that_cannot_be_written_has_status_1(capsys, runs):
-    assert "nowhere/t.md" in refused(capsys, "outputs", "out=nowhere/t.md", status=1)
+    assert "nowhere/t.md" in refused(capsys, "outputs", "--out=nowhere/t.md", status=1)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["outputs", "--help"]])
 def test_help_names_keys_and_formats(capsys, arguments):
     out = printed(capsys, *arguments)[0]
-    assert out.startswith("usage: python -m fastdeq.report PATH ... [key=value ...]")
-    assert all(word in out for word in ("format=", "out=", "markdown", "csv", "json"))
-
-
-def test_without_arguments_it_says_how_it_is_used(capsys):
-    assert main([]) == 2
-    assert "usage: python -m fastdeq.report" in capsys.readouterr().out
+    assert "fastdeq report outputs" in out
+    assert all(word in out for word in ("--format FORMAT", "--out FILE", "markdown", "csv", "json"))
 
 
 def test_it_runs_as_a_module_with_its_exit_status(runs):
@@ -387,6 +386,6 @@ def test_it_runs_as_a_module_with_its_exit_status(runs):
     well = run("outputs")
     assert well.returncode == 0
     assert "| DEQ   | lbroyden |" in well.stdout
-    wrong = run("outputs", "fromat=csv")
+    wrong = run("outputs", "--fromat=csv")
     assert wrong.returncode == 2
-    assert wrong.stderr == "error: unknown key 'fromat': did you mean format?\n"
+    assert wrong.stderr == "error: unknown option '--fromat': did you mean --format?\n"

@@ -1,4 +1,4 @@
-"""``python -m fastdeq.cluster`` without a Slurm, and what Slurm's variables mean to a run."""
+"""``fastdeq jobs`` without a Slurm, and what Slurm's variables mean to a run."""
 
 import json
 import shlex
@@ -106,17 +106,17 @@ def test_a_shipped_grid_is_listed_and_can_be_narrowed(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        ([], 2, "usage: python -m fastdeq.cluster"),
-        (["--help"], 0, "usage: python -m fastdeq.cluster"),
+        ([], 2, "required: ACTION (see "),
+        (["--help"], 0, "fastdeq jobs submit sweep=mnist_fc"),
         (["statu"], 2, "unknown action 'statu': did you mean status?"),
-        (["status", "sweeps=x"], 2, "unknown key 'sweeps': did you mean sweep?"),
-        (["status", "sweep="], 2, "sweep has no value: write sweep=FOLDER"),
-        (["list", "--cfg"], 2, "--cfg is for train.py alone"),
-        (["logs", "sweep=x"], 2, "logs needs the number of a job"),
+        (["status", "--sweeps=x"], 2, "unknown option '--sweeps': did you mean --sweep?"),
+        (["status", "--sweep"], 2, "--sweep: expected one argument"),
+        (["list", "--cfg"], 2, "unknown option '--cfg'"),
+        (["logs", "--sweep=x"], 2, "required: N (see "),
         (["status"], 1, "holds no sweep that was submitted"),
-        (["status", "sweep=x"], 1, "x is not a submitted sweep"),
+        (["status", "--sweep=x"], 1, "x is not a submitted sweep"),
         (["list", "model=none"], 1, "there is no model=none"),
-        (["list", "hydra/launcher=joblib"], 1, "start the sweep by train.py -m"),
+        (["list", "hydra/launcher=joblib"], 1, "train -m"),
         (["list", "hydra/sweeper=search", "seed=1"], 1, "a search does not know its jobs"),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_command_that_cannot_be_understood_ends_in_a_line(
 def test_the_help_names_every_action(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     printed = capsys.readouterr().out
-    assert all(f"\n  {action} " in printed for action in ACTIONS)
+    assert all(f"\n    {action} " in printed for action in ACTIONS)
 
 
 def test_the_newest_submission_is_found_and_a_damaged_one_named(tmp_path: Path) -> None:

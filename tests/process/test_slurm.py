@@ -1,5 +1,5 @@
 """Runs and sweeps on a real Slurm of two nodes: ranks, interruptions, failures, and the command
-``python -m fastdeq.cluster``.
+``fastdeq jobs``.
 
 A run waits in its ninth step for a signal (tests.process.faults.Waiting), so that what is
 interrupted is known; then it must end as the run that was not.
@@ -70,7 +70,7 @@ class Cluster:
         return self(sys.executable, str(ROOT / "train.py"), *arguments, status=status)
 
     def jobs(self, *arguments: str, status: int = 0) -> str:
-        """Likewise ``python -m fastdeq.cluster``, without its start: in this process."""
+        """Likewise ``fastdeq jobs``, without its start: in this process."""
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
             for name, value in self.slurm.environment.items():
                 patch.setenv(name, value)
@@ -118,7 +118,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for name in ("FASTDEQ_DATA", "FASTDEQ_CACHE"):
             patch.delenv(name, raising=False)
             running.environment.pop(name, None)
-        running.environment.update(PYTHONPATH=path, PATH=python, FASTDEQ=str(ROOT))
+        running.environment.update(PYTHONPATH=path, PATH=python)
         yield Cluster(running, root / "here")
 
 
@@ -197,7 +197,7 @@ def test_three_jobs_of_two_ranks_on_two_nodes_make_three_run_folders(
 
 def test_a_run_records_its_own_command_and_not_that_of_submitit(sweep: dict[int, Path]) -> None:
     summary = json.loads((sweep[2] / "summary.json").read_text())
-    assert summary["command"].startswith("train.py ")
+    assert summary["command"].startswith("fastdeq train ")
     assert "seed=2" in summary["command"]
     assert "seed=2" in json.loads((sweep[2] / "overrides.json").read_text())
 
@@ -240,7 +240,7 @@ def test_a_failed_job_is_failed_for_slurm_and_named(cluster: Cluster) -> None:
     )
     assert cluster.wait_until_ended(number) == ["FAILED"]
     assert content(run_of(folder), "status.json")["status"] == "failed"
-    printed = cluster.jobs("collect", f"sweep={folder}", status=1)
+    printed = cluster.jobs("collect", f"--sweep={folder}", status=1)
     assert printed.strip() == "job 0 FAILED: a process failed: RuntimeError: the second fails"
     log = (run_of(folder) / "train.log").read_text()
     assert "in on_train_batch_start" in log.rpartition("There:")[2]
@@ -259,9 +259,9 @@ def test_jobs_are_listed_shown_and_cancelled(cluster: Cluster) -> None:
     ]
     assert "run folder" in cluster.jobs("logs", "0")
     assert "nothing yet" in cluster.jobs("logs", "1", status=1)
-    assert "PENDING" in cluster.jobs("collect", f"sweep={folder}", status=75)
-    assert f"{number}_1" in cluster.jobs("cancel", "1", f"sweep={folder}")
-    assert f"{number}_0" in cluster.jobs("cancel", f"sweep={folder}")
+    assert "PENDING" in cluster.jobs("collect", f"--sweep={folder}", status=75)
+    assert f"{number}_1" in cluster.jobs("cancel", "1", f"--sweep={folder}")
+    assert f"{number}_0" in cluster.jobs("cancel", f"--sweep={folder}")
     assert cluster.wait_until_ended(number) == ["CANCELLED"] * 2
     wait_for(
         lambda: content(first, "status.json")["status"] == "interrupted", "its last saved state"
@@ -286,7 +286,7 @@ def test_a_run_out_of_time_resumes_and_ends_as_the_one_that_was_not(
     assert cluster.wait_until_ended(timed_out.number) == ["COMPLETED"]
     assert int(cluster.slurm.job(timed_out.number)["Restarts"]) >= 1
     assert_same(command.folder / "whole", run_of(timed_out.sweep))
-    printed = cluster.jobs("collect", f"sweep={timed_out.sweep}")
+    printed = cluster.jobs("collect", f"--sweep={timed_out.sweep}")
     assert printed.splitlines()[0].split("|")[1].strip() == "runs"
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import fastdeq
+from fastdeq import cli
 from tests.loops import each
 
 ROOT = Path(__file__).resolve().parents[2] / "fastdeq"
@@ -28,6 +30,7 @@ LEVELS: dict[str, int | str] = {
     ),
     "fastdeq.autocast": 0,
     "fastdeq.streams": 0,
+    "fastdeq.commands": 0,
     "fastdeq.autodiff": 0,
     "fastdeq.solvers": 1,
     "fastdeq.krylov": 1,
@@ -36,13 +39,17 @@ LEVELS: dict[str, int | str] = {
     "fastdeq._fixed_point": 3,
     "fastdeq.regularizers": 3,
     "fastdeq.nn": 4,
-    "fastdeq.data.__main__": 7,  # a command around the data sets
+    "fastdeq.data.command": 7,  # around the data sets
+    "fastdeq.data.__main__": 7,
     "fastdeq.data": DATA,
     "fastdeq.runs": 5,
     "fastdeq.report": 6,
     "fastdeq.training": 7,
     "fastdeq.experiment": 8,
     "fastdeq.cluster": 9,
+    "fastdeq.bench": 10,
+    "fastdeq.cli": 10,
+    "fastdeq.__main__": 10,
 }
 """A module or a package with all that is in it. A new one gets its line here."""
 
@@ -241,6 +248,22 @@ def test_no_import_is_hidden_in_a_function():
 def roots(module: Module) -> set[str]:
     """The packages that a module imports from."""
     return {target.split(".")[0] for target in targets(module, MODULES)}
+
+
+IMPORTERS = {"fastdeq", "fastdeq.cli"}
+"""They import by name what is asked for, from a table at their top: a public name of the library,
+and the package of a subcommand. Nothing else imports so late.
+"""
+
+
+def test_modules_are_imported_by_name_in_two_places_alone():
+    found = {name for name, module in MODULES.items() if "import_module" in module.text}
+    assert found == IMPORTERS
+
+
+def test_the_tables_of_names_lead_to_modules_that_exist():
+    for module in (*fastdeq._MODULES, *(module for module, _ in cli.COMMANDS.values())):
+        assert module in MODULES, module
 
 
 def test_the_library_needs_torch_alone():

@@ -201,7 +201,7 @@ def test_the_data_set_of_the_guide_is_shuffled_by_its_seed_and_keeps_its_points(
 
 def test_the_data_command_describes_the_data_set_of_the_guide(monkeypatch, capsys):
     monkeypatch.setitem(SETS, "rings", RingsDataModule)
-    assert data_command(["rings", "samples=10"]) == 0
+    assert data_command(["rings", "--samples=10"]) == 0
     printed = capsys.readouterr().out
     assert "10 samples" in printed
     assert "generated" in printed
