@@ -191,7 +191,10 @@ def _target(key: str, name: Any) -> Any:
     try:
         target = _locate(name)  # as get_object of hydra.utils, which also logs the error
     except Exception as error:  # whatever a module raises that is imported for it
-        reason = str(error.__cause__ or error).partition("\n")[0]
+        cause = error.__cause__ or error
+        reason = str(cause).partition("\n")[0]
+        if isinstance(cause, ModuleNotFoundError) and cause.name == name.partition(".")[0]:
+            reason += ": is it installed, or its folder on PYTHONPATH?"
         raise ValueError(
             f"{key} is {name!r}, but there is no such class or function ({reason})"
         ) from error

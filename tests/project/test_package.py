@@ -1,5 +1,6 @@
 """The package as it is installed: what the wheel holds, and what importing it loads."""
 
+import json
 import re
 import subprocess
 import sys
@@ -74,6 +75,11 @@ def test_the_wheel_requires_torch_alone(wheel):
     assert [re.split(r"[^\w-]", line.split(": ")[1])[0] for line in required] == ["torch"]
 
 
+def test_the_wheel_has_the_command(wheel):
+    (scripts,) = wheel.glob("*.dist-info/entry_points.txt")
+    assert "fastdeq = fastdeq.cli:main" in scripts.read_text(encoding="utf-8")
+
+
 def test_the_wheel_is_imported_from_where_it_was_unpacked(wheel, tmp_path):
     code = "import fastdeq; print(fastdeq.__file__)"
     assert in_isolation(code, wheel, tmp_path) == str(wheel / "fastdeq" / "__init__.py")
@@ -84,6 +90,23 @@ def test_the_data_of_the_wheel_are_readable(wheel, tmp_path):
     pytest.importorskip("pytorch_lightning")
     code = "from fastdeq.data import read_digits; print(len(read_digits().train_labels))"
     assert in_isolation(code, wheel, tmp_path) == "1437"
+
+
+def test_the_wheel_holds_the_configuration(wheel):
+    def names(conf: Path) -> set[Path]:
+        return {path.relative_to(conf) for path in conf.rglob("*.yaml")}
+
+    assert names(wheel / "fastdeq" / "conf") == names(ROOT / "conf")
+
+
+def test_a_model_is_trained_from_the_wheel_alone(wheel, tmp_path):
+    pytest.importorskip("pytorch_lightning")
+    words = ["train", "trainer=one_batch", "trainer.accelerator=cpu", "model=skip_deq"]
+    code = f"sys.argv = ['fastdeq']; from fastdeq.cli import main; main({words})"
+    printed = in_isolation(code, wheel, tmp_path)
+    (summary,) = tmp_path.glob("outputs/digits/*/*/summary.json")
+    assert f"see {summary.parent.relative_to(tmp_path)}" in printed
+    assert json.loads(summary.read_text())["command"] == f"fastdeq {' '.join(words)}"
 
 
 def test_importing_fastdeq_loads_none_of_the_extras_and_torch_with_its_first_name(tmp_path):
