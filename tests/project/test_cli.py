@@ -135,7 +135,12 @@ def test_the_shell_completes_train_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
-    monkeypatch.setattr(cli, "dispatch", lambda words: asked.append(words) or 0)
+
+    def dispatch(words: list[str]) -> int:
+        asked.append(words)
+        return 0
+
+    monkeypatch.setattr(cli, "dispatch", dispatch)
     for line in ("fastdeq train model=s", "fastdeq report out"):
         monkeypatch.setenv("COMP_LINE", line)
         with pytest.raises(SystemExit) as end:
