@@ -1,8 +1,8 @@
 """Experiments; the only package that imports Hydra.
 
-`train` is the command `fastdeq train`. `run` is one experiment: it checks a composed
-configuration (`checks`), makes the run folder (`fastdeq.runs`), and starts the processes (`launch`) that
-do the work (`job`).
+`train` is the command `fastdeq train`. `run` is one experiment: it checks a composed configuration
+(`checks`), makes the run folder (`fastdeq.runs`), and starts the processes (`launch`) that do the
+work (`job`).
 """
 
 from fastdeq.experiment.command import job
