@@ -5,13 +5,14 @@ BENCH  ?= $(sort $(wildcard benchmarks/*.py))
 RUN    := .venv/bin/python
 READY  := .venv/.installed
 
-.PHONY: help train test test-fast check bench clean
+.PHONY: help train test test-fast check docs bench clean
 
 help:
 	@echo 'make train ARGS="..."   train; ARGS are overrides of conf/train.yaml'
 	@echo 'make test  ARGS="..."   run the tests; ARGS go to pytest'
 	@echo 'make test-fast          those that take at most a few seconds each'
 	@echo 'make check              format, lint and types'
+	@echo 'make docs               build the documentation into site/; a warning is an error'
 	@echo 'make bench ARGS="..."   run every benchmark, or one: BENCH=benchmarks/import_time.py'
 	@echo 'make clean              remove .venv, caches and builds; outputs/ stays'
 	@echo 'Each makes .venv and installs into it once. Another interpreter: PYTHON=/path/to/python3'
@@ -31,16 +32,19 @@ check: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 bench: $(READY)
 	@for file in $(BENCH); do echo "== $$file"; $(RUN) $$file $(ARGS) || exit 1; done
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed again when the dependencies change.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fastdeq needs Python 3.11 or newer, but $(PYTHON) is %d.%d: say make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -c constraints.txt -e ".[experiment,ode,images,wandb,tensorboard,cluster,joblib,optuna,dev]"
+	$(RUN) -m pip install -c constraints.txt -e ".[experiment,ode,images,wandb,tensorboard,cluster,joblib,optuna,docs,dev]"
 	@touch $@
