@@ -263,7 +263,17 @@ def overview() -> str:
         link = f"[`{group}`]({Path(address(group)).name})"
         rows.append(f"| {link} | {_cell(about.get(group, ''))} | {names} |")
     table = ["| group | what it chooses | files |", "|---|---|---|", *rows]
-    return "\n".join([*table, "", "## Keys of train.yaml", "", *_table(read(CONF / "train.yaml"))])
+    return "\n".join(
+        [
+            *table,
+            "",
+            "## Keys of the run itself",
+            "",
+            "Of `conf/train.yaml`:",
+            "",
+            *_table(read(CONF / "train.yaml")),
+        ]
+    )
 
 
 def _page(group: str, files: list[Path], about: dict[str, str]) -> str:
