@@ -5,21 +5,9 @@ on. These become lists, and what begins with `Raises:` a paragraph of its own.
 """
 
 import re
-from typing import Any
-
-from griffe import Extension, Object
 
 _ARGUMENT = re.compile(r"(\w+(?:, \w+)*): \S")
 _PARAGRAPH = re.compile(r"(Raises|Returns|Warns|Departures?)\b.*:")
-
-
-class Arguments(Extension):
-    """Rewrites every docstring when it has been read."""
-
-    def on_object(self, *, obj: Object, **_: Any) -> None:
-        """Called by griffe for every module, class, function and attribute."""
-        if obj.docstring is not None:
-            obj.docstring.value = as_markdown(obj.docstring.value)
 
 
 def as_markdown(docstring: str) -> str:

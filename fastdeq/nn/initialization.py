@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 Initialization: TypeAlias = Literal["torch", "glorot", "normal"]
+"""How weights are drawn; see `initialize`."""
 
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Layers with a weight (outputs, inputs, *kernel) and perhaps a bias (outputs)."""
