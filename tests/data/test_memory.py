@@ -5,8 +5,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from fastdeq.data import EpochLoader, InMemoryDataModule, Normalization, Samples
+from fastdeq.data import (
+    EpochLoader,
+    InMemoryDataModule,
+    Normalization,
+    PolynomialDataModule,
+    Samples,
+)
 from fastdeq.data.module import hold_out
+from fastdeq.experiment.signatures import signature_of
 
 TRAIN, TEST = 40, 12
 PINNED = [11, 16, 19, 35, 37]  # the five of 40 that are held out
@@ -239,6 +246,18 @@ def test_settings_that_are_not_counts_are_refused_by_name():
             said = rf"^Numbers\.{name} is {value!r}, but must be "
             with pytest.raises((TypeError, ValueError), match=said):
                 Numbers(**{name: value})
+
+
+def test_a_class_of_ones_own_has_the_arguments_that_it_declares():
+    class Plain(Numbers):
+        def __init__(self, *, count: int = 3, seed: int = 0) -> None:
+            super().__init__(seed=seed)
+            self.count = count
+
+    assert Plain(seed=4).seed == 4
+    assert signature_of(Plain).names == ("count", "seed")
+    assert {"samples", "noise", "batch_size", "seed"} < {*signature_of(PolynomialDataModule).names}
+    assert "augmentation" not in signature_of(PolynomialDataModule).names
 
 
 @pytest.mark.gpu
