@@ -156,7 +156,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no val": (lambda root: shutil.rmtree(root / "val"), ("has no folder val", "data.root")),
     "classes differ": (lambda root: shutil.rmtree(root / "val/dog"), ("no folder for dog",)),
     "no images": (lambda root: empty_folder(root / "train/eel"), ("train/eel", "has no images")),
-    "unsorted": (lambda root: write_images(root, {"val/1.png": b""}), ("val/1.png", "no class")),
+    "unsorted": (
+        lambda root: write_images(root, {"val/1.png": b""}),
+        ("val/1.png", "outside of a class"),
+    ),
     "no image": (lambda root: (root / "val/eel/0.png").write_bytes(b"x"), ("val/eel/0.png",)),
     "more classes": (
         lambda root: write_images(root, images(("owl",))),
