@@ -197,7 +197,7 @@ def failed(command: CommandLine, tmp_path: Path) -> Path:
 def test_a_replay_needs_a_failed_step(command: CommandLine, tmp_path: Path) -> None:
     refused(command("mode=replay"), "from_run=FOLDER", "checkpoint=PATH")
     refused(command("mode=replay", "from_run=nowhere"), "nowhere is not a run folder")
-    refused(command("mode=replay", "checkpoint=nowhere.ckpt"), "nowhere.ckpt is not there")
+    refused(command("mode=replay", "checkpoint=nowhere.ckpt"), "nowhere.ckpt does not exist")
     good = tmp_path / "good"
     assert command(*SHORT, "model=skip_deq", f"paths.run={good}").status == 0
     refused(command("mode=replay", f"from_run={good}"), FAILURE, "of which a step has failed")
