@@ -16,10 +16,8 @@ not cover ``bytes``, which can take a quarter of an hour to read: there, each co
 its CRC-32 whenever it is read.
 """
 
-import glob
 import hashlib
 import os
-import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +31,8 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fastdeq.runs.files import atomic_path, remove_leftovers
 
 Arrays = Mapping[str, NDArray[Any]]
 Watch = Callable[[range], Iterable[int]]
@@ -67,7 +67,6 @@ _LIBVER = ("v110", "v110")  # fixed, for equal bytes; HDF5 checksums its own met
 # written by one process, under a name of its own, and never changes under its final name.
 _LOCKING = False
 _CHUNK = 1024  # samples
-_ASIDE = ".{name}.{random}.tmp"  # the file that is written before it gets its name
 
 
 # Image sets
@@ -392,7 +391,7 @@ def building(path: Path) -> Iterator[bool]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
-            remove_unfinished(path)  # the lock was free: their writers are dead
+            remove_leftovers(path)  # the lock was free: their writers are dead
             yield not path.exists()
     except (OSError, RuntimeError) as error:  # RuntimeError: h5py's on a full disk, when closing
         reason = getattr(error, "strerror", None) or one_line(error)
@@ -408,36 +407,11 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     Raises FileExistsError where ``path`` exists by then; the file aside is removed in any case.
     """
-    aside = path.with_name(_ASIDE.format(name=path.name, random=secrets.token_hex(8)))
     try:
-        yield aside
-        _publish(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def remove_unfinished(path: Path) -> None:
-    """Delete what killed writers of ``path`` left beside it; call it only while nobody writes."""
-    for aside in path.parent.glob(_ASIDE.format(name=glob.escape(path.name), random="*")):
-        aside.unlink(missing_ok=True)
-
-
-def _publish(aside: Path, path: Path) -> None:
-    """Give the finished file its name; a link, unlike a rename, never replaces another file."""
-    _flush(aside)
-    try:
-        os.link(aside, path)
+        with atomic_path(path, replace=False) as aside:
+            yield aside
     except FileExistsError:
         raise FileExistsError(f"{path}: exists already: delete it or choose another name") from None
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _open_file(path: Path, *, new: bool = False) -> h5py.File:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_ASIDE = ".{name}.{random}.part"
+_ASIDE = ".{name}.{random}.tmp"
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
     Raises: FileExistsError with replace=False, where `path` exists; OSError of the disk.
     """
-    aside = path.with_name(_ASIDE.format(name=path.name, random=secrets.token_hex(4)))
+    aside = path.with_name(_ASIDE.format(name=path.name, random=secrets.token_hex(8)))
     try:
         yield aside
         flush(aside)
@@ -30,6 +30,7 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
             aside.replace(path)
         else:
             path.hardlink_to(aside)  # unlike a rename, it never replaces a file
+        flush(path.parent)
     finally:
         with suppress(OSError):  # of a disk that has become read-only
             aside.unlink(missing_ok=True)
@@ -48,11 +49,12 @@ def sealed_path(path: Path) -> Iterator[Path]:
         # No seal for a moment, rather than the old file's seal beside the new file.
         seal_of(path).unlink(missing_ok=True)
     write_text(seal_of(path), f"{sha256}  {path.name}\n")
-    flush(path.parent)
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed in `atomic_path` have left beside `path`."""
+    """Remove what processes that were killed in `atomic_path` have left beside `path`; to be called
+    only while no process writes it.
+    """
     for aside in path.parent.glob(_ASIDE.format(name=glob.escape(path.name), random="*")):
         aside.unlink(missing_ok=True)
 

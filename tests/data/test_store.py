@@ -18,6 +18,7 @@ from fastdeq.data import published as published_module
 from fastdeq.data import store as store_module
 from fastdeq.data.mnist import FASHION_MNIST
 from fastdeq.data.published import store_folder
+from fastdeq.runs import files
 from tests.data.idx_files import published, samples, small_mnist, tree, write_files
 from tests.data.processes import PATIENCE, PROCESSES, die, run_until_killed
 
@@ -135,7 +136,7 @@ CREATE_DATASET = h5py.Group.create_dataset
 PLACES: dict[str, tuple[object, str, Callable[..., object]]] = {
     "before the file is opened": (store_module, "_write_file", die),
     "in the middle of writing": (h5py.Group, "create_dataset", die_at_the_third_dataset),
-    "before the file has its name": (store_module, "_publish", die),
+    "before the file has its name": (Path, "hardlink_to", die),
 }
 
 
@@ -146,8 +147,8 @@ def build_until_killed(place: str, folder: Path) -> None:
 
 
 def die_after_naming(folder: Path) -> None:
-    flush = store_module._flush
-    with patch.object(store_module, "_flush", lambda path: die() if path.is_dir() else flush(path)):
+    flush = files.flush
+    with patch.object(files, "flush", lambda path: die() if path.is_dir() else flush(path)):
         stored(folder).prepare()
 
 

@@ -42,6 +42,7 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.data.command": 7,  # around the data sets
     "fastdeq.data.__main__": 7,
     "fastdeq.data": DATA,
+    "fastdeq.runs.files": 0,  # atomic writing, of data sets too
     "fastdeq.runs": 5,
     "fastdeq.report": 6,
     "fastdeq.training": 7,
