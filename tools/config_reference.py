@@ -97,7 +97,7 @@ def read(path: Path, prefix: str | None = None) -> File:
     included, chosen = _defaults(path, (yaml.safe_load(body) or {}).get("defaults", []))
     keys = {key.name: key for name in included for key in read(_file(path, name), prefix).keys}
     tree = yaml.compose(body)
-    for key in _Source(body).keys(tree, prefix) if tree.value else []:
+    for key in _Source(body).keys(tree, prefix) if tree and tree.value else []:
         meaning = key.meaning or (keys[key.name].meaning if key.name in keys else "")
         keys[key.name] = replace(key, meaning=meaning)
     return File(path, _about(body), tuple(keys.values()), chosen)
@@ -226,7 +226,7 @@ def _annotation(annotation: Any) -> str:
 
 def _described(built: Any, name: str) -> str:
     """What a docstring of the class or of its bases says behind `name:`."""
-    pattern = rf"(?:^|[.;] |, ){name}: (.+?)(?=\.\n\S|\n\n|[.;] \w+: |\Z)"
+    pattern = rf"(?:^|[.;] |, ){name}(?:, \w+)*: (.+?)(?=\.\n\S|\n\n|[.;] \w+: |\Z)"
     for cls in getattr(built, "__mro__", (built,)):
         found = re.search(pattern, inspect.cleandoc(cls.__doc__ or ""), re.DOTALL | re.MULTILINE)
         if found:
@@ -278,7 +278,7 @@ def overview() -> str:
 
 def _page(group: str, files: list[Path], about: dict[str, str]) -> str:
     lines = [f"# {group}", ""]
-    if about.get(group):
+    if about.get(group, "").split(",")[0] not in ("", *(path.stem for path in files)):
         lines += [f"{about[group][0].upper()}{about[group][1:]}.", ""]
     for path in files:
         lines += _section(group, read(path))

@@ -1,7 +1,7 @@
 """Docstrings as Markdown, for the API pages of the docs.
 
-fastdeq's docstrings describe arguments in lines of the form `name: meaning`, indented where they go
-on. These become lists, and what begins with `Raises:` a paragraph of its own.
+fastdeq's docstrings describe arguments in lines of the form `name: meaning`, indented where they
+continue. These become lists, and what begins with `Raises:` a paragraph of its own.
 """
 
 import re

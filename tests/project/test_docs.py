@@ -181,9 +181,7 @@ def test_the_report_commands_run(
 
 def options(line: str) -> list[str]:
     """What follows the subcommand."""
-    # INTERIM: until the subcommands take options
-    words = " ".join(shlex.split(line)[2:]).replace("--no-verify", "verify=false")
-    return re.sub(r"--(\w+) ", r"\1=", words).split()
+    return shlex.split(line)[2:]
 
 
 @each("page, text", PAGES.items())
