@@ -87,7 +87,7 @@ def typed(command: str) -> str:
     """How a subcommand is typed by whoever started this process: `fastdeq data`, or
     `python -m fastdeq data`; `python train.py` for train.
 
-    A process of a launcher (submitit, joblib) does not know, and says `fastdeq`.
+    A process of submitit does not know, and says `fastdeq`.
     """
     started = Path(sys.argv[0]).name
     if started == "train.py" and command == "train":

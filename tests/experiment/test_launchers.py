@@ -54,7 +54,8 @@ def test_jobs_in_other_processes_end_in_the_same_table_and_their_failures_are_na
     ]
     commands = [str(summary["command"]) for summary in summaries(answer)]
     assert len(commands) == 2  # whatever started the process: what the job is
-    assert all(text.startswith("fastdeq train ") and " solver=" in text for text in commands)
+    train = "fastdeq train" if launcher == "submitit_local" else "python train.py"
+    assert all(text.startswith(f"{train} ") and " solver=" in text for text in commands)
     assert not [line for line in answer.err.splitlines() if "warn" in line.lower()]
 
 
