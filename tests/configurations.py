@@ -10,7 +10,7 @@ CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
     for folder in CONF.iterdir()
-    if folder.is_dir() and folder.name not in ("base", "hydra")
+    if folder.is_dir() and folder.name != "hydra"
 }
 NEEDS = {"model=neural_ode": "torchdiffeq", "data=image_folder": "PIL"}
 """Choices that need an extra that tests can do without."""

@@ -9,6 +9,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig
 
 from fastdeq.experiment.arguments import check_node, named, unknown
+from fastdeq.experiment.build import TASK, link
 from fastdeq.experiment.keys import KEYS, RunSettings
 from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.signatures import signature_of
@@ -23,6 +24,10 @@ def check_values(cfg: DictConfig) -> RunSettings:
     for key in map(str, cfg):
         if key not in own and key not in KEYS:
             raise TypeError(unknown(key, (*own, *KEYS)))
+    for name, key in TASK.items():
+        if name in (cfg.get("task") or {}):
+            raise ValueError(f"task.{name} is built from {key}: set {key} instead")
+    cfg = link(cfg)
     values = {key: check_node(_node(cfg, key), key, Any) for key in own}
     try:
         run = RunSettings(**values)
@@ -46,7 +51,7 @@ def _check_methods(cfg: DictConfig) -> None:
         taken = signature_of(get_object(layer._target_)).names if "_target_" in layer else ()
         if method in taken and layer.get(method) != cfg[method]:
             raise ValueError(
-                f"model.{name}.{method} is {layer.get(method)}, but must be ${{{method}}}: set "
+                f"model.{name}.{method} is {layer.get(method)}, but must be {method!r}: set "
                 f"{method} instead"
             )
 

@@ -17,6 +17,7 @@ from fastdeq.commands import UsageError, check_options, typed
 from fastdeq.experiment.choices import check_choices, with_merged_groups
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.launch import work_for
+from fastdeq.experiment.renamed import check_renamed, current_all
 from fastdeq.experiment.rendezvous import (
     end_with,
     in_submitit,
@@ -53,6 +54,7 @@ def command_line(main: Callable[[], object]) -> None:
         return
     try:
         flags, overrides, prints = _parse(sys.argv[1:])
+        check_renamed(overrides)
         overrides = with_saved_overrides(with_merged_groups(overrides))
         check_choices(overrides)
         sys.argv[1:] = [*flags, *overrides]
@@ -216,7 +218,7 @@ def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"from_run: {error}") from error
     given = {_key(word) for word in arguments}
-    saved = [word for word in before if _key(word) not in given | _ONCE]
+    saved = [word for word in current_all(before) if _key(word) not in given | _ONCE]
     return [*saved, *arguments]
 
 

@@ -49,6 +49,8 @@ def _missing_choice(error: MissingConfigException) -> str:
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     if not group:
         return str(error)
+    if (group, choice) == ("arch", "none"):  # the arch of a multiscale model has the recipe's name
+        return f"recipe=none brings no arch: choose one, arch={' or arch='.join(options)}"
     return f"there is no {group}={choice}{nearest(choice, options)}{_listing(' choices', options)}"
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, open_dict
 from fastdeq.commands import typed
 from fastdeq.experiment.choices import CONF
 from fastdeq.experiment.command import job, run_worker
+from fastdeq.experiment.renamed import check_renamed
 from fastdeq.experiment.rendezvous import is_worker
 from fastdeq.experiment.run import Checked, check
 from fastdeq.experiment.submission import to_submit
@@ -42,6 +43,7 @@ def read_grid(arguments: Sequence[str]) -> Grid:
 
     Raises: ValueError for another launcher or another sweeper than a grid; Hydra's own errors.
     """
+    check_renamed(arguments)
     chosen = any(word.startswith("hydra/launcher=") for word in arguments)
     slurm = () if chosen else ("hydra/launcher=submitit_slurm",)
     with _hydra() as hydra:

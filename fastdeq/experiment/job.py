@@ -8,7 +8,6 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ import torch
 from hydra.utils import instantiate
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger
 
 import fastdeq
+from fastdeq.experiment.build import STEP, build_task
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.signals import received
@@ -75,7 +76,7 @@ def work(job: Job) -> None:
     cfg = job.config
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
     data = instantiate(cfg["data"], _convert_="all")
-    task = instantiate(cfg["task"], _convert_="all", **step_settings(cfg["trainer"]))
+    task = build_task(OmegaConf.create(cfg))
     if job.checkpoint is not None:
         load_weights(task, job.checkpoint)
     rank = _rank()
@@ -144,7 +145,7 @@ def make_trainer(
     if callable(strategy := trainer.keywords.get("strategy")):
         # Looking for unused parameters costs a walk through the graph in every step.
         options["strategy"] = strategy(find_unused_parameters=task.leaves_parameters_unused)
-    for name in _STEP:  # the task's: Lightning takes them in automatic optimization alone
+    for name in STEP:  # the task's: Lightning takes them in automatic optimization alone
         trainer.keywords.pop(name, None)
     made: lightning.Trainer = trainer(**options, plugins=plugins)
     # A broadcast before every step, which waits for the device (Lightning 21487, where an option is
@@ -152,13 +153,6 @@ def make_trainer(
     made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return made
 
-
-def step_settings(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the task that stand where Lightning's users look for them, with the trainer."""
-    return {name: trainer[name] for name in _STEP if trainer.get(name) is not None}
-
-
-_STEP = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 
 _OWN = {
     *("logger", "callbacks", "plugins", "default_root_dir"),

@@ -31,7 +31,6 @@ class RunSettings:
     stop_after: float | None = setting(above=0)
     stop_at_failure: bool = setting()
     debug: bool = setting()
-    skip_weight: float = setting(at_least=0)
 
     def validate(self) -> None:
         path = PurePosixPath(self.name)
@@ -66,38 +65,8 @@ class Sizes(Record):
     outputs: int = setting(at_least=1)
 
 
-@settings
-class PublishedRow(Record):
-    """One row of a published table: which choices and values it is of, and its metrics.
-
-    figures: the earlier name of metrics.
-    """
-
-    where: dict[str, str | float | bool | None] = setting()
-    metrics: dict[str, float] | None = setting(default=None)
-    figures: dict[str, float] | None = setting(default=None)
-    deviations: dict[str, float] | None = setting(default=None)
-    parameters: int | None = setting(default=None, at_least=1)
-    training_minutes: float | None = setting(default=None, at_least=0)
-
-    def validate(self) -> None:
-        if (self.metrics is None) == (self.figures is None):
-            raise ValueError("a published row needs metrics, once (figures is the earlier name)")
-
-
-@settings
-class Reference(Record):
-    """A published table, which the experiments bring."""
-
-    source: str | None = setting(default=None)
-    seeds: int | None = setting(default=None, at_least=1)
-    epochs: int | None = setting(default=None, at_least=1)
-    steps: int | None = setting(default=None, at_least=1)
-    rows: list[PublishedRow] | None = setting(default=None)
-
-
 KEYS: dict[str, Any] = {
-    **{"paths": Paths, "reference": Reference | None},
+    "paths": Paths,
     **{"data": AbstractDataModule, "sizes": Sizes, "arch": dict[str, Any] | None},
     **{"solver": AbstractSolver, "adjoint": AbstractAdjoint},
     # Any: the task's arguments, which these are, say more.

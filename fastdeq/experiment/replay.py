@@ -11,9 +11,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from fastdeq.experiment.build import build_task
 from fastdeq.experiment.checkpoint import load_weights, read_checkpoint
 from fastdeq.experiment.checks import check_values, count_ranks
-from fastdeq.experiment.job import make_trainer, step_settings
+from fastdeq.experiment.job import make_trainer
 from fastdeq.experiment.keys import RunSettings
 from fastdeq.runs.files import is_sealed, seal_of
 from fastdeq.runs.folder import FAILURE
@@ -53,7 +54,7 @@ def replay(cfg: DictConfig) -> Replayed:
     failure = _read(path)
     alone = {**config["trainer"], "devices": 1, "strategy": "auto"}
     count_ranks(alone)
-    task: AbstractTask = instantiate(cfg.task, _convert_="all", **step_settings(config["trainer"]))
+    task = build_task(cfg)
     load_weights(task, path)
     trainer = make_trainer({**config, "trainer": alone}, task)
     precision = trainer.precision_plugin

@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,24 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fastdeq.commands import typed
+from fastdeq.experiment.build import build_model, build_task, link, predicts
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.checks import check_values, count_ranks
 from fastdeq.experiment.error_context import error_context
 from fastdeq.experiment.explain import explain
-from fastdeq.experiment.job import Job, make_trainer, step_settings
+from fastdeq.experiment.job import Job, make_trainer
 from fastdeq.experiment.keys import RunSettings
 from fastdeq.experiment.launch import interactive, launch
 from fastdeq.experiment.optimization import check_optimizer, check_scheduler
 from fastdeq.experiment.signals import listening
+from fastdeq.nn import DEQChain
+from fastdeq.report import published_row
 from fastdeq.runs.files import write_json, write_text
 from fastdeq.runs.folder import CONFIG, LAST, OVERRIDES, log_file, make_folder
 from fastdeq.runs.identity import digest, identity
 from fastdeq.runs.lock import run_lock
 from fastdeq.runs.log import logging_to
-from fastdeq.runs.reading import is_done, read_summary, with_metrics
+from fastdeq.runs.reading import is_done, read_summary
 from fastdeq.runs.resuming import check_same, same_run_beside, saved_state
 from fastdeq.runs.status import created, recorded
 
@@ -132,7 +134,7 @@ def check(cfg: DictConfig, *, for_submission: bool = False) -> Checked:
         checkpoint=checkpoint,
         identity=digest(identity(config)),
         choices=choices,
-        reference=find_reference(config, choices),
+        reference=published_row(config, choices),
     )
 
 
@@ -174,27 +176,6 @@ def read_score(folder: Path) -> float:
     return float(read_summary(folder)["score"]["value"])
 
 
-def find_reference(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any] | None:
-    """The published row whose `where` (choices of groups, values of keys) this run fulfils, with
-    what holds for all rows: source, number of seeds, length of a run.
-    """
-    reference = dict(config.get("reference") or {})
-    for row in reference.pop("rows", ()):
-        if all(_value(key, config, choices) == wanted for key, wanted in row["where"].items()):
-            return {**reference, **with_metrics(row)}
-    return None
-
-
-def _value(key: str, config: Any, choices: Mapping[str, str]) -> Any:
-    if key in choices:
-        return choices[key]
-    for name in key.split("."):
-        if not isinstance(config, Mapping) or name not in config:
-            raise ValueError(f"reference.rows: there is no key or group '{key}', which where names")
-        config = config[name]
-    return config
-
-
 def _checkpoint(settings: RunSettings) -> Path | None:
     if settings.checkpoint is not None:
         return Path(settings.checkpoint)
@@ -210,9 +191,8 @@ def _check_parts(
 
     config: what a trainer is built from; None: none, for want of its devices.
     """
-    parts = copy.deepcopy(
-        cfg
-    )  # Hydra resolves it, and the interpolations of the original are needed
+    parts = copy.deepcopy(cfg)  # Hydra resolves it; the original keeps its interpolations
+    cfg = link(cfg)
     for key in ("solver", "adjoint", "loss", "scheduler", "callbacks"):
         with error_context(cfg, key):
             instantiate(parts.get(key), _convert_="all")
@@ -223,8 +203,11 @@ def _check_parts(
             f"data.batch_size is {data.batch_size}, the batch of all devices together, but there "
             f"are {ranks} of them: use at least one sample per device"
         )
+    with error_context(cfg, "model"):
+        model = build_model(parts)
+    _check_skip_loss(cfg, model)
     with error_context(cfg, "task"):
-        task = instantiate(parts.task, _convert_="all", **step_settings(parts.trainer))
+        task = build_task(parts, model)
     with error_context(cfg, "optimizer"):
         task.make_optimizer(task.parameters())
         check_optimizer(task.make_optimizer, cfg.trainer, ranks)
@@ -246,6 +229,20 @@ def _check_parts(
         batch = data.sample_batch()
     with error_context(cfg, "model"):
         task.check_model(batch)
+
+
+def _check_skip_loss(cfg: DictConfig, model: DEQChain) -> None:
+    """Raises: ValueError for a skip loss that is typed for a model without a prediction. Those of
+    experiments, sweeps and earlier runs are meant for the models that have one.
+    """
+    hydra = HydraConfig.get()
+    typed = any(word.lstrip("+").startswith("loss.skip=") for word in hydra.overrides.task)
+    alone = hydra.mode != RunMode.MULTIRUN and cfg.from_run is None
+    if typed and alone and cfg.loss.skip and not predicts(model):
+        raise ValueError(
+            f"loss.skip is {cfg.loss.skip}, but model={hydra.runtime.choices['model']} does not "
+            "predict z₀: use a skip model (model=skip_deq), or leave loss.skip out"
+        )
 
 
 def _choices() -> dict[str, str]:

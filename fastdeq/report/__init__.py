@@ -1,6 +1,7 @@
 """Tables about runs. Reads run folders and never trains."""
 
 from fastdeq.report.columns import Group, groups, heading, row
+from fastdeq.report.published import published_row
 from fastdeq.report.rows import Row, make_rows
 from fastdeq.report.runs import find_runs
 from fastdeq.report.sweeps import SweepTable, read_jobs
@@ -13,6 +14,7 @@ __all__ = [
     "groups",
     "heading",
     "make_rows",
+    "published_row",
     "read_jobs",
     "row",
 ]

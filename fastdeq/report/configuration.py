@@ -99,14 +99,11 @@ def differences(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-_ORDER = ("data", "sizes", "skip_weight", "loss", "arch", "solver", "adjoint")
+_ORDER = ("data", "sizes", "loss", "arch", "solver", "adjoint")
 _LAST = ("model", "task", "name")  # made of the others
 
 _FROM = {"sizes": "data"}
 """Nodes that the choice of another group brings."""
-
-_MADE_OF = {"loss.skip": "skip_weight"}
-"""Single keys that conf/ fills from others."""
 
 
 def _node(key: str) -> str:
@@ -122,8 +119,6 @@ def _rank(key: str) -> tuple[int, int, str]:
 
 
 def _is_copy(key: str, column: tuple[Leaf, ...], earlier: Mapping[str, tuple[Leaf, ...]]) -> bool:
-    if (source := _MADE_OF.get(key)) is not None:
-        return earlier.get(source) == column
     # model and task are made of the groups, and so are the layers of an arch of its widths.
     made = key.startswith(("model.", "task.")) or (key.startswith("arch.") and key.count(".") > 1)
     return made and column in earlier.values()

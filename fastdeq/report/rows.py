@@ -99,7 +99,7 @@ def _metric(name: str, runs: Sequence[Run], reference: Mapping[str, Any] | None)
         mean, deviation = mean_and_deviation([statistics.fmean(each) for each in by_seed.values()])
     published = reference or {}
     value = (published.get("metrics") or {}).get(name)
-    if name == "training_minutes":  # stands beside the metrics
+    if name == "training_minutes":  # beside the metrics
         value = published.get(name)
     return Metric(
         mean=mean,

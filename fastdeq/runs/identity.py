@@ -23,7 +23,7 @@ machines, until when, and what is seen of it.
 """
 
 COPIES = {"optimizer": "optimizer", "model": "model", "weights": "loss", "schedule": "scheduler"}
-"""Arguments of the task, and the keys at the top that they repeat."""
+"""Arguments of the task that configurations of earlier versions repeat, and where they stand."""
 
 RENAMED = {
     "fastdeq.tasks.": "fastdeq.training.",
@@ -48,17 +48,56 @@ def identity(config: Mapping[str, Any]) -> dict[str, Leaf]:
 
     config: resolved, plain containers.
     """
-    task = config.get("task") or {}
-    own = {
-        f"task.{name}": json.dumps(task.get(name), sort_keys=True)
-        for name, key in COPIES.items()
-        if task.get(name) != config.get(key)
-    }
-    return own | {
+    return {
         key: _plain(key, value)
-        for key, value in leaves(config).items()
-        if value not in _EMPTY and not _below(key, (*FREE, *(f"task.{name}" for name in COPIES)))
+        for key, value in leaves(current(config)).items()
+        if value not in _EMPTY and not _below(key, FREE)
     }
+
+
+def current(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as this version writes it, whatever version has written it.
+
+    Earlier ones repeat the parts of the model and of the task as whole nodes, where this one has
+    their keys (`model.deq.solver: solver`), and have λ_skip in `skip_weight` and in `loss.skip`.
+    """
+    new = dict(config)
+    if isinstance(task := config.get("task"), Mapping):
+        new["task"] = {
+            name: value
+            for name, value in task.items()
+            if name not in COPIES or value != config.get(COPIES[name])
+        }
+    if isinstance(model := config.get("model"), Mapping):
+        parts = _parts(config)
+        new["model"] = {name: _by_key(name, layer, parts) for name, layer in model.items()}
+        weight, loss = new.pop("skip_weight", None), config.get("loss")
+        if weight is not None and isinstance(loss, Mapping) and not _predicts(model):
+            new["loss"] = {**loss, "skip": weight}  # earlier versions wrote 0 for these models
+    return new
+
+
+def _parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model may be made of, by its keys."""
+    arch = config.get("arch") or {}
+    layers = {f"arch.{name}": node for name, node in arch.items() if isinstance(node, Mapping)}
+    return {**layers, **{key: config[key] for key in ("solver", "adjoint") if key in config}}
+
+
+def _by_key(name: str, node: Any, parts: Mapping[str, Any]) -> Any:
+    """A node of the model, in which each part is its key; of equal parts the one with its name."""
+    if not isinstance(node, Mapping):
+        return node
+    for key in (f"arch.{name}", *parts):
+        if key in parts and parts[key] == node:
+            return key
+    return {inner: _by_key(inner, part, parts) for inner, part in node.items()}
+
+
+def _predicts(model: Mapping[str, Any]) -> bool:
+    """Whether a model of an earlier version predicts z₀: one of the skip models."""
+    layers = [layer for layer in model.values() if isinstance(layer, Mapping)]
+    return any("Skip" in str(layer.get("_target_")) for layer in layers)
 
 
 _EMPTY = (None, "[]", "{}")

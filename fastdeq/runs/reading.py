@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fastdeq.runs.folder import CONFIG, OVERRIDES, SUMMARY, job_numbers, job_record
-from fastdeq.runs.identity import Leaf, identity, leaves
+from fastdeq.runs.identity import Leaf, current, identity, leaves
 
 FORMAT = 2
 """Of summary.json. Format 1 (without the key `format`) called metrics figures."""
@@ -77,6 +77,7 @@ def read_run(folder: Path) -> Run:
     if not {"model", "solver"} <= set(summary["choices"]):
         raise ValueError(f"{folder / SUMMARY} names no model and solver: {_FOREIGN}")
     config = read_config(folder)
+    config = current(config)
     return Run(folder=folder, summary=summary, settings=leaves(config), identity=identity(config))
 
 

@@ -95,7 +95,7 @@ class AbstractTask(LightningModule):
         if weights.skip and not model.equilibrium.initializer.predicts:
             raise ValueError(
                 "the skip loss would draw z* to zero in a model that predicts nothing: use a skip "
-                "model (model=skip_deq), or no skip loss (loss=plain)"
+                "model (model=skip_deq), or no skip loss (loss.skip=0)"
             )
         self.model = model
         self.make_optimizer = optimizer

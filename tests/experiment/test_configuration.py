@@ -8,24 +8,24 @@ from typing import Any
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException
+from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fastdeq.adjoints import Implicit
+from fastdeq.experiment.build import build_model, build_task
 from fastdeq.experiment.checks import check_values
 from fastdeq.experiment.explain import explain
 from fastdeq.solvers import Anderson
 from fastdeq.training import RegressionTask
-from tests.configurations import GROUPS, NEEDS, composed
+from tests.configurations import CONF, GROUPS, NEEDS, composed
 
 IMAGENET = ["sizes.input=[3,64,64]"]  # 8 × 8 cannot be halved as often
 GOES_WITH = {
     "augmentation=flip": ["data=mnist"],
     "augmentation=flip_pad_crop": ["data=cifar10"],
     "augmentation=flip_resize_crop": ["data=svhn"],
-    "augmentation=none": ["data=cifar10"],
     "data=image_folder": [
         *("arch=cifar_tiny", "data.size=32", "sizes.outputs=10", "model=skip_mdeq"),
         *("solver.max_steps=3", "adjoint.solver.max_steps=3"),
@@ -35,10 +35,11 @@ GOES_WITH = {
     "task=regression": ["data=polynomial"],
     "arch=fc": ["model=skip_deq"],
     "adjoint=implicit_fixed_point": ["model=skip_deq"],  # fails on an untrained multiscale cell
-    **{  # at its own size a step takes many seconds
-        f"{group}=imagenet_small": ["data.size=64", "solver.max_steps=2", "adjoint=jfb"]
-        for group in ("experiment", "sweep")
-    },
+    # At its own size a step takes many seconds.
+    "experiment=imagenet_small": ["data.size=64", "solver.max_steps=2", "adjoint=jfb"],
+    "recipe=none": ["arch=digits_conv"],
+    "recipe=polynomial": ["data=polynomial"],
+    "recipe=imagenet_small": ["adjoint=jfb", "solver.max_steps=1", *IMAGENET],
     **{
         f"arch={arch}": ["model=skip_mdeq", "solver.max_steps=3", "adjoint.solver.max_steps=3"]
         for arch in ("cifar_tiny", "mnist_conv", "digits_conv")
@@ -69,7 +70,7 @@ def one_step(cfg: DictConfig) -> None:
     """
     torch.manual_seed(0)
     classes = cfg.sizes.outputs
-    task = instantiate(cfg.task, _convert_="all")
+    task = build_task(cfg)
     before = [parameter.detach().clone() for parameter in task.parameters()]
     x = torch.randn(5, *cfg.sizes.input)
     regression = isinstance(task, RegressionTask)
@@ -160,7 +161,7 @@ def test_what_does_not_fit_a_multiscale_network_is_reported_in_one_line(
     chosen = [] if any("model=" in override for override in overrides) else ["model=mdeq"]
     cfg = composed(*chosen, *overrides)
     with pytest.raises(Exception) as caught:  # noqa: PT011 (of several kinds; the line counts)
-        instantiate(OmegaConf.to_container(cfg, resolve=True)["task"], _convert_="all")  # type: ignore[call-overload,index]
+        build_task(cfg)
     line = explain(caught.value)
     assert sentence in line
     assert "\n" not in line
@@ -168,10 +169,10 @@ def test_what_does_not_fit_a_multiscale_network_is_reported_in_one_line(
 
 @pytest.mark.parametrize("group", ["solver", "adjoint", "loss"])
 def test_the_keys_of_a_file_are_exactly_the_fields_of_its_class(group: str) -> None:
-    for choice in GROUPS[group]:
-        node = composed(f"{group}={choice}")[group]
+    for choices in [[f"{group}={choice}"] for choice in GROUPS.get(group, ())] or [[]]:
+        node = composed(*choices)[group]
         fields = {field.name for field in dataclasses.fields(get_class(node["_target_"]))}
-        assert set(node) - {"_target_"} == fields, choice
+        assert set(node) - {"_target_"} == fields, choices
 
 
 @pytest.mark.parametrize("solver", GROUPS["solver"])
@@ -199,7 +200,7 @@ def test_every_model_fits_every_set_of_images_without_naming_a_size(data: str, m
     cfg = composed(f"data={data}", model)
     single = model.removeprefix("model=") in ("deq", "skip_deq", "skip_reg_deq")
     assert HydraConfig.get().runtime.choices["arch"] == ARCHS[data][0 if single else 1]
-    built = instantiate(cfg.model, _convert_="all").eval()
+    built = build_model(cfg).eval()
     with torch.no_grad():
         prediction, _ = built(torch.zeros(2, *cfg.sizes.input), depth=1)
     assert prediction.shape == (2, cfg.sizes.outputs)
@@ -235,11 +236,42 @@ def test_the_backward_pass_takes_any_solver_from_the_command_line() -> None:
     assert adjoint == Implicit(solver=Anderson(tol=5e-3))
 
 
-def test_models_bring_the_loss_that_fits_them_and_the_command_line_has_the_last_word() -> None:
-    assert composed("model=deq").loss.skip == 0
-    assert composed("model=skip_deq").loss.skip > 0
-    assert composed("model=skip_reg_deq").loss.skip > 0
-    assert composed("model=skip_deq", "loss=plain").loss.skip == 0
+def test_the_skip_loss_is_added_where_the_model_predicts_its_solution() -> None:
+    for model, predicts in (("deq", 0), ("mdeq", 0), ("skip_deq", 1), ("skip_reg_mdeq", 1)):
+        for typed, weight in (([], 1), (["loss.skip=5"], 5), (["experiment=mnist_mdeq"], 1)):
+            task = build_task(composed(f"model={model}", *typed))
+            assert task.weights.skip == predicts * weight, (model, typed)
+
+
+def test_the_data_set_chooses_its_recipe_and_another_or_none_can_be_chosen() -> None:
+    composed("data=cifar10")
+    assert HydraConfig.get().runtime.choices["recipe"] == "cifar_tiny"
+    own = composed("data=cifar10", "recipe=none", "arch=cifar_tiny")
+    assert (own.solver.tol, own.solver.max_steps) == (5e-3, 50)
+    assert own.callbacks.pretraining.steps == 0
+    assert own.scheduler._target_.endswith("Constant")
+    coarse = composed("recipe=cifar_tiny")
+    assert HydraConfig.get().runtime.choices["arch"] == "cifar_tiny"
+    assert (coarse.solver.tol, coarse.data._target_) == (5e-2, "fastdeq.data.DigitsDataModule")
+    with pytest.raises(MissingConfigException) as caught:
+        composed("recipe=none")
+    assert "recipe=none brings no arch: choose one" in explain(caught.value)
+
+
+def test_a_data_set_brings_nothing_but_samples_and_their_sizes() -> None:
+    for path in (CONF / "data").glob("*.yaml"):
+        assert set(OmegaConf.load(path)) == {"defaults", "data", "sizes"}, path
+
+
+def test_every_part_stands_once_in_the_resolved_configuration() -> None:
+    for model in GROUPS["model"]:
+        text = OmegaConf.to_yaml(composed(f"model={model}", "solver=anderson"), resolve=True)
+        assert text.count("fastdeq.solvers.Anderson") == 1, model
+        assert (
+            text.count("fastdeq.nn.DenseCell") + text.count("fastdeq.nn.MultiScaleResidualCell")
+            == 1
+        )
+        assert len(text.splitlines()) <= 200
 
 
 @pytest.mark.parametrize("data", ["cifar10", "svhn"])
@@ -247,7 +279,7 @@ def test_models_bring_the_loss_that_fits_them_and_the_command_line_has_the_last_
 def test_every_augmentation_fits_the_sets_of_colour_images(data: str, choice: str) -> None:
     cfg = composed(f"data={data}", f"augmentation={choice}")
     built = instantiate(cfg.data, _convert_="all")
-    assert len(built.augmentation) == {"none": 0, "flip": 1}.get(choice, 2)
+    assert len(built.augmentation) == (1 if choice == "flip" else 2)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +289,7 @@ def test_with_784_features_the_models_have_the_published_parameter_counts(
     model: str, count: int
 ) -> None:
     cfg = composed(f"model={model}", "sizes.features=784")
-    built = instantiate(cfg.model, _convert_="all")
+    built = build_model(cfg)
     assert sum(parameter.numel() for parameter in built.parameters()) == count
 
 
@@ -295,7 +327,7 @@ def test_the_multiscale_models_have_the_published_parameter_counts(
         f"sizes.outputs={classes}",
         f"arch.normalization={normalization}",
     )
-    built = instantiate(cfg.model, _convert_="all")
+    built = build_model(cfg)
     wanted = with_network if model == "skip_mdeq" else plain
     assert sum(parameter.numel() for parameter in built.parameters()) == wanted
 
@@ -309,7 +341,7 @@ def test_arch_initialization_reaches_every_weight_of_every_model(model: str) -> 
         else [["arch=digits_conv"], ["arch=cifar_large", "sizes.input=[3,32,32]"]]  # weight norm
     ):
         cfg = composed(model, *beside, "arch.initialization=glorot")
-        built = instantiate(cfg.model, _convert_="all")
+        built = build_model(cfg)
         layers = [layer for layer in built.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
         assert layers
         for layer in layers:
@@ -319,7 +351,7 @@ def test_arch_initialization_reaches_every_weight_of_every_model(model: str) -> 
             assert layer.bias is None or not layer.bias.any()
         parameters = sum(parameter.numel() for parameter in built.parameters())
         cfg.arch.initialization = None
-        as_made = instantiate(cfg.model, _convert_="all")
+        as_made = build_model(cfg)
         assert parameters == sum(parameter.numel() for parameter in as_made.parameters())
 
 
@@ -331,7 +363,7 @@ def test_the_size_of_the_images_and_the_classes_flow_from_one_key_each() -> None
     assert cfg.data.classes == data.outputs == 7
     default = composed("data=image_folder", "model=skip_mdeq")
     assert math.prod(default.sizes.input) == default.sizes.features
-    built = instantiate(default.model, _convert_="all")
+    built = build_model(default)
     assert sum(parameter.numel() for parameter in built.parameters()) == 18_467_272
 
 

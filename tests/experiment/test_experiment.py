@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fastdeq import DEQChain, experiment
 from fastdeq.data import Cifar10DataModule, read_digits
+from fastdeq.experiment.build import build_task
 from fastdeq.experiment.run import read_score
 from fastdeq.runs.folder import make_folder
 from tests.configurations import composed
@@ -98,7 +99,8 @@ def test_the_checkpoint_loads_as_weights_only_and_gives_the_tested_accuracy(
     folder = run(tmp_path)
     saved = torch.load(folder / "last.ckpt", weights_only=True)
     cfg = OmegaConf.load(folder / "config.yaml")
-    task = instantiate(cfg.task, _convert_="all")
+    assert isinstance(cfg, DictConfig)
+    task = build_task(cfg)
     task.load_state_dict(saved["state_dict"])
     data = instantiate(cfg.data)
     data.setup()
@@ -126,7 +128,7 @@ def test_the_explicit_accuracy_is_that_of_the_prediction_and_not_of_the_solve(
 def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     for overrides, cure in (
         (("solver=newton_krylov", "adjoint=unrolled"), "use the Implicit adjoint"),
-        (("model=deq", "loss=skip"), "loss=plain"),
+        (("model=deq", "loss.skip=5"), "loss.skip is 5, but model=deq"),
     ):
         with pytest.raises(ValueError, match=cure):
             run(tmp_path, *overrides)

@@ -3,11 +3,15 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from fastdeq.experiment.build import build_model, build_task
+from fastdeq.report.published import TABLES, published_row, read_table
 from tests.commands import ROOT, CommandLine
 from tests.configurations import GROUPS, NEEDS, composed
 from tests.data.cifar_svhn_files import (
@@ -53,7 +57,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         "optimizer.lr": 1e-3,
         "optimizer.weight_decay": 2.5e-6,
         "trainer.max_epochs": 25,
-        "skip_weight": 5.0,
+        "loss.skip": 5.0,
         "scheduler._target_": "fastdeq.training.Cosine",
         "solver._target_": "fastdeq.solvers.LimitedMemoryBroydenSolver",
     },
@@ -61,7 +65,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         "data.batch_size": 32,
         "arch.initialization": "glorot",
         "solver.method": "tsit5",
-        "skip_weight": 0.01,
+        "loss.skip": 0.01,
         "solver.tol": 5e-3,
         "trainer.max_epochs": 25,
     },
@@ -75,7 +79,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         "solver.max_steps": 50,
         "optimizer.lr": 1e-3,
         "trainer.max_epochs": 300,
-        "skip_weight": 1e-2,
+        "loss.skip": 1e-2,
         "loss.residual": 1e-3,
     },
     "dynamics": {"arch.hidden": 50},
@@ -93,7 +97,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         "optimizer.lr": 1e-3,
         "optimizer.weight_decay": 2.5e-6,
         "trainer.max_steps": 20000,
-        "skip_weight": 0.01,
+        "loss.skip": 0.01,
         "callbacks.pretraining.steps": 3000,
         "callbacks.pretraining.depth": 5,
     },
@@ -142,7 +146,7 @@ SETTINGS["mnist_mdeq"] = {
     "optimizer.weight_decay": 2.5e-6,
     "scheduler.minimum": 1e-6,
     "trainer.max_epochs": 25,
-    "skip_weight": 1.0,
+    "loss.skip": 1.0,
     "loss.residual": 1e-3,
 }
 SETTINGS["svhn"] = {
@@ -161,16 +165,9 @@ SETTINGS["svhn"] = {
     "scheduler.minimum": 1e-6,
     "trainer.max_epochs": 50,
     "callbacks.pretraining.steps": 0,
-    "skip_weight": 0.01,
-}
-TSIT5 = {
-    "data.batch_size": 64,
-    "solver._target_": "fastdeq.solvers.ContinuousSolver",
-    "solver.method": "tsit5",
+    "loss.skip": 0.01,
 }
 SETTINGS["cifar10_mdeq"] = SETTINGS["svhn"] | {"data._target_": "fastdeq.data.Cifar10DataModule"}
-for _name in ("svhn", "cifar10_mdeq"):
-    SETTINGS[f"{_name}_tsit5"] = SETTINGS[_name] | TSIT5
 
 
 SMALLER: dict[str, tuple[str, ...]] = {
@@ -213,8 +210,7 @@ def test_every_experiment_trains_with_every_model(
     summary = json.loads(path.read_text())
     assert summary["steps"] == 2
     assert path.parent.parent.name.startswith(model)
-    reference = composed(f"experiment={experiment}", f"model={model}").get("reference")
-    published = bool(reference and reference.rows)
+    published = bool(read_table(experiment))
     assert ("published" in answer.out) == published
     assert (summary["reference"] is not None) == published
 
@@ -225,8 +221,9 @@ def test_every_experiment_composes_with_every_choice(experiment: str, choice: st
         pytest.importorskip(needed)
     cfg = composed(f"experiment={experiment}", choice)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    for key in ("solver", "adjoint", "loss", "scheduler", "data", "task"):
+    for key in ("solver", "adjoint", "loss", "scheduler", "data"):
         instantiate(cfg[key], _convert_="all")
+    build_task(cfg)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -237,26 +234,47 @@ def test_the_settings_are_the_published_ones(experiment: str) -> None:
     assert found == wanted
 
 
+def check_table(table: dict[str, Any]) -> None:
+    """Every key is one that reports read, with a value of its kind."""
+    kinds = {"source": str, "seeds": int, "steps": int, "epochs": int, "rows": list}
+    assert {"source", "seeds", "rows"} <= set(table)
+    assert all(isinstance(value, kinds[key]) for key, value in table.items())
+    for row in table["rows"]:
+        assert {"where", "metrics", "deviations"} <= set(row)
+        assert set(row) <= {"where", "metrics", "deviations", "parameters", "training_minutes"}
+        assert row["where"]["model"] in GROUPS["model"]
+        assert all(name.split("/")[0] in ("train", "test") for name in row["metrics"])
+        assert all(isinstance(value, float) for value in row["metrics"].values())
+        assert set(row["deviations"]) <= set(row["metrics"])
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    return resolved
+
+
+def choices_of_the_last_configuration() -> dict[str, str]:
+    return {str(key): str(value) for key, value in HydraConfig.get().runtime.choices.items()}
+
+
 def test_every_row_of_a_reference_can_be_reached_and_names_its_source() -> None:
     for experiment in EXPERIMENTS:
-        reference = composed(f"experiment={experiment}").get("reference")
+        reference = read_table(experiment)
         if not reference:
             continue
-        assert reference.source
-        for row in reference.rows:
-            assert row.where.model in GROUPS["model"]
-            assert all(name.split("/")[0] in ("train", "test") for name in row.metrics)
-            assert set(row.deviations) <= set(row.metrics)
-            choices = [
-                f"{key}={value}" for key, value in row.where.items() if key in ("model", "solver")
-            ]
+        check_table(reference)
+        for row in reference["rows"]:
+            choices = [f"{key}={value}" for key, value in row["where"].items()]
             cfg = composed(f"experiment={experiment}", *choices)
             length = cfg.trainer.max_steps if "steps" in reference else cfg.trainer.max_epochs
             assert length == reference.get("steps", reference.get("epochs"))
+            found = published_row(plain(cfg), choices_of_the_last_configuration())
+            assert found is not None
+            assert found["metrics"] == row["metrics"]
             if "parameters" in row:
-                built = instantiate(cfg.model, _convert_="all")
+                built = build_model(cfg)
                 count = sum(parameter.numel() for parameter in built.parameters())
-                assert count == pytest.approx(row.parameters, rel=1e-3)  # printed as 10.63M
+                assert count == pytest.approx(row["parameters"], rel=1e-3)  # printed as 10.63M
 
 
 @pytest.mark.parametrize(
@@ -264,15 +282,20 @@ def test_every_row_of_a_reference_can_be_reached_and_names_its_source() -> None:
     [("mnist_fc", 6), ("cifar10_tiny", 7), ("cifar10_large", 7), ("imagenet_small", 6)],
 )
 def test_every_published_row_has_a_reference_of_its_own(experiment: str, rows: int) -> None:
-    found = composed(f"experiment={experiment}").reference.rows
-    assert len({str(row.where) for row in found}) == len(found) == rows
-    assert len({str(row.metrics) for row in found}) == rows
+    found = read_table(experiment)["rows"]
+    assert len({str(row["where"]) for row in found}) == len(found) == rows
+    assert len({str(row["metrics"]) for row in found}) == rows
+
+
+def test_every_published_table_is_of_an_experiment() -> None:
+    assert {path.stem for path in TABLES.iterdir()} <= set(EXPERIMENTS)
 
 
 def test_nothing_is_claimed_of_the_published_gpu_but_what_the_scripts_assume() -> None:
     claim = "(its cluster scripts assume V100s with 32 GB)"
     found = 0
-    for path in [*(ROOT / "docs").rglob("*.md"), *(ROOT / "conf").rglob("*.yaml")]:
+    pages = (ROOT / "docs").rglob("*.md")
+    for path in [*pages, *(ROOT / "conf").rglob("*.yaml"), *TABLES.glob("*.yaml")]:
         text = path.read_text(encoding="utf-8")
         assert text.count("V100") == text.count(claim), path
         found += text.count(claim)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from fastdeq.experiment.build import link
 from fastdeq.report import make_rows
 from fastdeq.runs.identity import FREE, digest, identity, leaves
 from fastdeq.runs.reading import Run
@@ -19,7 +20,7 @@ from tests.experiment.run_folders import summary
 CONFIGURATIONS = (
     ("data=mnist", "model=deq", "logger=wandb"),
     ("data=image_folder", "model=skip_mdeq", "trainer=ddp"),
-    ("data=polynomial", "loss=skip", "scheduler=staircase", "optimizer=sgd"),
+    ("data=polynomial", "loss.skip=2", "scheduler=staircase", "optimizer=sgd"),
 )
 
 OTHERS = {"seed": 9, "arch.normalization": "group"}
@@ -115,7 +116,18 @@ def test_every_key_of_the_list_is_one_of_a_configuration() -> None:
 @pytest.mark.parametrize("key", ["optimizer", "weights", "schedule"])
 def test_what_the_task_is_given_in_place_of_the_chosen_group_counts(key: str) -> None:
     cfg = composed("scheduler=cosine")
-    assert same(plain(cfg), changed(cfg, f"task.{key}", None)) == (False, False)
+    assert same(plain(cfg), changed(cfg, f"task.{key}", {"lr": 1})) == (False, False)
+
+
+def test_an_earlier_layout_that_repeats_whole_nodes_is_the_same_run() -> None:
+    for model in ("deq", "skip_deq", "skip_mdeq", "explicit", "residual"):
+        cfg = composed(f"model={model}", "data=mnist", "scheduler=cosine")
+        old = plain(link(cfg))
+        assert isinstance(old["model"]["stem"], dict)
+        assert old["task"]["model"] == old["model"]
+        assert identity(old) == identity(plain(cfg)), model
+        OmegaConf.update(cfg, "solver.tol", 0.5)
+        assert (identity(plain(link(cfg))) == identity(old)) is False, model
 
 
 def test_equal_numbers_are_the_same_but_not_one_batch_and_all_batches() -> None:

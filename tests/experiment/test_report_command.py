@@ -253,7 +253,8 @@ def test_a_bar_in_a_setting_does_not_end_its_cell(capsys, tmp_path):
 
 
 def test_older_references_are_shown_and_not_judged(capsys, tmp_path):
-    older = {key: MNIST[key] for key in ("source", "where", "metrics", "training_minutes")}
+    older = {key: MNIST[key] for key in ("source", "where", "training_minutes")}
+    older["figures"] = MNIST["metrics"]
     write_run(tmp_path / "a", reference=older)
     out = printed(capsys, str(tmp_path))[0]
     assert "| 98.00 [97.93]   |" in out
@@ -283,11 +284,11 @@ def test_a_real_run_is_reported(command: CommandLine, capsys):
 def test_real_seeds_share_a_row_and_real_settings_do_not(command: CommandLine, capsys):
     a_run(command, "seed=1", "logger=csv")
     a_run(command, "seed=2", "paths.outputs=outputs/b")
-    a_run(command, "seed=1", "skip_weight=0.5", "arch.width=16")
+    a_run(command, "seed=1", "loss.skip=0.5", "arch.width=16")
     rows = json.loads(printed(capsys, "outputs", "--format=json")[0])
     assert [(row["settings"], row["runs"]) for row in rows] == [
-        ("skip_weight=0.5 arch.width=16", 1),
-        ("skip_weight=1.0 arch.width=128", 2),
+        ("loss.skip=0.5 arch.width=16", 1),
+        ("loss.skip=1.0 arch.width=128", 2),
     ]
 
 

@@ -51,7 +51,7 @@ def test_runs_that_differ_in_seed_place_and_device_alone_share_a_row(tmp_path, o
     ("other", "settings"),
     [
         (with_settings(solver__tol=0.5), ("solver.tol=0.005", "solver.tol=0.5")),
-        (with_settings(skip_weight=1.0, loss__skip=1.0), ("skip_weight=5.0", "skip_weight=1.0")),
+        (with_settings(skip_weight=1.0, loss__skip=1.0), ("loss.skip=5.0", "loss.skip=1.0")),
         (with_settings(loss__residual=1.0), ("loss.residual=0.0", "loss.residual=1.0")),
         (
             with_settings(arch__width=64, arch__cell__width=64),

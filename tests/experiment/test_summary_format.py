@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fastdeq.experiment.run import find_reference, read_score
+from fastdeq.experiment.run import read_score
 from fastdeq.report import SweepTable, find_runs, make_rows, read_jobs
 from fastdeq.runs.reading import FORMAT, read_run, read_summary
 from tests.commands import SHORT, CommandLine, a_run
@@ -120,8 +120,3 @@ def test_a_summary_of_a_later_format_is_refused(folder: Path) -> None:
     (folder / "summary.json").write_text(json.dumps({**FORMAT_1, "format": 3}))
     with pytest.raises(ValueError, match=r"summary\.json has format 3"):
         read_summary(folder)
-
-
-def test_a_published_row_may_have_the_key_of_format_1() -> None:
-    config = {"reference": {"source": "a table", "rows": [{"where": {}, "figures": {"a": 1.0}}]}}
-    assert find_reference(config, {}) == {"source": "a table", "where": {}, "metrics": {"a": 1.0}}

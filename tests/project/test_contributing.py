@@ -25,6 +25,7 @@ from fastdeq.adjoints import AbstractAdjoint, Implicit
 from fastdeq.data import InMemoryDataModule
 from fastdeq.data.command import SETS
 from fastdeq.data.command import main as data_command
+from fastdeq.experiment.build import build_task
 from fastdeq.flatten import Layout
 from fastdeq.norms import sample_norm
 from fastdeq.solution import Status
@@ -218,7 +219,7 @@ def test_the_three_examples_compose_from_their_files_and_train_a_step(tmp_path, 
         monkeypatch.setattr(f"fastdeq.{kind}.{cls.__name__}", cls, raising=False)
     with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path / "conf")):
         cfg = compose("train", overrides=["data=rings", "solver=heavy_ball", "adjoint=neumann"])
-    task, data = instantiate(cfg.task, _convert_="all"), instantiate(cfg.data, _convert_="all")
+    task, data = build_task(cfg), instantiate(cfg.data, _convert_="all")
     assert task.model.equilibrium.solver == HeavyBall(tol=cfg.solver.tol)
     assert task.model.equilibrium.adjoint == Neumann()
     assert (data.input_shape, data.outputs) == (tuple(cfg.sizes.input), cfg.sizes.outputs)

@@ -114,7 +114,7 @@ def test_a_batch_that_stands_in_adds_nothing_to_the_figures(tmp_path):
 
 
 def test_a_skip_loss_needs_a_model_that_predicts():
-    with pytest.raises(ValueError, match=r"model=skip_deq.*loss=plain"):
+    with pytest.raises(ValueError, match=r"model=skip_deq.*loss\.skip=0"):
         make_task(model=network("zeros"), skip=0.1)
     make_task(model=network("first"), skip=0.1)
 

@@ -1,0 +1,79 @@
+"""From the groups of a configuration to a task: each part is built once and given to the next.
+
+A file of the group `model` names parts by their keys: `cell: arch.cell`, `solver: solver`.
+"""
+
+import copy
+import re
+from dataclasses import replace
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig, open_dict
+
+from fastdeq.nn import DEQChain
+from fastdeq.training import AbstractTask, LossWeights
+
+TASK = {"model": "model", "optimizer": "optimizer", "weights": "loss", "schedule": "scheduler"}
+"""Arguments of the task, and the keys that they are built from."""
+
+STEP = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+"""Arguments of the task that stand where Lightning's users look for them, with the trainer."""
+
+_PART = re.compile(r"solver|adjoint|arch(\.\w+)+")
+
+
+def build_task(cfg: DictConfig, model: DEQChain | None = None) -> AbstractTask:
+    """The task of a configuration, composed or resolved.
+
+    model: as of `build_model`, which is called where it is left out.
+
+    The skip loss compares z₀ with z*: it is left out where the model does not predict z₀.
+    """
+    model = build_model(cfg) if model is None else model
+    weights: LossWeights = instantiate(cfg.loss, _convert_="all")
+    if weights.skip and not predicts(model):
+        weights = replace(weights, skip=0.0)
+    task: AbstractTask = instantiate(cfg.task, _convert_="all", _partial_=True)(
+        model=model,
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        weights=weights,
+        schedule=instantiate(cfg.scheduler, _convert_="all"),
+        **{name: cfg.trainer[name] for name in STEP if cfg.trainer.get(name) is not None},
+    )
+    return task
+
+
+def build_model(cfg: DictConfig) -> DEQChain:
+    """The chain of layers, with the layers of `arch`, the solver and the adjoint that it names."""
+    model: DEQChain = instantiate(link(cfg).model, _convert_="all")
+    return model
+
+
+def predicts(model: DEQChain) -> bool:
+    """Whether the model predicts z₀."""
+    return model.equilibrium.initializer.predicts
+
+
+def link(cfg: DictConfig) -> DictConfig:
+    """A copy in which parts that are named by their keys are interpolations of those nodes, and the
+    task has its arguments.
+    """
+    linked = copy.deepcopy(cfg)
+    with open_dict(linked):
+        _link(linked._get_node("model"))
+        if isinstance(task := linked._get_node("task"), DictConfig) and not task._is_none():
+            for name, key in TASK.items():
+                task[name] = f"${{{key}}}"
+    return linked
+
+
+def _link(node: object) -> None:
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation():
+        return
+    for name in node:
+        child: Any = node._get_node(name)
+        _link(child)
+        value = None if isinstance(child, DictConfig | ListConfig) else child._value()
+        if isinstance(value, str) and _PART.fullmatch(value):
+            node[name] = f"${{{value}}}"

@@ -1,0 +1,53 @@
+"""Words of earlier versions' command lines, and what is typed instead."""
+
+from collections.abc import Sequence
+
+_GRID = "sweep=multiscale experiment={}"
+_RELEASE = " solver=lbroyden seed=6171,3859,2961"
+_TSIT5 = "solver=tsit5 data.batch_size=64 data.eval_batch_size=64"
+
+CHOICES = {
+    "loss=plain": "loss.skip=0.0",
+    "loss=skip": "",
+    "logger=all": "logger=[tensorboard,wandb]",
+    "augmentation=none": "augmentation=null",
+    "paths=default": "",
+    "experiment=svhn_tsit5": f"experiment=svhn {_TSIT5}",
+    "experiment=cifar10_mdeq_tsit5": f"experiment=cifar10_mdeq {_TSIT5}",
+    **{f"sweep={name}": _GRID.format(name) for name in ("cifar10_tiny", "cifar10_large")},
+    "sweep=imagenet_small": _GRID.format("imagenet_small"),
+    "sweep=mnist_mdeq": f"{_GRID.format('mnist_mdeq')} solver=lbroyden,tsit5 seed=6171,3859,2961",
+    **{f"sweep={name}": _GRID.format(name) + _RELEASE for name in ("svhn", "cifar10_mdeq")},
+}
+"""Choices that are gone; "": left out."""
+
+KEYS = {"skip_weight": "loss.skip"}
+"""Keys with another name."""
+
+GONE = ("reference", "arch_for/deq", "arch_for/mdeq")
+"""Keys and groups that have no successor, and no effect on the results of a run."""
+
+
+def current(word: str) -> list[str]:
+    """What an override of an earlier version is today; others as they are."""
+    key, equals, value = word.partition("=")
+    key = key.lstrip("+~")
+    if word in CHOICES:
+        return CHOICES[word].split()
+    if key in KEYS and equals:
+        return [f"{KEYS[key]}={value}"]
+    return [] if key.split(".")[0] in GONE else [word]
+
+
+def current_all(words: Sequence[str]) -> list[str]:
+    """The overrides of a saved run in today's words. Without a skip loss λ_skip had no effect."""
+    weights = [word for word in words if "loss=plain" in words and word.startswith("skip_weight=")]
+    return [new for word in words if word not in weights for new in current(word)]
+
+
+def check_renamed(words: Sequence[str]) -> None:
+    """Raises: ValueError for a typed word of an earlier version, with today's words."""
+    for word in words:
+        if (new := current(word)) != [word]:
+            cure = f"write {' '.join(new)}" if new else "leave it out"
+            raise ValueError(f"{word} is of an earlier version of fastdeq: {cure}")
