@@ -50,7 +50,7 @@ def _missing_choice(error: MissingConfigException) -> str:
     if not group:
         return str(error)
     if (group, choice) == ("arch", "none"):  # the arch of a multiscale model has the recipe's name
-        return f"recipe=none brings no arch: choose one, arch={' or arch='.join(options)}"
+        return f"recipe=none has no arch: give arch=, one of {', '.join(options)}"
     return f"there is no {group}={choice}{nearest(choice, options)}{_listing(' choices', options)}"
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from fastdeq.experiment.renamed import current_all
 from tests.commands import ROOT, SHORT, CommandLine, a_run
 from tests.configurations import GROUPS
 
@@ -142,6 +143,29 @@ def test_a_run_from_a_run_has_its_overrides_and_those_typed_now(command: Command
     # And a third from the second, as from any other.
     third = newest(command, f"from_run={second}")
     assert OmegaConf.load(third / "config.yaml").seed == 6
+
+
+def test_overrides_of_an_earlier_version_are_run_in_todays_words(
+    command: CommandLine, tmp_path: Path
+) -> None:
+    earlier = ["model=deq", "skip_weight=5", "arch_for/deq=fc", "paths=default", "reference=null"]
+    (tmp_path / "overrides.json").write_text(json.dumps([*SHORT[:-1], *earlier]))
+    run = newest(command, f"from_run={tmp_path}")
+    assert OmegaConf.load(run / "config.yaml").loss.skip == 5
+    assert summary(run)["choices"]["model"] == "deq"  # type: ignore[index]
+    for saved, today in (
+        (["skip_weight=5", "loss=plain"], ["loss.skip=0.0"]),
+        (["loss=skip", "skip_weight=0.1"], ["loss.skip=0.1"]),
+        (["+experiment=a", "logger=all"], ["+experiment=a", "logger=[tensorboard,wandb]"]),
+        (
+            ["experiment=svhn_tsit5", "data.batch_size=8"],
+            [
+                *("experiment=svhn", "solver=tsit5", "data.batch_size=64"),
+                *("data.eval_batch_size=64", "data.batch_size=8"),
+            ],
+        ),
+    ):
+        assert current_all(saved) == today
 
 
 def test_the_same_run_again_gives_the_same_metrics(command: CommandLine) -> None:

@@ -255,7 +255,7 @@ def test_the_data_set_chooses_its_recipe_and_another_or_none_can_be_chosen() -> 
     assert (coarse.solver.tol, coarse.data._target_) == (5e-2, "fastdeq.data.DigitsDataModule")
     with pytest.raises(MissingConfigException) as caught:
         composed("recipe=none")
-    assert "recipe=none brings no arch: choose one" in explain(caught.value)
+    assert "recipe=none has no arch: give arch=, one of cifar_large" in explain(caught.value)
 
 
 def test_a_data_set_brings_nothing_but_samples_and_their_sizes() -> None:
