@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from fastdeq.experiment.build import TASK
+
 _GRID = "sweep=multiscale experiment={}"
 _RELEASE = " solver=lbroyden seed=6171,3859,2961"
 _TSIT5 = "solver=tsit5 data.batch_size=64 data.eval_batch_size=64"
@@ -21,8 +23,8 @@ CHOICES = {
 }
 """Choices that are gone; "": left out."""
 
-KEYS = {"skip_weight": "loss.skip"}
-"""Keys with another name."""
+KEYS = {"skip_weight": "loss.skip", **{f"task.{name}": key for name, key in TASK.items()}}
+"""Keys with another name, and with them all below."""
 
 GONE = ("reference", "arch_for/deq", "arch_for/mdeq")
 """Keys and groups that have no successor, and no effect on the results of a run."""
@@ -34,8 +36,9 @@ def current(word: str) -> list[str]:
     key = key.lstrip("+~")
     if word in CHOICES:
         return CHOICES[word].split()
-    if key in KEYS and equals:
-        return [f"{KEYS[key]}={value}"]
+    for old, new in KEYS.items():
+        if equals and (key == old or key.startswith(f"{old}.")):
+            return [f"{new}{key.removeprefix(old)}={value}"]
     return [] if key.split(".")[0] in GONE else [word]
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fastdeq.adjoints import Implicit
-from fastdeq.experiment.build import build_model, build_task
+from fastdeq.experiment.build import build_model, build_task, link
 from fastdeq.experiment.checks import check_values
 from fastdeq.experiment.explain import explain
 from fastdeq.solvers import Anderson
@@ -160,7 +160,8 @@ def test_what_does_not_fit_a_multiscale_network_is_reported_in_one_line(
 ) -> None:
     chosen = [] if any("model=" in override for override in overrides) else ["model=mdeq"]
     cfg = composed(*chosen, *overrides)
-    with pytest.raises(Exception) as caught:  # noqa: PT011 (of several kinds; the line counts)
+    with pytest.raises(Exception) as caught:  # noqa: PT011, PT012 (of several kinds; the line counts)
+        OmegaConf.to_container(link(cfg), resolve=True)
         build_task(cfg)
     line = explain(caught.value)
     assert sentence in line

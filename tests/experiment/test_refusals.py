@@ -90,7 +90,7 @@ VALUES = {
     "sweep=svhn": ("sweep=svhn", "write sweep=multiscale experiment=svhn solver=lbroyden"),
     "experiment=svhn_tsit5": ("write experiment=svhn solver=tsit5 data.batch_size=64",),
     "reference=null": ("reference=null", "leave it out"),
-    "task.optimizer=null": ("task.optimizer is built from optimizer: set optimizer instead",),
+    "task.optimizer.lr=1": ("task.optimizer.lr=1", "write optimizer.lr=1"),
     "model.deq.cell=arch.cel": ("model.deq.cell", "this arch has no 'cel'"),
     "model.deq.solver=null": ("model.deq.solver is None", "set solver instead"),
     "~model.deq.adjoint": ("model.deq.adjoint is None", "set adjoint instead"),
