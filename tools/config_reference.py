@@ -320,7 +320,7 @@ def _table(file: File) -> list[str]:
 
 
 def _code(text: str) -> str:
-    return f"`{_cell(text)}`" if text else ""
+    return f"`{text}`" if text else ""  # a | in code does not end a cell
 
 
 def _cell(text: str) -> str:
