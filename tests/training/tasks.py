@@ -99,12 +99,17 @@ def figures_of(trainer: Trainer, stage: str) -> dict[str, float]:
     }
 
 
+def take_step_settings(task: AbstractTask, options: dict[str, Any]) -> None:
+    """Give the task its own of a trainer's options, as `fastdeq.experiment` does."""
+    for name in ("accumulate_grad_batches", "gradient_clip_val"):
+        if name in options:
+            setattr(task, name, options.pop(name))
+
+
 def trained(task: AbstractTask, batches: Iterable[Batch], folder: Path, **options: Any) -> Trainer:
     """Train an epoch of these batches, from the same random state, without validation."""
     torch.manual_seed(1)
-    for name in ("accumulate_grad_batches", "gradient_clip_val"):
-        if name in options:  # as a configuration has them, with the trainer
-            setattr(task, name, options.pop(name))
+    take_step_settings(task, options)
     trainer = make_trainer(folder, **{"limit_val_batches": 0} | options)
     loader = Listed(*batches)
     trainer.fit(task, train_dataloaders=loader, val_dataloaders=loader)

@@ -180,7 +180,7 @@ def test_a_run_that_is_done_is_not_done_again(
     [
         ("solver.tol=1e-4", "solver.tol=0.005, and here it is 0.0001"),
         ("seed=1", "seed=0"),
-        ("model=skip_deq", "loss.skip"),
+        ("model=skip_deq", "model.deq"),
         ("trainer.max_epochs=4", "trainer.max_epochs=3"),
     ],
 )

@@ -21,7 +21,7 @@ from fastdeq.training import (
     Staircase,
 )
 from fastdeq.training.loss import LossWeights
-from tests.training.tasks import Listed, make_trainer, network, samples
+from tests.training.tasks import Listed, make_trainer, network, samples, take_step_settings
 
 LR = 0.5
 
@@ -86,6 +86,7 @@ def rates_of_a_run(schedule: Any, folder: Path, **options: Any) -> list[float]:
         weights=LossWeights(),
         schedule=schedule,
     )
+    take_step_settings(task, options)
     seen = Rates()
     trainer = make_trainer(folder, callbacks=[seen], limit_val_batches=0, **options)
     loader = Listed(*[samples(3)] * 4)
