@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from fastdeq.commands import typed
 from fastdeq.training.ddp import payload_strategy
 from fastdeq.training.diagnosis import Diagnosis, Reading, with_norm
 from fastdeq.training.failure_file import save_failure
@@ -320,5 +321,5 @@ class Failures(Callback):
 
     def _replay(self, trainer: Trainer) -> str:
         """The command that makes the kept step again."""
-        command = f"python train.py mode=replay from_run={trainer.default_root_dir}"
+        command = f"{typed('train')} mode=replay from_run={trainer.default_root_dir}"
         return f"step {self._record.kept:,} again: {command}"

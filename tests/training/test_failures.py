@@ -51,7 +51,7 @@ def test_to_warn_changes_nothing_and_tells_when_it_begins_and_how_long_it_was(tm
     assert lines[0].startswith(
         "step 0: 5 of 5 samples did not converge in the forward solve (5 step_limit); what helps: "
     )
-    assert lines[0].endswith(f"step 0 again: python train.py mode=replay from_run={tmp_path}")
+    assert lines[0].endswith(f"step 0 again: {typed('train')} mode=replay from_run={tmp_path}")
     assert lines[1] == "steps 0 to 9: 10 of 10 failed and were made"
 
 
@@ -152,7 +152,7 @@ def test_a_later_line_names_the_step_that_is_kept(tmp_path, lines):
     watch = [Failures(on_failure="skip_step")]
     trained(task_of(lr=0.0), batches, tmp_path, callbacks=watch)
     assert [line.split(":")[0] for line in lines] == ["step 0", "step 102"]
-    assert all("; step 0 again: python" in line for line in lines)
+    assert all(f"; step 0 again: {typed('train')} mode=replay" in line for line in lines)
 
 
 # skip_step
