@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from fastdeq.commands import typed
 from fastdeq.data import Batch
 from fastdeq.runs.files import is_sealed
 from fastdeq.runs.folder import FAILURE
