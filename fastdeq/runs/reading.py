@@ -14,7 +14,7 @@ from fastdeq.runs.folder import CONFIG, OVERRIDES, SUMMARY, job_numbers, job_rec
 from fastdeq.runs.identity import Leaf, current, identity, leaves
 
 FORMAT = 2
-"""Of summary.json. Format 1 (without the key `format`) called metrics figures."""
+"""Of summary.json. Format 1 (without the key `format`) has metrics under "figures"."""
 
 
 @dataclass(frozen=True, kw_only=True)

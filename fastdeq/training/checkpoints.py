@@ -14,17 +14,17 @@ def checkpoints(folder: Path, task: AbstractTask) -> list[ModelCheckpoint]:
     Where the test set is the validation set (the published tables' protocol), best.ckpt has been
     selected on it: report last.ckpt.
     """
-    figure, direction = task.monitor
+    metric, direction = task.monitor
     last = ModelCheckpoint(
         dirpath=folder,
         filename=Path(LAST).stem,
         enable_version_counter=False,
-        save_on_train_epoch_end=True,  # after the evaluation: not at the mercy of its figures
+        save_on_train_epoch_end=True,  # after the evaluation, whatever its metrics are
     )
     best = ModelCheckpoint(
         dirpath=folder,
         filename=Path(BEST).stem,
-        monitor=f"val/{figure}",
+        monitor=f"val/{metric}",
         mode=direction,
         enable_version_counter=False,
         auto_insert_metric_name=False,

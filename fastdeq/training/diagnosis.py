@@ -14,7 +14,7 @@ Trend: TypeAlias = Literal["falling", "level", "growing"]
 """Where the residuals of the samples that did not converge were going when the solve ended."""
 
 _KINDS = len(Status)
-_LOSS, _NORM, _FINITE = -3, -2, -1  # places among the figures, after the counts
+_LOSS, _NORM, _FINITE = -3, -2, -1  # columns of the measures, after the counts
 _UNCONVERGED = (Status.STEP_LIMIT, Status.STALLED, Status.DIVERGED)
 _FALLING = 0.9  # the last quarter of the steps has brought the smallest residual below this share
 _GROWING = 2.0  # the last residual is so many times the smallest one
@@ -51,11 +51,11 @@ def joined(batches: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def with_norm(figures: Tensor, gradients: Iterable[Tensor]) -> Tensor:
-    """The same figures (..., 13) with the norm of these gradients."""
-    figures = figures.clone()
-    figures[..., _NORM] = nn.utils.get_total_norm(list(gradients)).to(figures)
-    return figures
+def with_norm(measures: Tensor, gradients: Iterable[Tensor]) -> Tensor:
+    """The same measures (..., 13) with the norm of these gradients."""
+    measures = measures.clone()
+    measures[..., _NORM] = nn.utils.get_total_norm(list(gradients)).to(measures)
+    return measures
 
 
 def _counts(stats: SolveStats | None, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from fastdeq.training.task import AbstractTask
 
 class RegressionTask(AbstractTask):
     """Mean squared error of predictions and targets of one shape, (B, ...), in the square of the
-    target's unit; figures and errors as in `AbstractTask`, without accuracy.
+    target's unit; metrics and errors as in `AbstractTask`, without accuracy.
     """
 
     monitor: tuple[str, Literal["min", "max"]] = ("loss", "min")

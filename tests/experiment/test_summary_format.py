@@ -1,4 +1,4 @@
-"""Run folders whose summary.json has format 1, which called metrics figures."""
+"""Run folders whose summary.json has format 1, with metrics under "figures"."""
 
 import json
 from pathlib import Path

@@ -20,7 +20,7 @@ from tests.cells import DenseTanh
 from tests.loops import each
 from tests.nn.layers import recorded_masks
 from tests.nn.scales import WIDTHS, dense_cell
-from tests.training.tasks import CLASSES, FEATURES, make_task, samples, train_figures
+from tests.training.tasks import CLASSES, FEATURES, make_task, samples, train_metrics
 
 pytest.importorskip("torchdiffeq")
 
@@ -141,7 +141,7 @@ def test_both_integrations_take_time():
 def test_a_training_step_logs_evaluations_and_seconds_of_the_backward_pass(tmp_path):
     model = DEQChain(nn.Linear(FEATURES, 4), NeuralODE(DenseCell(4)), nn.Linear(4, CLASSES))
     task = make_task(model=model)
-    metrics = train_figures(task, [samples(5)], tmp_path)
+    metrics = train_metrics(task, [samples(5)], tmp_path)
     assert metrics["nfe_backward"] >= 8
     assert metrics["backward_seconds"] > 0
     assert metrics["solve_seconds"] > 0

@@ -15,7 +15,7 @@ DONE = (
     *(f"fastdeq/{name}.py" for name in ("regularizers", "settings", "solution", "streams")),
     *("fastdeq/timer.py", "benchmarks/", "conf/solver/", "conf/adjoint/"),
     *("tests/numerics/", "tests/nn/layers.py", "tests/nn/scales.py"),
-    *(f"tests/nn/test_{letter}" for letter in "abcilm"),  # test_neural_ode imports train_figures
+    *(f"tests/nn/test_{letter}" for letter in "abcilm"),
     *(
         "README.md",
         "docs/",
@@ -32,7 +32,7 @@ _PER = "scale|sample|step|epoch|solve|call|cycle|cell|batch|rank|run|row|setting
 
 WORDS: tuple[tuple[str, str, str], ...] = (
     # pattern, what to write, an example
-    (r"(?<![\"'])figures?\b(?![\"']| \d)", "metric, statistic, plot", "the figures of a run"),
+    (r"(?<![\"'`])figures?\b(?![\"'`]| \d)", "metric, statistic, plot", "the figures of a run"),
     (r"FigureMeans", "MeanMetrics", "FigureMeans()"),
     (r"(?:tells?|told)\b(?!(?: \w+){0,2} apart)", "report, warn, name", "the user is told"),
     (r"(?:go|goes|going|gone|went) on\b", "continue, resume", "the run goes on"),

@@ -90,7 +90,7 @@ def make_trainer(folder: Path, **options: Any) -> Trainer:
     return Trainer(**quiet | options)
 
 
-def figures_of(trainer: Trainer, stage: str) -> dict[str, float]:
+def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
     """What the epoch's end has logged, without the stage's prefix."""
     return {
         name.removeprefix(f"{stage}/"): value.item()
@@ -116,10 +116,10 @@ def trained(task: AbstractTask, batches: Iterable[Batch], folder: Path, **option
     return trainer
 
 
-def train_figures(
+def train_metrics(
     task: AbstractTask, batches: Iterable[Batch], folder: Path, **options: Any
 ) -> dict[str, float]:
-    return figures_of(trained(task, batches, folder, **options), "train")
+    return metrics_of(trained(task, batches, folder, **options), "train")
 
 
 def evaluated(
@@ -128,8 +128,8 @@ def evaluated(
     trainer = make_trainer(folder, **options)
     loader = batches if isinstance(batches, Batches) else Listed(*batches)
     trainer.validate(task, dataloaders=loader, verbose=False)
-    return figures_of(trainer, "val")
+    return metrics_of(trainer, "val")
 
 
-def untimed(figures: dict[str, float]) -> dict[str, float]:
-    return {name: figure for name, figure in figures.items() if "seconds" not in name}
+def untimed(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: metric for name, metric in metrics.items() if "seconds" not in name}

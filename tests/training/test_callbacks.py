@@ -24,7 +24,7 @@ from fastdeq.training import (
     checkpoints,
     table_of,
 )
-from tests.training.tasks import Listed, figures_of, make_task, make_trainer, samples
+from tests.training.tasks import Listed, metrics_of, make_task, make_trainer, samples
 
 BATCHES = 2  # an epoch
 
@@ -82,9 +82,9 @@ def test_pretraining_counts_optimizer_steps_and_not_batches(tmp_path):
 
 def test_pretraining_unrolls_as_deep_as_it_says(tmp_path):
     trainer = fit(make_task(), tmp_path, Pretraining(steps=2, depth=7))
-    figures = figures_of(trainer, "train")
-    assert figures["nfe"] == 7
-    assert figures["unconverged"] == 0
+    metrics = metrics_of(trainer, "train")
+    assert metrics["nfe"] == 7
+    assert metrics["unconverged"] == 0
 
 
 def test_without_pretraining_steps_every_step_solves(tmp_path):
@@ -149,7 +149,7 @@ def test_the_timer_logs_steps_and_the_epochs_mean(tmp_path):
     steps = [row["step/seconds"] for row in logged.rows if "step/seconds" in row]
     assert len(steps) == BATCHES
     # Two float32 numbers and their mean.
-    assert figures_of(trainer, "train")["seconds"] == pytest.approx(sum(steps) / 2, rel=1e-6)
+    assert metrics_of(trainer, "train")["seconds"] == pytest.approx(sum(steps) / 2, rel=1e-6)
 
 
 # Lines
@@ -171,20 +171,20 @@ class Kept(Logger):
         self.rows.append(dict(metrics))
 
     def of_epoch(self, epoch: int) -> dict[str, float]:
-        """The figures of this epoch, train and val, whenever they were logged."""
+        """The metrics of this epoch, train and val, whenever they were logged."""
         mine = [row for row in self.rows if row["epoch"] == epoch]
         return {name: value for row in mine for name, value in row.items()}
 
 
 @pytest.mark.parametrize("kind", [ClassificationTask, RegressionTask])
-def test_an_epochs_line_has_the_figures_of_this_epoch(kind, tmp_path, lines):
+def test_an_epochs_line_has_the_metrics_of_this_epoch(kind, tmp_path, lines):
     task, logged = make_task(kind, lr=0.1, skip=0.1), Kept()
     trainer = fit(task, tmp_path, StepTimer(), EpochLines(), logger=logged, max_epochs=3)
     table = table_of(trainer, task, "val", residual=True)
-    figures = [logged.of_epoch(epoch) for epoch in range(3)]
+    metrics = [logged.of_epoch(epoch) for epoch in range(3)]
     for name in ("train/loss", "val/loss"):  # else a line of another epoch would look right
-        assert len({epoch[name] for epoch in figures}) == 3
-    wanted = [row(table, f"{i}/3", epoch) for i, epoch in enumerate(figures, start=1)]
+        assert len({epoch[name] for epoch in metrics}) == 3
+    wanted = [row(table, f"{i}/3", epoch) for i, epoch in enumerate(metrics, start=1)]
     assert lines == [heading(table, "epoch"), *wanted]
 
 
@@ -196,14 +196,14 @@ def test_the_lines_stand_under_their_headings(tmp_path, lines):
     assert [line.split()[0] for line in lines[1:]] == ["1/2", "2/2"]
 
 
-def test_an_epoch_without_validation_shows_no_figures_of_an_earlier_one(tmp_path, lines):
+def test_an_epoch_without_validation_shows_no_metrics_of_an_earlier_one(tmp_path, lines):
     task, logged = make_task(lr=0.1), Kept()
     options: dict[str, Any] = {"check_val_every_n_epoch": 2, "logger": logged, "max_epochs": 3}
     trainer = fit(task, tmp_path, StepTimer(), EpochLines(), **options)
     table = table_of(trainer, task, "val", residual=True)
-    figures = [logged.of_epoch(epoch) for epoch in range(3)]
-    assert ["val/loss" in epoch for epoch in figures] == [False, True, False]
-    assert lines[1:] == [row(table, f"{i}/3", each) for i, each in enumerate(figures, start=1)]
+    metrics = [logged.of_epoch(epoch) for epoch in range(3)]
+    assert ["val/loss" in epoch for epoch in metrics] == [False, True, False]
+    assert lines[1:] == [row(table, f"{i}/3", each) for i, each in enumerate(metrics, start=1)]
 
 
 def test_a_run_without_an_end_counts_its_epochs_alone(tmp_path, lines):
@@ -279,7 +279,7 @@ def test_a_run_without_validation_keeps_the_last_state(tmp_path):
         (RegressionTask, ["loss", "nfe", "residual"]),
     ],
 )
-def test_the_bar_shows_the_steps_figures_without_prefix_and_version(kind, shown, tmp_path):
+def test_the_bar_shows_the_steps_metrics_without_prefix_and_version(kind, shown, tmp_path):
     bar, task = ProgressBar(), make_task(kind)
     trainer = fit(task, tmp_path, StepTimer(), bar, enable_progress_bar=True, logger=Kept())
     metrics = bar.get_metrics(trainer, task)

@@ -28,7 +28,7 @@ def test_means_over_uneven_batches_weigh_every_sample_the_same():
     assert values(means) == {"loss": 4.5}
 
 
-def test_a_figure_that_misses_some_batches_is_the_mean_of_those_it_came_with():
+def test_a_metric_that_misses_some_batches_is_the_mean_of_those_it_came_with():
     means = MeanMetrics(("loss", "loss_jacobian", "accuracy"))
     means.update({"loss": 1.0}, 3)
     means.update({"loss_jacobian": torch.tensor(8.0), "loss": 5.0}, 1)
@@ -82,22 +82,22 @@ def test_after_a_reset_nothing_is_left_of_the_epoch_before():
     assert values(means) == {"loss": 3.0}
 
 
-def test_a_figure_without_a_place_is_refused_by_name():
+def test_a_metric_without_a_place_is_refused_by_name():
     with pytest.raises(KeyError, match="los"):
         MeanMetrics(("loss", "accuracy")).update({"los": 1.0}, 1)
 
 
-def test_an_update_does_not_wait_for_the_device_once_the_figures_are_known():
+def test_an_update_does_not_wait_for_the_device_once_the_metrics_are_known():
     means = MeanMetrics(("loss", "accuracy", "seconds"))
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "accuracy": torch.tensor(0.5),
         "seconds": Stopwatch(torch.device("cpu")).stop(),
     }
-    means.update(figures, 1)
+    means.update(metrics, 1)
     operations = Operations()
     with operations:
         for _ in range(3):
-            means.update(figures, 2)
+            means.update(metrics, 2)
     assert operations.waits == 0
 
 
@@ -149,16 +149,16 @@ STATS: dict[str, Any] = {
 }
 
 
-def test_the_solvers_figures_are_means_over_the_samples():
+def test_the_solvers_metrics_are_means_over_the_samples():
     z = torch.zeros(4, 2)
-    figures = solver_metrics(Solution(value=z, z0=z, defect=z, **STATS))
+    metrics = solver_metrics(Solution(value=z, z0=z, defect=z, **STATS))
     # (3 + 4 + 10 + 5) / 4; (0 + ¼ + ½ + ¼) / 4; all but the first
-    assert floats(figures) == {"nfe": 5.5, "residual": 0.25, "unconverged": 0.75}
+    assert floats(metrics) == {"nfe": 5.5, "residual": 0.25, "unconverged": 0.75}
 
 
-def test_the_adjoints_figures_are_means_over_the_samples():
-    figures = backward_metrics(BackwardReport(stats=SolveStats(**STATS)))
-    assert floats(figures) == {
+def test_the_adjoints_metrics_are_means_over_the_samples():
+    metrics = backward_metrics(BackwardReport(stats=SolveStats(**STATS)))
+    assert floats(metrics) == {
         "nfe_backward": 5.5,
         "residual_backward": 0.25,
         "unconverged_backward": 0.75,
@@ -175,13 +175,13 @@ def test_a_pass_of_fixed_depth_converges_nowhere_and_is_counted_unconverged_nowh
     model = DEQChain(deq=DeepEquilibriumNetwork(DenseCell(4)))
     _, solution = model(torch.randn(5, 4), depth=3)
     assert not solution.converged.any()
-    figures = solver_metrics(solution)
-    assert floats(figures) == {
+    metrics = solver_metrics(solution)
+    assert floats(metrics) == {
         "nfe": 3.0,
         "residual": solution.relative_residual.mean().item(),
         "unconverged": 0.0,
     }
 
 
-def floats(figures: dict[str, Tensor]) -> dict[str, float]:
-    return {name: figure.item() for name, figure in figures.items()}
+def floats(metrics: dict[str, Tensor]) -> dict[str, float]:
+    return {name: metric.item() for name, metric in metrics.items()}

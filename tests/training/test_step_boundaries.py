@@ -23,7 +23,7 @@ from tests.configurations import composed
 from tests.process.faults import gradients
 from tests.runs import AT_ONCE, SHORT, run, run_in_pieces
 from tests.training.failing import EARLY, GOOD, NAN, OTHER, kept, task_of
-from tests.training.tasks import figures_of, make_task, samples, trained
+from tests.training.tasks import metrics_of, make_task, samples, trained
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:f is not finite:RuntimeWarning", "ignore:backward solve failed:RuntimeWarning"
@@ -176,7 +176,7 @@ def test_the_seconds_of_a_step_are_those_of_all_its_batches(
     trainer = trained(make_task(), [samples(5)] * 5, tmp_path, **options)
     # Steps of 2, 2 and 1 batches; twelve, of which the first five are warm-up.
     assert timer.seconds == [1.0, 2.0, 2.0, 1.0, 2.0, 2.0, 1.0]
-    assert figures_of(trainer, "train")["seconds"] == pytest.approx(5 / 3, rel=1e-6)
+    assert metrics_of(trainer, "train")["seconds"] == pytest.approx(5 / 3, rel=1e-6)
 
 
 # Failing steps

@@ -20,7 +20,7 @@ from tests.training.tasks import (
     make_task,
     network,
     samples,
-    train_figures,
+    train_metrics,
     trained,
     untimed,
 )
@@ -52,20 +52,20 @@ def test_the_accuracy_is_the_share_of_largest_logits_at_the_label_and_regression
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_the_sum_of_its_logged_parts(kind, tmp_path):
     task = make_task(kind, skip=0.5, jacobian=0.25, residual=2.0)
-    figures = train_figures(task, [samples(5, kind)], tmp_path)
-    parts = [figures[f"loss_{name}"] for name in ("task", "skip", "jacobian", "residual")]
+    metrics = train_metrics(task, [samples(5, kind)], tmp_path)
+    parts = [metrics[f"loss_{name}"] for name in ("task", "skip", "jacobian", "residual")]
     assert all(part > 0 for part in parts)
     # Four float32 numbers are added: an error of some 6e-8 of their sum at each addition.
-    assert figures["loss"] == pytest.approx(sum(parts), rel=1e-6)
+    assert metrics["loss"] == pytest.approx(sum(parts), rel=1e-6)
 
 
 def test_the_parts_are_weight_times_regularizer(tmp_path):
     model, batch = network(), samples(5)
-    once = train_figures(
+    once = train_metrics(
         make_task(model=model, skip=1.0, jacobian=1.0, residual=1.0), [batch], tmp_path
     )
     task = make_task(model=model, skip=0.5, jacobian=0.25, residual=4.0)
-    weighted = train_figures(task, [batch], tmp_path)
+    weighted = train_metrics(task, [batch], tmp_path)
     _, solution = model(batch.inputs)
     # Powers of two scale floating-point numbers exactly, and the draws of ε were the same.
     assert once["loss_skip"] == skip_loss(solution).item()
@@ -77,8 +77,8 @@ def test_the_parts_are_weight_times_regularizer(tmp_path):
 
 
 def test_parts_without_a_weight_are_not_logged(tmp_path):
-    figures = train_figures(make_task(), [samples(5)], tmp_path)
-    assert {name for name in figures if name.startswith("loss")} == {"loss", "loss_task"}
+    metrics = train_metrics(make_task(), [samples(5)], tmp_path)
+    assert {name for name in metrics if name.startswith("loss")} == {"loss", "loss_task"}
 
 
 def test_the_weight_of_a_batch_scales_its_loss():
@@ -101,11 +101,11 @@ def test_a_batch_that_stands_in_gives_zero_gradients_to_all_parameters(adjoint):
         assert not parameter.grad.any(), name
 
 
-def test_a_batch_that_stands_in_adds_nothing_to_the_figures(tmp_path):
+def test_a_batch_that_stands_in_adds_nothing_to_the_metrics(tmp_path):
     batch, other = samples(5), samples(6)
     task = make_task(skip=0.5, jacobian=0.25)
-    alone = train_figures(task, [batch], tmp_path)
-    accompanied = train_figures(task, [batch, other._replace(weight=0.0)], tmp_path)
+    alone = train_metrics(task, [batch], tmp_path)
+    accompanied = train_metrics(task, [batch, other._replace(weight=0.0)], tmp_path)
     assert untimed(accompanied) == untimed(alone)
     evaluations = [batch, other._replace(weight=0.0)]
     assert untimed(evaluated(task, evaluations, tmp_path)) == untimed(
@@ -133,11 +133,11 @@ def test_parameters_are_idle_where_no_loss_draws_the_explicit_network_to_the_equ
         assert bool(idle) == unused, (start, skip)
 
 
-# The figures
+# The metrics
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_figures_of_uneven_batches_are_those_of_the_whole_set(kind, tmp_path):
+def test_the_metrics_of_uneven_batches_are_those_of_the_whole_set(kind, tmp_path):
     x, targets, _ = samples(25, kind)
     targets = targets.double() if targets.is_floating_point() else targets
     task = make_task(kind, model=network().double())
@@ -172,9 +172,9 @@ def test_in_half_precision_metrics_are_exact_whatever_the_batch_size(kind, preci
     }
     if kind is ClassificationTask:
         expected["accuracy"] = float((prediction.argmax(dim=1) == targets).double().mean())
-    for figures in found:
+    for metrics in found:
         # Float32 means of batches: a few roundings of 6e-8. Bfloat16 would round to 4e-3.
-        assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-6)
 
 
 def test_in_half_precision_the_loss_and_its_regularizers_are_float32():
@@ -183,9 +183,9 @@ def test_in_half_precision_the_loss_and_its_regularizers_are_float32():
     for kind in KINDS:
         batch = samples(5, kind)
         task = make_task(kind, model=model, **weights)
-        loss, _, figures = task.evaluate(batch._replace(inputs=batch.inputs.bfloat16()), 0)
+        loss, _, metrics = task.evaluate(batch._replace(inputs=batch.inputs.bfloat16()), 0)
         assert loss.dtype == torch.float32
-        parts = {name: part for name, part in figures.items() if name.startswith("loss")}
+        parts = {name: part for name, part in metrics.items() if name.startswith("loss")}
         assert len(parts) == 5
         assert all(torch.as_tensor(part).dtype == torch.float32 for part in parts.values())
         loss.backward()
@@ -193,9 +193,9 @@ def test_in_half_precision_the_loss_and_its_regularizers_are_float32():
         assert all(grad is not None and grad.dtype == torch.bfloat16 for grad in gradients)
 
 
-def test_the_explicit_figures_are_those_of_the_head_on_z0(tmp_path):
+def test_the_explicit_metrics_are_those_of_the_head_on_z0(tmp_path):
     model, (x, labels, _) = network(), samples(20)
-    figures = evaluated(make_task(model=model), [Batch(x, labels)], tmp_path)
+    metrics = evaluated(make_task(model=model), [Batch(x, labels)], tmp_path)
     stem, deq, head = model.children()
     assert isinstance(deq, DeepEquilibriumNetwork)
     network_of_z0 = deq.initializer.network
@@ -203,39 +203,39 @@ def test_the_explicit_figures_are_those_of_the_head_on_z0(tmp_path):
     with torch.no_grad():
         logits = head(network_of_z0(stem(x)))
         solved, _ = model(x)
-    assert figures["explicit_loss"] == cross_entropy(logits, labels).item()
+    assert metrics["explicit_loss"] == cross_entropy(logits, labels).item()
     right: Tensor = logits.argmax(dim=1) == labels
-    assert figures["explicit_accuracy"] == right.float().mean().item()
-    assert figures["loss"] == cross_entropy(solved, labels).item() != figures["explicit_loss"]
+    assert metrics["explicit_accuracy"] == right.float().mean().item()
+    assert metrics["loss"] == cross_entropy(solved, labels).item() != metrics["explicit_loss"]
 
 
-def test_a_model_that_predicts_nothing_has_no_explicit_figures(tmp_path):
-    figures = evaluated(make_task(model=network("zeros")), [samples(5)], tmp_path)
-    assert not [name for name in figures if name.startswith("explicit")]
+def test_a_model_that_predicts_nothing_has_no_explicit_metrics(tmp_path):
+    metrics = evaluated(make_task(model=network("zeros")), [samples(5)], tmp_path)
+    assert not [name for name in metrics if name.startswith("explicit")]
 
 
 @pytest.mark.parametrize(("adjoint", "solves"), [(None, True), (JacobianFree(), False)])
-def test_the_figures_of_the_backward_solve_come_with_an_adjoint_that_solves(
+def test_the_metrics_of_the_backward_solve_come_with_an_adjoint_that_solves(
     adjoint, solves, tmp_path
 ):
-    figures = train_figures(make_task(model=network(adjoint=adjoint)), [samples(5)], tmp_path)
+    metrics = train_metrics(make_task(model=network(adjoint=adjoint)), [samples(5)], tmp_path)
     names = ("nfe_backward", "residual_backward", "unconverged_backward", "backward_seconds")
-    assert [name in figures for name in names] == [solves] * 4
+    assert [name in metrics for name in names] == [solves] * 4
     if solves:
-        assert figures["backward_seconds"] > 0
+        assert metrics["backward_seconds"] > 0
 
 
 def test_a_training_step_takes_longer_than_its_two_solves(tmp_path):
     batches = [samples(5), samples(6)]
-    figures = train_figures(make_task(), batches, tmp_path, callbacks=[StepTimer()])
-    assert figures["solve_seconds"] > 0
-    assert figures["solve_seconds"] + figures["backward_seconds"] < figures["seconds"]
+    metrics = train_metrics(make_task(), batches, tmp_path, callbacks=[StepTimer()])
+    assert metrics["solve_seconds"] > 0
+    assert metrics["solve_seconds"] + metrics["backward_seconds"] < metrics["seconds"]
 
 
 def test_a_prediction_takes_longer_than_its_solve(tmp_path):
-    figures = evaluated(make_task(), [samples(5), samples(6)], tmp_path)
-    assert 0 < figures["solve_seconds"] < figures["seconds"]
-    assert figures["explicit_seconds"] > 0
+    metrics = evaluated(make_task(), [samples(5), samples(6)], tmp_path)
+    assert 0 < metrics["solve_seconds"] < metrics["seconds"]
+    assert metrics["explicit_seconds"] > 0
 
 
 def test_a_solve_takes_time_and_a_pass_of_fixed_depth_reports_none():
@@ -248,7 +248,7 @@ def test_a_solve_takes_time_and_a_pass_of_fixed_depth_reports_none():
     assert model(x, depth=3)[1].seconds == 0
 
 
-def test_the_figures_of_a_step_come_at_every_nth_or_never(tmp_path):
+def test_the_metrics_of_a_step_come_at_every_nth_or_never(tmp_path):
     for every, logged in ((1, True), (3, True), (4, False), (0, False)):
         options = {"log_every_n_steps": every, "callbacks": [StepTimer()]}
         trainer = trained(make_task(), [samples(5)] * 3, tmp_path, **options)

@@ -27,11 +27,11 @@ class EpochLines(Callback):
             log.info("%s", heading(table_of(trainer, pl_module, "val", residual=True), "epoch"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the epoch: its figures stay with the trainer until the next validation."""
+        """Remember the epoch: the trainer keeps its metrics until the next validation."""
         self._validated = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the epoch: the module logs its training figures after this hook."""
+        """Remember the epoch: the module logs its training metrics after this hook."""
         self._finished = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,13 +47,13 @@ class EpochLines(Callback):
             return
         last, epoch = trainer.max_epochs, self._finished + 1
         name = f"{epoch}" if last in (None, -1) else f"{epoch}/{last}"
-        figures = {
+        metrics = {
             key: float(value)
             for key, value in trainer.callback_metrics.items()
             if self._validated == self._finished or not key.startswith("val/")
         }
         table = table_of(trainer, pl_module, "val", residual=True)
-        log.info("%s", row(table, name, figures))
+        log.info("%s", row(table, name, metrics))
         self._finished = None
 
 
@@ -84,6 +84,6 @@ class ProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """The step's own figures, without the prefix."""
-        figures = trainer.progress_bar_metrics
-        return {name: figures[f"step/{name}"] for name in _BAR if f"step/{name}" in figures}
+        """The metrics of the step, without the prefix."""
+        metrics = trainer.progress_bar_metrics
+        return {name: metrics[f"step/{name}"] for name in _BAR if f"step/{name}" in metrics}
