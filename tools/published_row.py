@@ -1,5 +1,5 @@
 """One row of a published table, in calls of bounded length: repeat the same call until it ends with
-status 0 (75: stopped in time, the next call goes on; anything else: an error).
+status 0 (75: stopped in time, the next call resumes; anything else: an error).
 
     python tools/published_row.py skip_mdeq vcab3 --minutes 9 data.root=PATH
 
@@ -20,7 +20,7 @@ MODELS = ("mdeq", "skip_mdeq", "skip_reg_mdeq", "neural_ode", "explicit", "resid
 
 
 def main() -> int:
-    """Run or go on; the exit status of train.py."""
+    """Run or resume; the exit status of train.py."""
     given, overrides = arguments()
     rows = given.outputs / given.experiment
     folder = rows / f"{given.model}_{given.solver}_seed{given.seed}"

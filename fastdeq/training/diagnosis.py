@@ -181,8 +181,8 @@ _BACKWARD = {
 
 
 def trend_of(trace: Trace, status: Tensor) -> Trend | None:
-    """Of the residuals (K + 1, B) of the samples that did not converge, their median; None where
-    all did, or where there were too few steps to tell.
+    """The median trend of the residuals (K + 1, B) of the samples that did not converge; None if
+    all converged, or after fewer than two steps.
     """
     left = torch.isin(status, torch.tensor(_UNCONVERGED, device=status.device))
     residuals = trace.residuals[:, left].double()

@@ -236,8 +236,8 @@ class AbstractTask(LightningModule):
     def check_model(self, batch: Batch) -> None:
         """Run the model once, without gradients and without touching any random state.
 
-        Raises: ValueError where the model cannot take these inputs, or predicts something that does
-        not go with these targets.
+        Raises: ValueError if the model cannot take these inputs, or its predictions do not match
+        these targets.
         """
         x, targets, _ = batch
         training = self.model.training
@@ -248,8 +248,8 @@ class AbstractTask(LightningModule):
                 is_tensor = isinstance(x, Tensor)
                 found = f"shape {tuple(x.shape[1:])}" if is_tensor else f"type {type(x).__name__}"
                 raise ValueError(
-                    f"the model does not take inputs of {found} ({error}): choose the arch that "
-                    "goes with the data, or set its sizes"
+                    f"the model does not take inputs of {found} ({error}): choose the arch "
+                    "of the data, or set its sizes"
                 ) from error
             finally:
                 self.model.train(training)

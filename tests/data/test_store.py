@@ -210,12 +210,12 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_cure(ready, tmp_path):
 # Two at once
 
 
-def build_and_wait(folder: Path, writing: Event, go_on: Event) -> None:
+def build_and_wait(folder: Path, writing: Event, resume: Event) -> None:
     write = store_module._write_file
 
     def slowly(*arguments: object) -> None:
         writing.set()
-        assert go_on.wait(PATIENCE)
+        assert resume.wait(PATIENCE)
         write(*arguments)  # type: ignore[arg-type]
 
     with patch.object(store_module, "_write_file", slowly):
@@ -237,14 +237,14 @@ def build_second(folder: Path, at_the_lock: Event) -> None:
 
 
 def test_of_two_processes_at_once_one_builds_and_both_have_the_whole_store(ready, tmp_path):
-    writing, at_the_lock, go_on = (PROCESSES.Event() for _ in range(3))
-    first = PROCESSES.Process(target=build_and_wait, args=(tmp_path, writing, go_on))
+    writing, at_the_lock, resume = (PROCESSES.Event() for _ in range(3))
+    first = PROCESSES.Process(target=build_and_wait, args=(tmp_path, writing, resume))
     second = PROCESSES.Process(target=build_second, args=(tmp_path, at_the_lock))
     first.start()
     assert writing.wait(PATIENCE)
     second.start()
     assert at_the_lock.wait(PATIENCE)  # it saw no store, and goes for the lock that first holds
-    go_on.set()
+    resume.set()
     for process in (first, second):
         process.join(PATIENCE)
         assert process.exitcode == 0

@@ -79,7 +79,7 @@ def summary(
     choices: dict[str, str],
     metrics: dict[str, float],
     reference: dict[str, Any] | None,
-    facts: dict[str, Any],
+    others: dict[str, Any],
 ) -> dict[str, Any]:
     """What a run of the configuration writes about itself."""
     return {
@@ -102,7 +102,7 @@ def summary(
         "commit": "4dcf6a63ea63cb46df2b7b447b645316ca7d8459",
         "dirty": False,
         "finished": "2026-11-25T07:18:34+00:00",
-        **facts,
+        **others,
     }
 
 
@@ -113,13 +113,13 @@ def write_run(
     choices: dict[str, str] | None = None,
     metrics: dict[str, float] | None = None,
     reference: dict[str, Any] | None = None,
-    **facts: Any,
+    **others: Any,
 ) -> Path:
-    """A finished run; facts: of its summary."""
+    """A finished run; others: keys of its summary."""
     unfinished_run(folder)
     config = configuration(**(settings or {}))
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    content = summary(config, choices or {}, metrics or {}, reference, facts)
+    content = summary(config, choices or {}, metrics or {}, reference, others)
     (folder / "summary.json").write_text(json.dumps(content))
     return folder
 

@@ -1,4 +1,4 @@
-"""Every shipped experiment composes with every choice that goes with it, and trains."""
+"""Every shipped experiment composes with every choice that it supports, and trains."""
 
 import json
 from importlib.util import find_spec

@@ -59,7 +59,7 @@ def test_without_replace_a_file_that_exists_is_kept(tmp_path: Path) -> None:
     assert (path.read_text(), names(tmp_path)) == ("first", ["a"])
 
 
-def test_a_seal_matches_the_file_alone_and_goes_with_it(tmp_path: Path) -> None:
+def test_a_seal_matches_only_its_file_and_is_removed_with_it(tmp_path: Path) -> None:
     path = tmp_path / "a"
     with sealed_path(path) as aside:
         aside.write_bytes(b"content")

@@ -52,7 +52,6 @@ class Stripes(InMemoryDataModule):
             seed=seed,
             validation=validation,
         )
-        self.facts = {}
 
     def load(self):
         labels = torch.arange(200) % 8

@@ -113,7 +113,7 @@ def test_no_two_rows_look_the_same(tmp_path):
     assert all(len(row.runs) == 2 for row in made)
 
 
-def test_settings_tell_rows_of_one_label_apart_and_no_others(tmp_path):
+def test_settings_distinguish_only_rows_of_the_same_label(tmp_path):
     skip = {"choices": {"model": "skip_deq"}, **with_settings(skip_weight=1.0)}
     assert [row.settings for row in rows(tmp_path, {}, skip)] == ["", ""]
 
@@ -205,7 +205,7 @@ def test_a_run_found_in_several_ways_counts_once(tmp_path):
     assert not found.unfinished
 
 
-def test_files_that_loggers_keep_in_a_run_are_no_runs(tmp_path):
+def test_files_that_loggers_keep_in_a_run_are_not_runs(tmp_path):
     run = write_run(tmp_path / "run")
     write_run(run / "wandb" / "files")
     assert list(find_runs([tmp_path]).runs) == [run]

@@ -71,14 +71,14 @@ import re, subprocess
 print("JobID|State|NodeList")
 jobs = subprocess.run(["scontrol", "show", "jobs", "-o"], capture_output=True, text=True).stdout
 for line in jobs.splitlines():
-    facts = dict(re.findall(r"(\\S+?)=(\\S*)", line))
-    if "JobId" not in facts:
+    job = dict(re.findall(r"(\\S+?)=(\\S*)", line))
+    if "JobId" not in job:
         continue
-    array = facts.get("ArrayJobId")
-    task = facts.get("ArrayTaskId", "")
-    name = facts["JobId"] if array is None else array + "_" + (
+    array = job.get("ArrayJobId")
+    task = job.get("ArrayTaskId", "")
+    name = job["JobId"] if array is None else array + "_" + (
         task if task.isdecimal() else "[" + task.partition("%")[0] + "]")
-    print(name, facts["JobState"], facts.get("NodeList", ""), sep="|")
+    print(name, job["JobState"], job.get("NodeList", ""), sep="|")
 """
 
 
@@ -87,7 +87,7 @@ class NotStarted(RuntimeError):
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm here, or None."""
+    """Why Slurm cannot run here, or None."""
     path = f"{os.environ['PATH']}:/usr/sbin"
     absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     return f"without {', '.join(absent)} (packages slurm-wlm and munge)" if absent else None

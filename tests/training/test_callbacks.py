@@ -121,7 +121,7 @@ def test_a_resumed_run_is_in_the_phase_of_its_step(tmp_path):
         ({"steps": 1, "depth": 0}, "depth is 0, but must be a whole number of at least 1"),
     ],
 )
-def test_pretraining_refuses_what_is_no_count(wrong, cure):
+def test_pretraining_refuses_anything_but_counts(wrong, cure):
     with pytest.raises(ValueError, match=cure):
         Pretraining(**wrong)
 
@@ -260,7 +260,7 @@ def test_the_best_and_the_last_state_are_kept(
     assert not all(torch.equal(value, final[name]) for name, value in best["state_dict"].items())
 
 
-# Lightning tells that there is nothing to monitor; so does the end of an experiment (_conclude).
+# Lightning warns that there is nothing to monitor; so does the end of an experiment (_conclude).
 @pytest.mark.filterwarnings("ignore:`ModelCheckpoint.monitor=")
 def test_a_run_without_validation_keeps_the_last_state(tmp_path):
     task = make_task()

@@ -56,7 +56,7 @@ def test_a_step_fails_above_the_share_or_where_it_is_not_finite(seen, most, fail
         (diagnosis(loss=float("nan"), finite_inputs=False), "inputs", "look at the data"),
     ],
 )
-def test_the_advice_goes_with_what_was_seen(seen, symptom, advice):
+def test_the_advice_depends_on_the_symptom(seen, symptom, advice):
     assert symptom in seen.symptom
     assert advice in seen.advice
 

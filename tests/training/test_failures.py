@@ -1,4 +1,4 @@
-"""Training steps that fail: what is told, what is left out, what is kept, and how it comes back."""
+"""Training steps that fail: what is reported, skipped and kept, and how a run ends."""
 
 import warnings
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from tests.comparisons import assert_equal
 from tests.training.failing import EARLY, GOOD, NAN, OTHER, kept, task_of
 from tests.training.tasks import WIDTH, Listed, make_trainer, trained
 
-# A batch of NaN makes the solver and the adjoint tell, once each.
+# For a batch of NaN the solver and the adjoint warn once each.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:f is not finite:RuntimeWarning", "ignore:backward solve failed:RuntimeWarning"
 )
@@ -42,7 +42,7 @@ class States(Callback):
 # warn
 
 
-def test_to_warn_changes_nothing_and_tells_when_it_begins_and_how_long_it_was(tmp_path, lines):
+def test_warn_changes_nothing_and_reports_the_beginning_and_length_of_a_phase(tmp_path, lines):
     plain, watched = task_of(EARLY), task_of(EARLY)
     batches = [GOOD, OTHER] * 5
     trained(plain, batches, tmp_path)
@@ -59,12 +59,12 @@ def test_to_warn_changes_nothing_and_tells_when_it_begins_and_how_long_it_was(tm
 def test_a_phase_is_over_after_a_hundred_good_steps(tmp_path, lines):
     batches = [GOOD] * 3 + [NAN] + [GOOD] * 99 + [NAN] + [GOOD] * 101 + [NAN]
     trained(task_of(lr=0.0), batches, tmp_path, callbacks=[Failures(on_failure="skip_step")])
-    told = [line.split(":")[0] for line in lines]
-    assert told == ["step 3", "steps 3 to 103", "step 205"]
+    reported = [line.split(":")[0] for line in lines]
+    assert reported == ["step 3", "steps 3 to 103", "step 205"]
     assert lines[1].endswith("2 of 101 failed and were skipped")
 
 
-def test_a_step_that_converges_enough_or_is_no_solve_is_none(tmp_path, lines):
+def test_a_step_that_converges_enough_or_does_not_solve_has_not_failed(tmp_path, lines):
     trained(task_of(), [GOOD] * 3, tmp_path, callbacks=[Failures(unconverged=0.0)])
     trained(task_of(EARLY), [GOOD] * 3, tmp_path, callbacks=[Failures(unconverged=None)])
     pretrained = [Pretraining(steps=3), Failures(unconverged=0.0)]
@@ -110,7 +110,7 @@ class Breaking(Listed):
         raise RuntimeError("the disk is gone")
 
 
-def test_a_failing_step_is_kept_also_where_the_next_one_never_comes(tmp_path, lines):
+def test_a_failing_step_is_kept_even_if_it_is_the_last_one(tmp_path, lines):
     with pytest.raises(RuntimeError, match="the disk is gone"):
         make_trainer(tmp_path, callbacks=[Failures()]).fit(
             task_of(),
@@ -132,16 +132,18 @@ def test_the_first_is_kept_until_one_is_not_finite_and_then_that(tmp_path, on_fa
     assert is_sealed(tmp_path / FAILURE)
 
 
-@pytest.mark.parametrize(("steps", "told"), [(2, []), (3, ["step 2", "steps 0 to 2"])])
-def test_unconverged_steps_are_told_and_kept_when_patience_ends(tmp_path, lines, steps, told):
+@pytest.mark.parametrize(("steps", "reported"), [(2, []), (3, ["step 2", "steps 0 to 2"])])
+def test_unconverged_steps_are_reported_and_kept_when_patience_ends(
+    tmp_path, lines, steps, reported
+):
     trained(task_of(EARLY), [GOOD] * steps, tmp_path, callbacks=[Failures(patience=3)])
-    assert [line.split(":")[0] for line in lines] == told
-    assert (tmp_path / FAILURE).exists() == bool(told)
-    if told:
+    assert [line.split(":")[0] for line in lines] == reported
+    assert (tmp_path / FAILURE).exists() == bool(reported)
+    if reported:
         assert kept(tmp_path)["failure"]["step"] == 2
 
 
-def test_a_phase_of_unconverged_steps_that_turns_non_finite_is_told_again(tmp_path, lines):
+def test_a_phase_of_unconverged_steps_that_turns_non_finite_is_reported_again(tmp_path, lines):
     batches = [GOOD, NAN, GOOD, NAN]
     watch = [Failures(on_failure="skip_step", patience=1)]
     trained(task_of(EARLY, lr=0.0), batches, tmp_path, callbacks=watch)
@@ -194,7 +196,7 @@ def test_unconverged_steps_are_skipped_too(tmp_path, lines):
     assert lines[-1] == "steps 0 to 1: 2 of 2 failed and were skipped"
 
 
-def test_of_accumulated_batches_one_that_fails_takes_the_step_with_it(tmp_path):
+def test_one_failing_batch_of_an_accumulated_step_skips_the_whole_step(tmp_path):
     without, skipped = task_of(), task_of()
     options = {"accumulate_grad_batches": 2}
     trained(without, [GOOD, OTHER], tmp_path, **options)
@@ -206,7 +208,7 @@ def test_of_accumulated_batches_one_that_fails_takes_the_step_with_it(tmp_path):
 # The end of a run
 
 
-def test_to_raise_ends_the_run_before_anything_moves(tmp_path):
+def test_raise_ends_the_run_before_any_parameter_changes(tmp_path):
     task = task_of()
     states = States()
     with pytest.raises(TrainingFailed, match=r"step 1: the inputs of the batch are not finite.*"):
@@ -220,7 +222,7 @@ def test_to_raise_ends_the_run_before_anything_moves(tmp_path):
 
 
 @pytest.mark.parametrize(("on_failure", "steps"), [("warn", 6), ("skip_step", 5)])
-def test_a_run_that_learns_nothing_any_more_ends(tmp_path, on_failure, steps):
+def test_a_run_whose_steps_have_no_effect_ends(tmp_path, on_failure, steps):
     states = States()
     batches = [GOOD, OTHER] + [NAN] * 20
     with pytest.raises(TrainingFailed, match=r"last 3 steps in a row failed.*look at the data"):
@@ -253,7 +255,7 @@ def test_unconverged_steps_end_a_run_only_where_they_are_skipped(tmp_path):
         trained(task_of(EARLY), batches, tmp_path, callbacks=[watch])
 
 
-def test_unconverged_steps_that_were_made_end_a_run_where_that_is_asked_for(tmp_path):
+def test_completed_unconverged_steps_end_a_run_if_a_limit_is_set(tmp_path):
     watch = partial(Failures, unconverged_in_a_row=3)
     better = (
         r"last 3 steps in a row failed.*a larger solver\.max_steps or solver\.tol.* step 2 again"
@@ -285,20 +287,20 @@ def test_settings_out_of_range_are_refused(wrong, cure):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_to_warn_waits_for_no_device(tmp_path):
+def test_warn_does_not_wait_for_the_device(tmp_path):
     def waits(*callbacks: Callback) -> int:
         task = task_of(replace(EARLY, check_every=10))
         options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "log_every_n_steps": 0}
         on_device = [Batch(GOOD.inputs.cuda(), GOOD.targets.cuda())] * 8
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 trained(task, on_device, tmp_path, callbacks=list(callbacks), **options)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return sum("called a synchronizing" in str(one.message) for one in told)
+        return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
     watch = Failures()
-    watch._record.kept, watch._record.final = 0, True  # writing the file waits, once a run
+    watch._record.kept, watch._record.final = 0, True  # writing the file waits, once per run
     assert waits(watch) == waits() == waits(watch)

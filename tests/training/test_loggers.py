@@ -125,7 +125,7 @@ def test_without_a_login_each_run_is_kept_in_its_folder_and_nothing_is_sent_or_a
     assert not any(capfd.readouterr())  # its banners would stand between the lines of the epochs
 
 
-def test_a_run_that_goes_on_keeps_its_id(tmp_path, stranger, runs):
+def test_a_resumed_run_keeps_its_id(tmp_path, stranger, runs):
     words = (*SHORT, f"paths.run={tmp_path / 'run'}", "logger=wandb", "model=deq")
     with pytest.raises(Interrupted):
         experiment.run(composed(*words, "stop_after=1e-9"))

@@ -102,7 +102,7 @@ def test_an_update_does_not_wait_for_the_device_once_the_metrics_are_known():
 
 
 class Watch:
-    """A stopwatch that tells how often it was read."""
+    """A stopwatch that counts its readings."""
 
     def __init__(self, seconds: float) -> None:
         self.value, self.reads = seconds, 0

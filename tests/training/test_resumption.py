@@ -228,7 +228,7 @@ def test_two_processes_stop_together_and_resume_together(command: CommandLine) -
     short = (*SHORT, "model=deq", "loss.jacobian=0.1", "trainer=ddp_cpu", "trainer.devices=2")
     whole = command(*short, "paths.run=whole")
     assert whole.status == 0, whole.err
-    # The wish to stop goes along with the gradients of the first step, and is read after the next.
+    # The stop request is sent with the gradients of the first step, and read after the next step.
     for steps in (2, 4, 6, 8, 10):
         stopped = command(*short, "paths.run=pieces", AT_ONCE)
         assert stopped.status == RESUMABLE, stopped.err

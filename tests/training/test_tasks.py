@@ -119,7 +119,7 @@ def test_a_skip_loss_needs_a_model_that_predicts():
     make_task(model=network("first"), skip=0.1)
 
 
-def test_parameters_are_idle_where_no_loss_draws_the_explicit_network_to_the_equilibrium():
+def test_parameters_are_unused_if_no_loss_draws_the_explicit_network_to_the_equilibrium():
     for start, skip, unused in (
         ("explicit", 0.0, True),
         ("explicit", 0.1, False),
@@ -129,8 +129,8 @@ def test_parameters_are_idle_where_no_loss_draws_the_explicit_network_to_the_equ
         task = make_task(model=network(start), skip=skip)
         assert task.leaves_parameters_unused == unused, (start, skip)
         task.evaluate(samples(5), 0).loss.backward()
-        idle = [name for name, p in task.named_parameters() if p.grad is None]
-        assert bool(idle) == unused, (start, skip)
+        without_gradient = [name for name, p in task.named_parameters() if p.grad is None]
+        assert bool(without_gradient) == unused, (start, skip)
 
 
 # The metrics
@@ -289,13 +289,13 @@ def with_targets(targets: Tensor) -> Batch:
         ),
     ],
 )
-def test_data_that_does_not_go_with_the_model_is_refused_with_the_cure(kind, batch, cure):
+def test_data_that_does_not_fit_the_model_is_refused_with_the_cure(kind, batch, cure):
     with pytest.raises(ValueError, match=cure):
         make_task(kind).check_model(batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_that_goes_with_the_model_passes(kind):
+def test_data_that_fits_the_model_passes(kind):
     make_task(kind).check_model(samples(4, kind))
 
 
