@@ -24,7 +24,7 @@ from fastdeq.training import (
     checkpoints,
     table_of,
 )
-from tests.training.tasks import Listed, metrics_of, make_task, make_trainer, samples
+from tests.training.tasks import Listed, make_task, make_trainer, metrics_of, samples
 
 BATCHES = 2  # an epoch
 

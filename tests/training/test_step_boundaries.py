@@ -23,7 +23,7 @@ from tests.configurations import composed
 from tests.process.faults import gradients
 from tests.runs import AT_ONCE, SHORT, run, run_in_pieces
 from tests.training.failing import EARLY, GOOD, NAN, OTHER, kept, task_of
-from tests.training.tasks import metrics_of, make_task, samples, trained
+from tests.training.tasks import make_task, metrics_of, samples, trained
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:f is not finite:RuntimeWarning", "ignore:backward solve failed:RuntimeWarning"
