@@ -1,4 +1,4 @@
-"""Checkpoint files that are complete or absent, with a SHA-256 to prove it."""
+"""Checkpoint files that are complete or absent, verified by a SHA-256."""
 
 import os
 from collections.abc import Callable
@@ -12,18 +12,19 @@ from fastdeq.runs.files import remove_sealed, sealed_path
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint aside, flushes it to the disk, renames it, and puts its SHA-256 beside
-    (<name>.sha256): a process or machine that dies in between leaves the old file or the new one.
+    """Writes a checkpoint to a temporary file, flushes it to the disk, renames it, and writes its
+    SHA-256 to <name>.sha256. If the process or the machine dies in between, the old file or the
+    new one is left.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Raises: OSError where the disk is full or not writable; what was there before remains."""
+        """Raises: OSError if the disk is full or not writable; an existing file is kept."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # To a path, torch's own writer warns of a full disk on stderr as well.
+            # Given a path, torch's own writer also prints to stderr when the disk is full.
             with sealed_path(target) as aside, aside.open("wb") as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
@@ -38,7 +39,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
         map_location: Callable[..., Any] | None = lambda storage, loc: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Tensors and plain containers alone: a checkpoint can run no code."""
+        """Load tensors and plain containers only: a checkpoint cannot run code."""
         return super().load_checkpoint(path, map_location=map_location, weights_only=True)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:

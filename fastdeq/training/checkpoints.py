@@ -1,4 +1,4 @@
-"""Which states of a run are kept."""
+"""The checkpoints that a run keeps."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from fastdeq.training.task import AbstractTask
 
 
 def checkpoints(folder: Path, task: AbstractTask) -> list[ModelCheckpoint]:
-    """Callbacks that keep, in `folder`, the last epoch's state and the one of the best validation.
+    """Callbacks that keep the states of the last epoch and of the best validation in `folder`.
 
-    Where the test set is the validation set (the published tables' protocol), best.ckpt has been
-    selected on it: report last.ckpt.
+    If the test set is the validation set (the protocol of the published tables), best.ckpt has been
+    selected on the test set: report last.ckpt.
     """
     metric, direction = task.monitor
     last = ModelCheckpoint(

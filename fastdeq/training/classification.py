@@ -14,10 +14,13 @@ from fastdeq.training.task import AbstractTask, OptimizerFactory
 
 
 class ClassificationTask(AbstractTask):
-    """Cross entropy of logits (B, classes) with labels (B,), int64; metrics and errors as in
-    `AbstractTask`, with accuracy, the share of samples whose largest logit is the label's.
+    """Cross entropy of logits (B, classes) with labels (B,), int64.
 
-    top5: also log accuracy_top5, the share whose label is among the five largest logits.
+    Metrics and errors are those of `AbstractTask`, and accuracy: the share of samples whose largest
+    logit is that of their label.
+
+    top5: also log accuracy_top5, the share of samples whose label has one of the five largest
+        logits.
     """
 
     monitor: tuple[str, Literal["min", "max"]] = ("accuracy", "max")
@@ -60,7 +63,7 @@ class ClassificationTask(AbstractTask):
     def check_fit(self, prediction: Tensor, targets: Tensor) -> None:
         if targets.is_floating_point() or targets.ndim != 1:
             raise ValueError(
-                f"classification takes one class number a sample, but the targets are "
+                f"classification takes one class number per sample, but the targets are "
                 f"{targets.dtype} {tuple(targets.shape)}: use task=regression for this data"
             )
         if targets.dtype not in (torch.int64, torch.uint8):
@@ -70,7 +73,7 @@ class ClassificationTask(AbstractTask):
             )
         if prediction.ndim != 2 or int(targets.max()) >= prediction.shape[1]:
             raise ValueError(
-                f"the model predicts {tuple(prediction.shape[1:])} a sample, but the data has a "
+                f"the model predicts {tuple(prediction.shape[1:])} per sample, but the data has a "
                 f"class {int(targets.max())}: let the head have sizes.outputs outputs"
             )
         if self.top5 and prediction.shape[1] < 5:

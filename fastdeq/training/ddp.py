@@ -1,4 +1,4 @@
-"""Data parallelism in which the averaging of gradients is all that a step communicates."""
+"""Data parallelism in which a step communicates once: when it averages the gradients."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastdeq.training.sigterm import SigtermHandler
 
 Payload: TypeAlias = Callable[[], Tensor]
-"""Numbers (n,) to send, with n the same on all processes; called when the gradients are there."""
+"""Returns numbers (n,) to send, n the same on all processes; called at the end of backward."""
 
 _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in signature(DistributedDataParallel).parameters:
@@ -25,18 +25,18 @@ if _SYNC_BUFFERS not in signature(DistributedDataParallel).parameters:
 
 
 class PayloadDDPStrategy(DDPStrategy):
-    """DistributedDataParallel whose last message of a backward pass has a payload: what else
-    processes must know of each other's step.
+    """DistributedDataParallel that sends a payload with the last message of a backward pass.
+
+    The payload has two parts:
 
     - The numbers that are registered (`register`), gathered from all processes (`gathered`).
     - Running statistics: their mean over all samples replaces each process's own. (DDP itself
-      would broadcast those of the first process before every evaluation of the network.) Other
-      buffers are each process's own.
+      would broadcast those of the first process before every evaluation of the network.) All other
+      buffers stay separate.
 
-    Where parameters are left unused (find_unused_parameters), DDP itself adds a message that says
-    which they were.
+    If parameters are unused (find_unused_parameters), DDP adds one message that names them.
 
-    options: DistributedDataParallel's, and those of Lightning's strategy.
+    options: of DistributedDataParallel and of Lightning's strategy.
 
     Raises: ValueError for another communication hook.
     """
@@ -55,18 +55,18 @@ class PayloadDDPStrategy(DDPStrategy):
         self._sigterm: SigtermHandler | None = None
 
     def register(self, name: str, payload: Payload) -> None:
-        """Send this payload with every step from now on."""
+        """Send this payload with every following step."""
         self._payloads[name] = payload
 
     def gathered(self, name: str) -> Tensor | None:
-        """What all processes have sent since the last call, (processes, n) float32, rows in order
-        of rank; None if that is nothing.
+        """The payloads of all processes since the last call, (processes, n) float32, one row per
+        rank; None if nothing was sent.
         """
         return self._gathered.pop(name, None)
 
     @contextmanager
     def sending(self, weight: float, payloads: Mapping[str, Payload]) -> Iterator[None]:
-        """Send these payloads too in the backward pass inside.
+        """Also send these payloads in the backward pass inside the block.
 
         weight: of this process's samples in the mean over all processes; 1 for equal parts.
         """
@@ -78,13 +78,13 @@ class PayloadDDPStrategy(DDPStrategy):
             self._payloads, self._weight = before
 
     def setup_distributed(self) -> None:
-        """Join the processes, and give each random numbers of its own."""
-        super().setup_distributed()  # gives all of them the same seed, after the weights were made
-        # What is drawn while training (dropout, ε) must not be the same for all.
+        """Connect the processes, and give each its own random stream."""
+        super().setup_distributed()  # sets the same seed on all, after the weights were made
+        # Draws during training (dropout, ε) must differ between processes.
         torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def setup(self, trainer: Trainer) -> None:
-        """Prepare the module; SIGTERM's handler of now is put back once Lightning has its own."""
+        """Prepare the module, and note the SIGTERM handler before Lightning replaces it."""
         super().setup(trainer)
         self._sigterm = SigtermHandler()
 
@@ -150,14 +150,14 @@ class PayloadDDPStrategy(DDPStrategy):
         }
 
     def _row(self, numbers: Tensor) -> Tensor:
-        """Among zeros for the other processes, so that the sum has the numbers of all."""
+        """The numbers in this process's row of zeros: the sum over processes has all rows."""
         rows = numbers.new_zeros(self.world_size, numbers.numel())
         rows[self.global_rank] = numbers
         return rows.flatten()
 
 
 def payload_strategy(trainer: Trainer) -> PayloadDDPStrategy | None:
-    """The strategy that sends payloads between processes; None where there is only one process.
+    """The strategy that sends payloads between processes; None for a single process.
 
     Raises: TypeError for another strategy of several processes.
     """
@@ -176,11 +176,11 @@ def payload_strategy(trainer: Trainer) -> PayloadDDPStrategy | None:
 def averaged_gradients(
     trainer: Trainer, *, last: bool, weight: float, payloads: Mapping[str, Payload]
 ) -> Iterator[None]:
-    """For a backward pass of this process: average the gradients of all processes at its end, and
-    send the payloads along. Does nothing where there is only one process.
+    """Average the gradients of all processes at the end of a backward pass, and send the payloads
+    with them. Does nothing for a single process.
 
-    last: the batch is the last one of its optimizer step; gradients of others are accumulated, and
-        nothing is sent.
+    last: whether the batch is the last one of its optimizer step. Before that, gradients are
+        accumulated and nothing is sent.
     weight: of this process's samples in the mean over all processes; 1 for equal parts.
     """
     if (strategy := payload_strategy(trainer)) is None:

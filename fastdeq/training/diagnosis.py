@@ -11,21 +11,23 @@ from torch import Tensor, nn
 from fastdeq.solution import Solution, SolveStats, Status, Trace
 
 Trend: TypeAlias = Literal["falling", "level", "growing"]
-"""Where the residuals of the samples that did not converge were going when the solve ended."""
+"""How the residuals of the unconverged samples changed at the end of the solve."""
 
 _KINDS = len(Status)
 _LOSS, _NORM, _FINITE = -3, -2, -1  # columns of the measures, after the counts
 _UNCONVERGED = (Status.STEP_LIMIT, Status.STALLED, Status.DIVERGED)
-_FALLING = 0.9  # the last quarter of the steps has brought the smallest residual below this share
-_GROWING = 2.0  # the last residual is so many times the smallest one
+_FALLING = (
+    0.9  # the last quarter of the steps reduced the smallest residual to less than this share
+)
+_GROWING = 2.0  # the last residual is at least this many times the smallest one
 
 
 def measure(batch: tuple[Tensor, Tensor, float], solution: Solution, loss: Tensor) -> Tensor:
-    """What `Diagnosis.of` reads of a batch, (13,) on the inputs' device, but for the norm of the
-    gradients (`with_norm`); does not wait for the device.
+    """The numbers of a batch that `Diagnosis.of` reads, (13,) on the inputs' device, without the
+    norm of the gradients (`with_norm`). Does not wait for the device.
 
-    batch: inputs, targets, weight; one of weight 0 counts nothing. solution: after its backward
-    pass.
+    batch: inputs, targets, weight; a batch of weight 0 counts nothing. solution: after its backward
+        pass.
     """
     inputs, _, weight = batch
     device = inputs.device
@@ -42,7 +44,7 @@ def measure(batch: tuple[Tensor, Tensor, float], solution: Solution, loss: Tenso
 
 
 def joined(batches: Sequence[Tensor]) -> Tensor:
-    """What `measure` gives for the batches of one step: counts and losses add up, (13,)."""
+    """The measures (13,) of all batches of one step: counts and losses are summed."""
     if len(batches) == 1:
         return batches[0]
     rows = torch.stack(list(batches))
@@ -67,8 +69,8 @@ def _counts(stats: SolveStats | None, device: torch.device) -> Tensor:
 
 
 class Reading:
-    """Numbers on their way to the host. Reading them waits for the work that they come from, and
-    not for what the device was given to do since.
+    """Numbers that are being copied to the host. Reading them waits for the work that computes
+    them, not for later work of the device.
 
     values: (rows, columns).
     """
@@ -92,12 +94,12 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """A training step, on the samples of all processes.
+    """How a training step went, over the samples of all processes.
 
-    forward, backward: how many samples ended with each `Status`, in its order.
-    loss: the sum over processes, each in proportion to its samples, over their number.
-    gradient_norm: Euclidean, over all parameters; non-finite if it is so anywhere.
-    finite_inputs: whether all inputs are. trend: where residuals went, of a solve that was traced.
+    forward, backward: number of samples that ended with each `Status`, in its order.
+    loss: mean over processes, weighted by their samples.
+    gradient_norm: Euclidean norm over all parameters; non-finite if it is so on any process.
+    finite_inputs: whether all inputs are finite. trend: of the residuals, if the solve was traced.
     """
 
     forward: tuple[int, ...]
@@ -109,7 +111,7 @@ class Diagnosis:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[float]], trend: Trend | None = None) -> "Diagnosis":
-        """From what `measure` gives on each process; its losses come with their weights."""
+        """From the measures of each process, whose losses are weighted already."""
         counts = [sum(round(row[i]) for row in rows) for i in range(2 * _KINDS)]
         losses, norms, finite = ([row[i] for row in rows] for i in (_LOSS, _NORM, _FINITE))
         return cls(
@@ -123,19 +125,19 @@ class Diagnosis:
 
     @property
     def finite(self) -> bool:
-        """Whether the loss and the gradient's norm are."""
+        """Whether the loss and the norm of the gradient are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
     def failed(self, most: float | None) -> bool:
-        """Whether the step is not finite, or the share of samples that did not converge, in the
-        forward or in the backward solve, is above `most` (None: whatever it is).
+        """Whether the step is not finite, or the share of unconverged samples in the forward or in
+        the backward solve is above `most` (None: no limit).
         """
         shares = (_share(self.forward), _share(self.backward))
         return not self.finite or (most is not None and max(shares) > most)
 
     @property
     def symptom(self) -> str:
-        """What is wrong, in words."""
+        """A sentence that says what is wrong."""
         if not self.finite_inputs:
             return "the inputs of the batch are not finite"
         if not math.isfinite(self.loss):
@@ -152,7 +154,7 @@ class Diagnosis:
 
     @property
     def advice(self) -> str:
-        """What helps, by the keys of the configuration."""
+        """A sentence that says what helps, with keys of the configuration."""
         if not self.finite_inputs:
             return "look at the data"
         if not self.finite:
@@ -196,7 +198,7 @@ def trend_of(trace: Trace, status: Tensor) -> Trend | None:
 
 
 def status_counts(counts: Sequence[int]) -> str:
-    """How many samples ended how: '3 converged, 2 step_limit'."""
+    """The number of samples per status: '3 converged, 2 step_limit'."""
     return ", ".join(f"{n} {Status(i).name.lower()}" for i, n in enumerate(counts) if n)
 
 
@@ -205,10 +207,10 @@ def _unconverged(counts: Sequence[int]) -> int:
 
 
 def _share(counts: Sequence[int]) -> float:
-    """Of samples that were not solved (pretraining) none has failed."""
+    """The share of unconverged samples; 0 if nothing was solved (pretraining)."""
     return _unconverged(counts) / (sum(counts) or 1)
 
 
 def _worst(counts: Sequence[int]) -> Status:
-    """How most of those that did not converge ended."""
+    """The most frequent status of the unconverged samples."""
     return max(_UNCONVERGED, key=lambda status: counts[status])

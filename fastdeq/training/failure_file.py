@@ -1,4 +1,4 @@
-"""failure.ckpt: a failed training step with all that it takes to run it again."""
+"""failure.ckpt: a failed training step with everything that a replay needs."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fastdeq.training.step import BatchResult, StepResult
 def save_failure(
     step: StepResult, diagnosis: Diagnosis, trainer: Trainer, module: LightningModule
 ) -> None:
-    """Write failure.ckpt, on all processes together: each process's parts of the batches."""
+    """Write failure.ckpt with each process's parts of the batches. All processes must call it."""
     first, *others = [_saved(each) for each in step.batches]
     device = module.device.index if module.device.type == "cuda" else None
     ranks = gathered(_on_host({**first, "device": device, "accumulated": others}), trainer)

@@ -1,4 +1,4 @@
-"""Training steps that fail: reported, skipped, or the end of the run; the first one is kept."""
+"""Training steps that fail are reported, skipped, or end the run; the first one is kept."""
 
 import logging
 from collections.abc import Mapping
@@ -21,17 +21,17 @@ log = logging.getLogger("fastdeq")
 OnFailure: TypeAlias = Literal["warn", "skip_step", "raise"]
 
 VERDICT = "fastdeq_failures"
-"""The name of what a verdict needs from all processes, and of its state in a checkpoint."""
+"""The name of the payload that a verdict needs, and of the verdict's state in a checkpoint."""
 
 _COOLDOWN = 100  # good steps that end a phase of failing ones: at most two lines per 100 steps
 
 
 class TrainingFailed(RuntimeError):
-    """The run ends because of a training step, or many in a row, that failed."""
+    """A training step failed, or many in a row did, and ends the run."""
 
 
 class _Tensors:
-    """The tensors of a module, collected once: walking through its submodules takes time."""
+    """The tensors of a module, collected once, since walking through submodules takes time."""
 
     def __init__(self, module: nn.Module) -> None:
         self.parameters = list(module.parameters())
@@ -62,47 +62,45 @@ class _Tensors:
 
 @dataclass
 class _Record:
-    """What later steps depend on, and a resumed run needs."""
+    """The state that later steps depend on, and that a resumed run restores."""
 
     kept: int | None = None  # the number of the step in failure.ckpt
-    final: bool = False  # nothing will replace it
+    final: bool = False  # no later step replaces it
     rows: dict[str, list[Any]] = field(default_factory=dict)
-    """For each setting that may end the run: how many steps up to now are in a row that it counts,
+    """For each setting that may end the run: the length of the current row of steps that it counts,
     and what was wrong with the first of them."""
-    phase: list[int] = field(default_factory=list)  # its first step, its last failed, how many
-    reported: int = 0  # of this phase: unconverged solves (1), a step that is not finite (2)
+    phase: list[int] = field(default_factory=list)  # first step, last failed step, number of failed
+    reported: int = 0  # in this phase: unconverged solves (1), a non-finite step (2)
 
 
 class Failures(Callback):
     """The verdict on a training step, between its backward pass and the optimizer.
 
-    A step fails if more than a share of its samples do not converge, in the forward or in the
+    A step fails if more than a share of its samples do not converge in the forward or in the
     backward solve, or if its loss or the norm of its gradient is not finite. Steps of pretraining
-    solve nothing: only the latter counts.
+    do not solve, so only the second condition applies to them.
 
-    on_failure: `warn` reports a phase of failing steps at its beginning, and its length.
+    on_failure: `warn` reports the beginning and the length of a phase of failing steps.
         `skip_step` also skips the optimizer: parameters, the optimizer's state and running
-        statistics stay what they were, while the step counts for all schedules. `raise` ends the
-        run.
-    unconverged: the share; None: no share is too large.
-    in_a_row: the run ends after this many failed steps in a row that had no effect (skipped) or are
-        not finite; None: never. Unconverged steps that were made do not count: training on solves
-        cut off at their step limit makes progress.
-    unconverged_in_a_row: the run ends after this many failed steps in a row of whatever kind, those
-        too; None: never.
-    patience: `warn` reports, and keeps a step, when this many in a phase have not converged: the
-        first solves of an untrained cell often do not, and soon do. What is not finite is reported
-        at once.
+        statistics do not change, but the step counts for all schedules. `raise` ends the run.
+    unconverged: the share; None: no limit.
+    in_a_row: the run ends after this many failed steps in a row that were skipped or not finite;
+        None: never. Unconverged steps that were not skipped do not count, since training on solves
+        that end at their step limit makes progress.
+    unconverged_in_a_row: the run ends after this many failed steps of any kind in a row; None:
+        never.
+    patience: `warn` reports and keeps an unconverged step only when a phase has this many: the
+        first solves of an untrained cell often do not converge, and soon do. A non-finite step is
+        reported at once.
 
-    The first step that is reported is kept in failure.ckpt, to be run again by `mode=replay`; the
-    first one that is not finite replaces it.
+    The first reported step is kept in failure.ckpt for `mode=replay`; the first non-finite one
+    replaces it.
 
-    The verdict is that of all processes together, and the same on all: 13 numbers of each are sent
-    with the averaged gradients (`PayloadDDPStrategy`). With `warn` they are read one step late, so
-    that no device is waited for; otherwise once per step, after the backward pass. Accumulated
-    gradients make one step of several batches, which is judged, counted and kept as a whole. An
-    optimizer that evaluates its batch several times in a step (LBFGS) is judged by the first
-    evaluation.
+    All processes reach the same verdict, from 13 numbers of each that are sent with the averaged
+    gradients (`PayloadDDPStrategy`). `warn` reads them one step later, so that it does not wait for
+    the device; the other choices read them once per step, after the backward pass. With accumulated
+    gradients, a step of several batches is judged, counted and kept as a whole. An optimizer that
+    evaluates its batch several times per step (LBFGS) is judged by the first evaluation.
 
     Raises: ValueError for values out of range; in training, TrainingFailed.
     """
@@ -132,20 +130,20 @@ class Failures(Callback):
         if patience < 1:
             raise ValueError(f"Failures.patience is {patience}, but must be at least 1")
         self.on_failure, self.unconverged = on_failure, unconverged
-        # What ends the run is kept, and so it must have been reported by then.
+        # A step that ends the run must have been reported and kept before.
         self.patience = min(patience, unconverged_in_a_row or patience)
         self._record = _Record()
         self._tensors: _Tensors | None = None
         self._pending: list[tuple[StepResult, Reading]] = []  # of all processes, not yet read
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect the module's tensors; nothing is left of an earlier training."""
+        """Collect the module's tensors, and forget an earlier training."""
         self._tensors, self._pending = _Tensors(pl_module), []
 
     def begin(self, trainer: Trainer) -> dict[str, Tensor]:
-        """Copies of the tensors that the step may have changed by the time it is judged.
+        """Copies of the tensors that the step may change before it is judged.
 
-        Raises: TrainingFailed if the run that is resumed had come to its end.
+        Raises: TrainingFailed if the resumed run had reached its limit of failed steps.
         """
         self._stop_if_hopeless(trainer)
         assert self._tensors is not None
@@ -157,7 +155,7 @@ class Failures(Callback):
         return {name: tensor.clone() for name, tensor in changing.items()}
 
     def random_state(self) -> tuple[Any, ...] | None:
-        """The random numbers before a batch; None if no further step will be kept."""
+        """The random state before a batch; None if no further step will be kept."""
         return None if self._record.final else taken_random_state()
 
     def judge(self, step: StepResult, trainer: Trainer, module: LightningModule) -> bool:
@@ -179,7 +177,7 @@ class Failures(Callback):
         return skips
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the last step, and end the phase that it may be in.
+        """Judge the last step, and end the current phase.
 
         Raises: TrainingFailed.
         """
@@ -190,8 +188,8 @@ class Failures(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Judge the step before the one in which something else has ended the run; on one process
-        alone, since others may not come to this point.
+        """Judge the step before an exception; only on a single process, since others may not reach
+        this point.
         """
         if trainer.world_size == 1:
             with suppress(RuntimeError):  # of a device that has failed, too
@@ -200,14 +198,14 @@ class Failures(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add what later steps depend on, including the step before this moment."""
+        """Add the state that later steps depend on, with the verdict on the last step."""
         self._judge_pending(trainer, pl_module)
         checkpoint[VERDICT] = asdict(self._record)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore it."""
+        """Restore that state."""
         saved = dict(checkpoint.get(VERDICT, {}))
         if "told" in saved:  # of an earlier version
             saved["reported"] = saved.pop("told")
@@ -226,7 +224,7 @@ class Failures(Callback):
         return Reading(with_norm(rows, [] if scaled else self._tensors.gradients()))
 
     def _judge_pending(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Judge the steps that have not been, on all processes together; whether one failed.
+        """Judge the pending steps; return whether one failed.
 
         Raises: TrainingFailed, with `raise`.
         """
@@ -237,7 +235,7 @@ class Failures(Callback):
     def _fails(
         self, step: StepResult, reading: Reading, trainer: Trainer, module: LightningModule
     ) -> bool:
-        """Judge a step, and report and keep it if that is due.
+        """Judge a step; report and keep it if that is due.
 
         Raises: TrainingFailed, with `raise`.
         """
@@ -262,7 +260,7 @@ class Failures(Callback):
                 rows[name] = [count + 1, cause]
 
     def _is_due(self, number: int, diagnosis: Diagnosis) -> bool:
-        """Add a failed step to its phase; whether it is reported, now or already."""
+        """Add a failed step to its phase; return whether the phase is reported."""
         first, _, count = self._record.phase or (number, number, 0)
         self._record.phase = [first, number, count + 1]
         waits = self.on_failure == "warn" and diagnosis.finite
@@ -271,7 +269,7 @@ class Failures(Callback):
     def _keep(
         self, step: StepResult, diagnosis: Diagnosis, trainer: Trainer, module: LightningModule
     ) -> None:
-        """Keep the first step that is reported, and then the first that is not finite."""
+        """Keep the first reported step, then the first non-finite one."""
         record = self._record
         if record.kept is not None and (record.final or diagnosis.finite):
             return
@@ -320,6 +318,6 @@ class Failures(Callback):
                 raise TrainingFailed(f"{why}; {self._replay(trainer)}")
 
     def _replay(self, trainer: Trainer) -> str:
-        """The command that makes the kept step again."""
+        """The command that replays the kept step."""
         command = f"{typed('train')} mode=replay from_run={trainer.default_root_dir}"
         return f"step {self._record.kept:,} again: {command}"

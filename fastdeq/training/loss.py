@@ -1,4 +1,4 @@
-"""The regularizers' part of the loss."""
+"""The weighted regularizers of the loss."""
 
 import random
 
@@ -11,12 +11,12 @@ from fastdeq.solution import Solution
 
 @settings
 class LossWeights:
-    """Weights of what is added to the task's loss; a weight of 0 is not even computed.
+    """Weights of the terms that are added to the task's loss; a term of weight 0 is not computed.
 
     skip: λ_skip, of Σ_scales mean|z₀ − z*|. jacobian: λ_jac, of the estimate of ‖J‖²_F / D.
     residual: λ_res, of ‖z − f(z, x)‖. See `fastdeq.regularizers`.
     jacobian_probability: the share of steps that add the Jacobian's term, drawn at random.
-    jacobian_until: the optimizer step from which on it is left out; None: never.
+    jacobian_until: the optimizer step from which the Jacobian's term is left out; None: never.
     """
 
     skip: float = setting(default=0.0, at_least=0)

@@ -11,20 +11,20 @@ from torchmetrics import Metric
 from fastdeq.solution import BackwardReport, Solution, Status
 
 Value: TypeAlias = Tensor | SupportsFloat
-"""A scalar on the device, a number, or what becomes one when it is read (a stopwatch)."""
+"""A scalar on the device, a number, or an object that becomes one when it is read (stopwatch)."""
 
-_PATIENCE = 256  # metrics that may wait to be read: what is older, any device has long done
+_PATIENCE = 256  # metrics that may stay unread: the device has long computed older ones
 
 
 class MeanMetrics(Metric):
     """Weighted means of named metrics; a metric may be missing from an update.
 
-    names: of all metrics that may occur. Sums are kept in float64, whatever the module around them
-    is cast to (Lightning 18620), and added up over the processes when `compute` is called, which
-    makes the mean of an uneven last batch, or part of one, exact.
+    names: of all metrics that may occur. Sums are kept in float64, even if the module is cast to
+        another dtype (Lightning 18620), and added up over the processes when `compute` is called.
+        So means are exact for uneven last batches.
 
-    An update does not wait for the device: tensors are added where they are, and what has to be
-    read (stopwatches) is read when the means are wanted, or many updates later.
+    An update does not wait for the device: tensors are added on their device, and stopwatches are
+    read when the means are computed, or many updates later.
     """
 
     full_state_update = False
@@ -82,7 +82,7 @@ class MeanMetrics(Metric):
         }
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Restore what `saved` returned, with the same names."""
+        """Restore the sums that `saved` returned, for the same names."""
         self._forget()
         self.totals.copy_(saved["totals"])
         self.weights.copy_(saved["weights"])
@@ -107,13 +107,13 @@ class MeanMetrics(Metric):
         self._waiting: deque[tuple[int, float, SupportsFloat]] = deque()
 
     def _read(self, all_but: int) -> None:
-        """Add up the oldest of the metrics that wait."""
+        """Add the oldest unread metrics to the sums."""
         while len(self._waiting) > all_but:
             place, weight, value = self._waiting.popleft()
             self._summed[place] += weight * float(value)
 
     def _index_of(self, names: tuple[str, ...]) -> Tensor:
-        """The places of metrics, on the device; kept, since making it waits."""
+        """The places of metrics as a tensor; cached, since creating it waits for the device."""
         index = self._indices.get(names)
         if index is None or index.device != self.totals.device:
             places = [self._places[name] for name in names]
@@ -122,7 +122,7 @@ class MeanMetrics(Metric):
 
 
 def mean_metrics(batches: Sequence[tuple[Mapping[str, Value], float]]) -> dict[str, float]:
-    """Means of the metrics of a few batches, each with its weight; waits for the device."""
+    """Weighted means of the metrics of some batches; waits for the device."""
     totals: dict[str, float] = {}
     weights: dict[str, float] = {}
     for metrics, weight in batches:
@@ -135,7 +135,7 @@ def mean_metrics(batches: Sequence[tuple[Mapping[str, Value], float]]) -> dict[s
 def solver_metrics(solution: Solution) -> dict[str, Tensor]:
     """Means over the samples of a forward solve, or of a pass of fixed depth."""
     metrics = {"nfe": solution.nfe.float().mean()}
-    # A pretraining batch was not solved: it has a residual, but nothing that could converge.
+    # A pretraining batch is not solved: it has a residual, but cannot be unconverged.
     unsolved = solution.status == Status.NOT_SOLVED
     metrics["residual"] = solution.relative_residual.float().mean()
     metrics["unconverged"] = (~solution.converged & ~unsolved).float().mean()
@@ -143,7 +143,7 @@ def solver_metrics(solution: Solution) -> dict[str, Tensor]:
 
 
 def backward_metrics(report: BackwardReport) -> dict[str, Tensor]:
-    """Means over the samples of what the backward pass reports."""
+    """Means over the samples of the backward solve's statistics."""
     stats = report.stats
     if stats is None:
         return {}

@@ -1,14 +1,13 @@
-"""The first steps of a run without a solver."""
+"""Pretraining: the first steps of a run unroll the cell instead of solving."""
 
 from pytorch_lightning import Callback
 
 
 class Pretraining(Callback):
-    """Unroll the cell `depth` times from z₀, with ordinary backpropagation, in the first `steps`
-    optimizer steps; from then on, and in every evaluation, solve (Bai et al. 2020, arXiv
-    2006.08656, §4).
+    """Unrolls the cell `depth` times from z₀, with ordinary backpropagation, in the first `steps`
+    optimizer steps (Bai et al. 2020, arXiv 2006.08656, §4). Later steps and all evaluations solve.
 
-    Has no hooks: the training step reads it from the trainer's callbacks.
+    It has no hooks: the training step reads it from the trainer's callbacks.
 
     Raises: ValueError for steps below 0 or a depth below 1.
     """

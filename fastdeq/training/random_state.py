@@ -1,4 +1,4 @@
-"""What each process has of its own: its random numbers, and how all get to know of them."""
+"""The random state of a process, and gathering objects from all processes."""
 
 import random
 from typing import Any
@@ -9,7 +9,7 @@ from pytorch_lightning import Trainer
 
 
 def gathered(mine: Any, trainer: Trainer) -> list[Any]:
-    """What each process gives, by rank; on all processes together. Tensors on the CPU."""
+    """The object of each process, by rank. All processes must call it; tensors are on the CPU."""
     if trainer.world_size == 1:
         return [mine]
     everyone: list[Any] = [None] * trainer.world_size
@@ -18,12 +18,12 @@ def gathered(mine: Any, trainer: Trainer) -> list[Any]:
 
 
 def random_state() -> dict[str, Any]:
-    """Of every generator that a step may draw from, as tensors and plain containers."""
+    """The state of every generator that a step may draw from, as tensors and plain containers."""
     return as_plain(taken_random_state())
 
 
 def taken_random_state() -> tuple[Any, ...]:
-    """The same as the generators give it: quicker where it is seldom kept. See `as_plain`."""
+    """The same in the generators' own form, which is faster to take. `as_plain` converts it."""
     return (
         torch.get_rng_state(),
         torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -33,7 +33,7 @@ def taken_random_state() -> tuple[Any, ...]:
 
 
 def as_plain(taken: tuple[Any, ...]) -> dict[str, Any]:
-    """What `taken_random_state` gave, as `random_state` gives it."""
+    """Convert the result of `taken_random_state` to the form of `random_state`."""
     on_cpu, cuda, (version, words, gauss), (_, keys, position, has_gauss, cached) = taken
     return {
         "torch": on_cpu,
@@ -44,7 +44,7 @@ def as_plain(taken: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` gave."""
+    """Restore a state that `random_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"]:
         torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])

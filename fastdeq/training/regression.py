@@ -10,8 +10,8 @@ from fastdeq.training.task import AbstractTask
 
 
 class RegressionTask(AbstractTask):
-    """Mean squared error of predictions and targets of one shape, (B, ...), in the square of the
-    target's unit; metrics and errors as in `AbstractTask`, without accuracy.
+    """Mean squared error of predictions and targets of the same shape (B, ...), in the square of
+    the target's unit. Metrics and errors are those of `AbstractTask`, without accuracy.
     """
 
     monitor: tuple[str, Literal["min", "max"]] = ("loss", "min")
@@ -30,6 +30,6 @@ class RegressionTask(AbstractTask):
             )
         if prediction.shape != targets.shape:
             raise ValueError(
-                f"the model predicts {tuple(prediction.shape[1:])} a sample, but the targets are "
+                f"the model predicts {tuple(prediction.shape[1:])} per sample, but the targets are "
                 f"{tuple(targets.shape[1:])}: let the head have sizes.outputs outputs"
             )

@@ -1,4 +1,4 @@
-"""Runs that are interrupted, and resume bit for bit."""
+"""Saving the state of a run, and resuming from it bit for bit."""
 
 import signal
 import time
@@ -20,13 +20,13 @@ from fastdeq.training.random_state import gathered, random_state, set_random_sta
 from fastdeq.training.task import AbstractTask
 
 _KEY = "fastdeq"
-_STOP_AFTER = 1  # as a reason to stop; that of a signal is its number above
+_STOP_AFTER = 1  # code of this reason to stop; a signal has this plus its number
 
 
 @dataclass(frozen=True)
 class _Position:
-    """Where a run is in its data after a step, before the next batch is fetched: the states of the
-    loop, of its loader and of the data module, as a checkpoint has them.
+    """The position of a run in its data after a step, before the next batch is fetched: the states
+    of the loop, its loader and the data module, in the form of a checkpoint.
     """
 
     loop: dict[str, Any]
@@ -44,24 +44,25 @@ class _Position:
 
 
 class Resumption(Callback):
-    """Save everything that the rest of a run depends on, now and then, in resume.ckpt; the one
-    before it stays as resume.before.ckpt.
+    """Saves the state that the rest of a run depends on in resume.ckpt; the previous state is kept
+    as resume.before.ckpt.
 
-    A process that continues from it (`Trainer.fit(ckpt_path=…)`) does exactly what the first one
-    would have done: beside what Lightning keeps, the state has the random numbers of every process,
-    the sums of the epoch's metrics, and how much of metrics.csv belongs to it. It is saved between
-    two optimizer steps, never while gradients are accumulated (Lightning 2530, 17903): at the start
-    of the batch or epoch that follows, when all that belongs to the step has been done, the hooks
-    of all callbacks, what they log, and an evaluation within the epoch (Lightning pull 5731). The
-    first of the trainer's callbacks has to be this one.
+    A process that continues from the state (`Trainer.fit(ckpt_path=…)`) does exactly what the first
+    one would have done. In addition to Lightning's checkpoint, the state has the random state of
+    every process, the sums of the epoch's metrics, and the number of rows of metrics.csv that
+    belong to it. It is saved between two optimizer steps, never while gradients are accumulated
+    (Lightning 2530, 17903): at the start of the next batch or epoch, after the hooks of all
+    callbacks, their logging, and an evaluation within the epoch (Lightning pull 5731). This must be
+    the first of the trainer's callbacks.
 
-    minutes: between two of them; None: not by the clock. steps: likewise, optimizer steps.
+    minutes: between two saved states; None: not by the clock.
+    steps: optimizer steps between two saved states; None: not by steps.
     stop_after: seconds after which the run saves its state and raises `Interrupted`, at the end of
-    an optimizer step; None: never.
+        an optimizer step; None: never.
 
-    stop_request: a function that returns the name of the signal that requests a stop, or None.
-    Several processes do what any of them requests, all after the same step: the one after that in
-    which its request has been sent with the averaged gradients (`PayloadDDPStrategy`).
+    `stop_request` is a function that returns the name of the signal that requests a stop, or None.
+    If one of several processes receives a request, all stop after the same step: its request is
+    sent with the averaged gradients of a step (`PayloadDDPStrategy`), and the next one is the last.
 
     Raises: ValueError for values out of range.
     """
@@ -79,17 +80,17 @@ class Resumption(Callback):
         self.minutes, self.steps, self.stop_after = minutes, steps, stop_after
         self.stop_request: Callable[[], str | None] = lambda: None
         self.seconds_before = 0.0
-        """Of training, in the processes that this one continues."""
+        """Seconds of training in the processes that this one continues."""
         self.metrics: dict[str, float] = {}
-        """The metrics logged last when the state was saved: of the epoch before."""
+        """The metrics logged last when the state was saved: those of the previous epoch."""
         self._born = self._began = self._saved = time.monotonic()
         self._restored: dict[str, Any] | None = None  # until the first step
-        self._requests: Reading | None = None  # of all processes, of the step before
-        self._due: _Position | None = None  # a state is to be saved, of this position
-        self._stop = 0  # why the run then stops; 0: it does not
+        self._requests: Reading | None = None  # of all processes, from the previous step
+        self._due: _Position | None = None  # the position of a state that is due to be saved
+        self._stop = 0  # the reason to stop after saving; 0: none
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks.
+        """Start the timers.
 
         Raises: Interrupted for a SIGTERM that Lightning's handler has received.
         """
@@ -114,8 +115,8 @@ class Resumption(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save, and stop, if that is due. Before the first step of a resumed run: restore the
-        random numbers and the sums of the metrics.
+        """Save, and stop, if that is due. Before the first step of a resumed run, restore the
+        random state and the sums of the metrics.
 
         Raises: Interrupted.
         """
@@ -126,7 +127,7 @@ class Resumption(Callback):
             _restore(state["ranks"], trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, and stop, if that is due since the last step of the epoch before.
+        """Save, and stop, if that is due since the last step of the previous epoch.
 
         Raises: Interrupted.
         """
@@ -143,7 +144,7 @@ class Resumption(Callback):
         """
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero and (folder / RESUME).exists():
-            # The seal goes last: a file without one is not trusted.
+            # The seal moves last: a file without a seal is not trusted.
             newest, before = folder / RESUME, folder / BEFORE
             seal_of(before).unlink(missing_ok=True)
             newest.replace(before)
@@ -159,7 +160,7 @@ class Resumption(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add what Lightning does not keep; on all processes, for each has numbers of its own."""
+        """Add the state that Lightning does not keep; on all processes, since each has its own."""
         mine = {"random": random_state(), "means": _means(pl_module)}
         rows = [
             logger.flush()
@@ -183,14 +184,14 @@ class Resumption(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore it; the random numbers at the first step."""
+        """Restore that state; the random state follows at the first step."""
         _upgrade(checkpoint)
         self._restored = checkpoint[_KEY]
         self.seconds_before = checkpoint[_KEY]["seconds"]
         self.metrics = dict(checkpoint[_KEY]["metrics"])
 
     def _request(self) -> tuple[int, bool]:
-        """Why to stop (0: not at all), and whether it is time to save."""
+        """The reason to stop (0: none), and whether it is time to save."""
         now = time.monotonic()
         save = self.minutes is not None and now - self._saved >= 60 * self.minutes
         if name := self.stop_request():
@@ -199,21 +200,19 @@ class Resumption(Callback):
         return _STOP_AFTER if late else 0, save
 
     def _agreed(self, trainer: Trainer) -> tuple[int, bool]:
-        """The request of this process, or of any of several: the same on all."""
+        """The request of this process, or of any of several; the same on all processes."""
         if (strategy := payload_strategy(trainer)) is None:
             return self._request()
         if (sent := strategy.gathered(_KEY)) is None:
             return 0, False
-        # Those of the step before: reading this one's would wait for the device.
+        # Requests of the previous step: reading those of this step would wait for the device.
         before, self._requests = self._requests, Reading(sent)
         stops, saves = zip(*before.rows(), strict=True) if before else ((0,), (0,))
         return round(max(stops)), any(saves)
 
 
 def _upgrade(checkpoint: dict[str, Any]) -> None:
-    """Of a version whose steps were Lightning's automatic optimization: bring the state into the
-    form of this one.
-    """
+    """Convert a state of a version that used Lightning's automatic optimization."""
     state = checkpoint[_KEY]
     if "figures" not in state:
         return
@@ -224,9 +223,9 @@ def _upgrade(checkpoint: dict[str, Any]) -> None:
 
 
 def _end_restart(trainer: Trainer) -> None:
-    """The epoch of a run that resumes at its start is an epoch like any other from here on.
+    """End Lightning's restarting state in a run that resumes at the start of an epoch.
 
-    While it restarts, Lightning takes the batches of the epoch before for its own.
+    Otherwise Lightning would count the batches of the previous epoch for this one.
     """
     loop = trainer.fit_loop
     loop._restarting = loop.epoch_loop._restarting = False
@@ -239,13 +238,13 @@ def _named(stop: int) -> str:
 
 
 def rows_of(checkpoint: dict[str, Any]) -> int:
-    """How many rows of metrics.csv belong to a state that was saved."""
+    """The number of rows of metrics.csv that belong to a saved state."""
     return int(checkpoint[_KEY]["rows"])
 
 
 def _restore(ranks: list[dict[str, Any]], trainer: Trainer, pl_module: LightningModule) -> None:
-    """This process's part. Another number of processes keeps the sums, which the first one takes;
-    a process without random numbers in the state continues with its own.
+    """Restore this process's part. If the number of processes has changed, the first one takes all
+    sums, and a process without a random state in `ranks` keeps its own.
     """
     rank, same = trainer.global_rank, len(ranks) == trainer.world_size
     if rank < len(ranks):

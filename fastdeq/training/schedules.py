@@ -1,6 +1,6 @@
-"""How the learning rate moves over a run: settings that build torch's schedulers.
+"""Learning rate schedules: settings that build torch's schedulers.
 
-Lengths of our own are shares of the run, so that a shorter run keeps the shape of a published one.
+Lengths are shares of the run, so that a shorter run keeps the shape of a published schedule.
 """
 
 from abc import ABC, abstractmethod
@@ -23,9 +23,9 @@ SchedulerFactory: TypeAlias = Callable[..., LRScheduler]
 
 
 class AbstractSchedule(ABC):
-    """Builds a scheduler, by default one that is moved on after every optimizer step.
+    """Builds a scheduler, by default one that is stepped after every optimizer step.
 
-    interval, frequency: it moves after every `frequency`-th epoch or optimizer step of the run.
+    interval, frequency: it is stepped after every `frequency`-th epoch or optimizer step.
     monitor: the metric that it follows, such as "val/loss"; None: the one that the task monitors.
     """
 
@@ -38,17 +38,17 @@ class AbstractSchedule(ABC):
         """The scheduler of a run of `steps` optimizer steps."""
 
     def following(self, monitor: str) -> "AbstractSchedule":
-        """This schedule with the metric to follow by default."""
+        """This schedule, with `monitor` as the metric that it follows by default."""
         return self
 
     def is_due(self, interval: str, number: int) -> bool:
-        """Whether the scheduler moves after the number-th epoch or step (from 1)."""
+        """Whether the scheduler is stepped after the number-th epoch or step (from 1)."""
         return interval == self.interval and number % self.frequency == 0
 
 
 @settings
 class Constant(AbstractSchedule):
-    """The optimizer's own learning rate throughout."""
+    """A constant learning rate, that of the optimizer."""
 
     def build(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         return MultiStepLR(optimizer, milestones=[])
@@ -96,7 +96,8 @@ class LRSchedulerConfig(AbstractSchedule):
     interval, frequency, monitor: as in `AbstractSchedule`. ReduceLROnPlateau follows the metric;
         its mode is "max" for an accuracy, unless it is given.
 
-    Raises: TypeError for a scheduler that is built already; ValueError for a plateau of steps.
+    Raises: TypeError for a scheduler that is built already; ValueError for ReduceLROnPlateau with
+        interval="step".
     """
 
     scheduler: SchedulerFactory
@@ -134,7 +135,7 @@ class LRSchedulerConfig(AbstractSchedule):
 
 
 def as_schedule(given: AbstractSchedule | SchedulerFactory | None) -> AbstractSchedule:
-    """A schedule as it is; a scheduler's factory with the defaults of `LRSchedulerConfig`."""
+    """Return a schedule unchanged; wrap a scheduler factory in a default `LRSchedulerConfig`."""
     if given is None:
         return Constant()
     return given if isinstance(given, AbstractSchedule) else LRSchedulerConfig(scheduler=given)

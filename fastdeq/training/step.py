@@ -1,4 +1,4 @@
-"""What a training step hands on to the verdict, the metrics, callbacks and loggers."""
+"""The result of a training step, for the verdict, the metrics, callbacks and loggers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from fastdeq.training.metrics import Value, backward_metrics
 
 
 class Evaluation(NamedTuple):
-    """A batch's loss, to be minimized, its solution, and its metrics before a backward pass."""
+    """The loss of a batch, its solution, and its metrics before the backward pass."""
 
     loss: Tensor
     solution: Solution
@@ -24,10 +24,12 @@ class Evaluation(NamedTuple):
 class BatchResult:
     """A batch of an optimizer step, after its backward pass.
 
-    samples: of this process; 0 for a batch that only stands in. metrics: means over them. seconds:
-    of the solves. watch: from the start of the batch; on the last one, to the end of the step.
-    measures: see `diagnosis.measure`. random: the random numbers before the batch, if they may be
-    wanted. states: start and equilibrium, likewise.
+    samples: of this process; 0 for a placeholder batch. metrics: means over the samples.
+    seconds: of the solves.
+    watch: from the start of the batch to its end; of the last batch, to the end of the step.
+    measures: see `diagnosis.measure`.
+    random: the random state before the batch, if the step may be kept.
+    states: start and equilibrium, if the step may be kept.
     """
 
     batch: Any
@@ -51,7 +53,7 @@ class BatchResult:
         *,
         keep_states: bool,
     ) -> "BatchResult":
-        """After the backward pass, which has completed the solution."""
+        """From a solution that the backward pass has completed."""
         backward = solution.backward
         seconds: dict[str, Value] = {"solve_seconds": solution.elapsed}
         if backward.stats is not None:
@@ -70,11 +72,12 @@ class BatchResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """An optimizer step: its batches on this process, several where gradients are accumulated.
+    """An optimizer step: its batches on this process, several if gradients are accumulated.
 
-    number: of the optimizer step, from 0. depth: of an unrolled step; None: it solves. accumulates:
-    the number that the loss of each batch is divided by. before: copies of the module's tensors at
-    its beginning that a failed step needs. rate: the learning rate.
+    number: of the optimizer step, from 0. depth: of an unrolled step; None: it solves.
+    accumulates: the number that the loss of each batch is divided by.
+    before: copies of the module's tensors at the beginning of the step, for a failed step.
+    rate: the learning rate.
     """
 
     number: int
@@ -90,18 +93,18 @@ class StepResult:
         return replace(self, batches=(*self.batches, batch))
 
     def measures(self, *others: Tensor) -> Tensor:
-        """Those of all batches, and of others that are still to come."""
+        """The measures of all batches together with `others`, of a batch that is not added yet."""
         return joined([*(batch.measures for batch in self.batches), *others])
 
     @property
     def seconds(self) -> "Seconds":
-        """Of the whole step: forward and backward passes, and the optimizer."""
+        """The seconds of the whole step: forward and backward passes, and the optimizer."""
         return Seconds(tuple(batch.watch for batch in self.batches))
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """The sum of what stopwatches measure; reading it waits for the device."""
+    """The sum of several stopwatches; reading it waits for the device."""
 
     watches: tuple[Stopwatch, ...]
 
@@ -110,7 +113,7 @@ class Seconds:
 
 
 def _states(solution: Solution) -> dict[str, Any]:
-    """Start, equilibrium and how each sample ended, without graphs."""
+    """Start, equilibrium and status of each sample, without graphs."""
     scales = {"z0": solution.z0, "z_star": solution.value}
     backward = solution.backward.stats
     return {

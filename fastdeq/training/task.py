@@ -1,4 +1,4 @@
-"""What all tasks share: the training step, the evaluation, and the metrics that they log."""
+"""The base class of tasks: the training step, the evaluation, and the metrics."""
 
 import math
 from abc import abstractmethod
@@ -30,7 +30,7 @@ from fastdeq.training.schedules import AbstractSchedule, Constant, SchedulerFact
 from fastdeq.training.step import BatchResult, Evaluation, StepResult
 
 Batch: TypeAlias = tuple[Tensor, Tensor, float]
-"""Inputs, targets, and what this process's mean counts for (0: the batch only stands in)."""
+"""Inputs, targets, and the weight of this process's mean (0: the batch is a placeholder)."""
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -50,29 +50,34 @@ METRICS = (
 class AbstractTask(LightningModule):
     """An equilibrium model, its loss and its metrics.
 
-    model: returns (prediction, solution). optimizer: takes the parameters, returns the optimizer.
-    weights: of the regularizers. schedule: of the learning rate; or what takes the optimizer and
-    returns a scheduler of torch, which then moves after every epoch.
-    seed: of draws that all processes must agree on.
-    accumulate_grad_batches: batches per optimizer step; the last step of an epoch takes what is
-    left. gradient_clip_val, gradient_clip_algorithm: as those of Lightning's trainer, which leaves
-    all three to `training_step` (manual optimization).
+    model: returns (prediction, solution).
+    optimizer: takes the parameters, returns the optimizer.
+    weights: of the regularizers.
+    schedule: of the learning rate; or a function that takes the optimizer and returns a scheduler
+        of torch, which is then stepped after every epoch.
+    seed: of draws that must be the same on all processes.
+    accumulate_grad_batches: batches per optimizer step; the last step of an epoch takes those that
+        are left.
+    gradient_clip_val, gradient_clip_algorithm: as in Lightning's trainer. `training_step` applies
+        these three itself (manual optimization).
 
-    The metrics of an epoch are logged as `<stage>/<metric>`, stage train, val or test, those of
-    every `log_every_n_steps`-th optimizer step as `step/<metric>` (on several devices: of the
-    first), the mean over its batches where gradients are accumulated. An optimizer that evaluates a
-    batch several times in a step (LBFGS) has the metrics of the first evaluation.
+    The metrics of an epoch are logged as `<stage>/<metric>` with stage train, val or test. Those of
+    every `log_every_n_steps`-th optimizer step are logged as `step/<metric>`, of the first device,
+    as means over its batches if gradients are accumulated. For an optimizer that evaluates a batch
+    several times per step (LBFGS) they are those of the first evaluation.
 
-    loss (in training with its regularizers; its parts are loss_task, loss_skip, loss_jacobian,
-    loss_residual), accuracy; nfe, residual (relative) and unconverged (share) of the forward solve,
-    means over samples; seconds (of a whole optimizer step, or of a prediction) and solve_seconds
-    (of the forward solve of a batch), means over steps or batches; in training nfe_backward,
-    residual_backward, unconverged_backward and backward_seconds of the adjoint's solve (of a neural
-    ODE's integration backwards nfe_backward and backward_seconds alone); in evaluation, for models
-    that predict z₀, explicit_loss, explicit_accuracy and explicit_seconds: the head on z₀, no
-    solve.
+    - loss (in training with its regularizers, whose parts are loss_task, loss_skip, loss_jacobian
+      and loss_residual) and accuracy.
+    - nfe, residual (relative) and unconverged (share) of the forward solve: means over samples.
+    - seconds (of a whole optimizer step, or of a prediction) and solve_seconds (of the forward
+      solve of a batch): means over steps or batches.
+    - In training: nfe_backward, residual_backward, unconverged_backward and backward_seconds of the
+      adjoint's solve. The backward integration of a neural ODE has nfe_backward and
+      backward_seconds only.
+    - In evaluation, for models that predict z₀: explicit_loss, explicit_accuracy and
+      explicit_seconds of the head on z₀, without a solve.
 
-    Raises: ValueError for a skip loss with a model that predicts nothing.
+    Raises: ValueError for a skip loss with a model that does not predict z₀.
     """
 
     monitor: tuple[str, Literal["min", "max"]]
@@ -114,15 +119,15 @@ class AbstractTask(LightningModule):
 
     @abstractmethod
     def scores(self, prediction: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """What is reported beside the loss: scalars, means over the batch."""
+        """Further metrics beside the loss: scalars, means over the batch."""
 
     @abstractmethod
     def check_fit(self, prediction: Tensor, targets: Tensor) -> None:
-        """Raises: ValueError where the criterion cannot compare the two."""
+        """Raises: ValueError if the criterion cannot compare the two."""
 
     @property
     def leaves_parameters_unused(self) -> bool:
-        """Whether some parameters get no gradient: an explicit network that no loss draws to z*."""
+        """Whether some parameters get no gradient: an explicit network without a skip loss."""
         explicit = isinstance(self.model.equilibrium.initializer, ExplicitNetwork)
         return explicit and not self.weights.skip
 
@@ -141,11 +146,11 @@ class AbstractTask(LightningModule):
         return [optimizer], [self.schedule.build(optimizer, self._count_steps())]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """Train on a batch: forward, backward, and with the last batch of an optimizer step the
-        verdict on it, the optimizer (or not), and the metrics.
+        """Train on a batch: forward and backward. The last batch of an optimizer step is followed
+        by the verdict, the optimizer (unless it is skipped), and the metrics.
 
-        Returns: `loss`, and as `step` the `StepResult` that is complete now, or None: callbacks
-        have it as `outputs["step"]` in `on_train_batch_end`.
+        Returns: `loss`, and `step`: the `StepResult` that this batch completes, or None. Callbacks
+            find it as `outputs["step"]` in `on_train_batch_end`.
         """
         watch, optimizer = Stopwatch(self.device), self._optimizer()
         failures, last = self._callback(Failures), self._is_last(batch_idx)
@@ -162,7 +167,7 @@ class AbstractTask(LightningModule):
         payloads = {VERDICT: lambda: step.measures(measures())}
         with averaged_gradients(self.trainer, last=last, weight=batch[2], payloads=payloads):
             self._backward(loss / step.accumulates)
-        # Gradients are accumulated where memory is short: states are then not held.
+        # Gradients are accumulated to save memory: states are then not kept.
         keep = random is not None and step.accumulates == 1
         result = BatchResult.of(
             batch, solution, metrics, measures(), watch, random, keep_states=keep
@@ -172,12 +177,12 @@ class AbstractTask(LightningModule):
         if not last:
             return {"loss": loss.detach(), "step": None}
 
-        # Verdict on the step: failures may raise, or skip the optimizer.
+        # Verdict on the step: `failures` may raise, or skip the optimizer.
         if failures is not None and failures.judge(step, self.trainer, self):
             self._count_skipped_step()
         else:
             self._clip(optimizer)
-            losses = [loss]  # the first evaluation is made; LBFGS asks for more
+            losses = [loss]  # the first evaluation is done; LBFGS needs more
             optimizer.step(lambda: losses.pop() if losses else self._evaluate_again(batch, step))
         self._move_schedule("step", step.number + 1)
 
@@ -193,7 +198,7 @@ class AbstractTask(LightningModule):
         depth: int | None = None,
         trace: TraceKind | None = None,
     ) -> Evaluation:
-        """What optimizer step number `step` (from 0) minimizes on this batch: the loss times the
+        """The loss that optimizer step number `step` (from 0) minimizes on this batch, times the
         batch's weight. depth, trace: as in `DEQChain.forward`.
         """
         x, targets, weight = batch
@@ -207,7 +212,7 @@ class AbstractTask(LightningModule):
         return Evaluation(loss if weight == 1 else loss * weight, solution, metrics)
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's means, and move a schedule of epochs."""
+        """Log the epoch's means, and step a schedule of epochs."""
         self._log_means("train")
         self._move_schedule("epoch", self.current_epoch + 1)
 
@@ -228,7 +233,7 @@ class AbstractTask(LightningModule):
         self._log_means("test")
 
     def record(self, stage: str, metrics: Mapping[str, Value], weight: float = 1) -> None:
-        """Add metrics to the stage's means: of `weight` samples, or of one batch."""
+        """Add metrics to the stage's means, with the number of samples as `weight`, or 1."""
         means = self.means[f"{stage}_means"]
         assert isinstance(means, MeanMetrics)
         means.update(metrics, weight)
@@ -275,7 +280,7 @@ class AbstractTask(LightningModule):
     def _begin(self, failures: Failures | None) -> StepResult:
         """A step without its batches.
 
-        Raises: TrainingFailed if the run that is resumed had come to its end.
+        Raises: TrainingFailed if the resumed run had reached its limit of failed steps.
         """
         pretraining, number = self._callback(Pretraining), self.global_step
         return StepResult(
@@ -288,14 +293,14 @@ class AbstractTask(LightningModule):
         )
 
     def _backward(self, loss: Tensor) -> None:
-        # Lightning's autocast is on in the whole of `training_step`; no backward pass wants it.
+        # Lightning's autocast covers all of `training_step`; a backward pass must not have it.
         with torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
 
     def _clip(self, optimizer: LightningOptimizer) -> None:
         if not self.gradient_clip_val:
             return
-        # A scaler (16-mixed) has multiplied the gradients; then the limit is multiplied too.
+        # A scaler (16-mixed) has multiplied the gradients, so the limit is multiplied too.
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         limit = self.gradient_clip_val * scale
@@ -311,13 +316,13 @@ class AbstractTask(LightningModule):
         return loss
 
     def _count_skipped_step(self) -> None:
-        """A skipped step counts for `global_step`, and with it for schedules and limits."""
+        """Count a skipped step in `global_step`, and thereby for schedules and limits."""
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         progress.increment_ready()
         progress.increment_completed()
 
     def _move_schedule(self, interval: str, number: int) -> None:
-        """After the number-th step or epoch (from 1)."""
+        """Step the schedule after the number-th step or epoch (from 1), if that is due."""
         scheduler = self.lr_schedulers()
         if scheduler is None or not self.schedule.is_due(interval, number):
             return
@@ -327,7 +332,7 @@ class AbstractTask(LightningModule):
             scheduler.step()  # type: ignore[union-attr]  # one scheduler, not a list
 
     def _count_steps(self) -> int:
-        """The optimizer steps of the whole run."""
+        """The number of optimizer steps of the whole run."""
         batches = self.trainer.estimated_stepping_batches
         if self.accumulate_grad_batches == 1 or batches == self.trainer.max_steps:
             return int(batches)
@@ -337,7 +342,7 @@ class AbstractTask(LightningModule):
         return steps if limit == -1 else min(steps, limit)
 
     def _record_step(self, step: StepResult) -> None:
-        """Add the step's metrics to the epoch's means; log every n-th of them."""
+        """Add the step's metrics to the epoch's means; log every n-th step."""
         batches = [each for each in step.batches if each.samples]
         for batch in batches:
             self.record("train", batch.metrics, batch.samples)
@@ -354,7 +359,7 @@ class AbstractTask(LightningModule):
         self._write({"epoch": step.epoch, **named}, step.number)
 
     def _write(self, row: Mapping[str, float], number: int) -> None:
-        """Hand a row to the loggers: Lightning would count batches instead of optimizer steps."""
+        """Log a row directly: Lightning would count batches instead of optimizer steps."""
         for logger in self.trainer.loggers:
             logger.log_metrics(dict(row), step=number)
 
@@ -382,7 +387,7 @@ class AbstractTask(LightningModule):
         assert isinstance(means, MeanMetrics)
         metrics = {f"{stage}/{name}": mean.float() for name, mean in means.compute().items()}
         means.reset()
-        # Already the same on all processes: nothing is left to synchronize.
+        # The means are the same on all processes already: nothing is left to synchronize.
         self.log_dict(metrics, logger=stage == "test")
         if stage != "test" and not self.trainer.sanity_checking:
             row = {name: float(mean) for name, mean in metrics.items()}

@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: a line an epoch, and a bar on a terminal."""
+"""The console output of training: one line per epoch, and a progress bar on a terminal."""
 
 import logging
 
@@ -15,31 +15,31 @@ _BAR = ("loss", "accuracy", "nfe", "residual")
 
 
 class EpochLines(Callback):
-    """Logs the first release's columns of training and evaluation, one plain line an epoch."""
+    """Logs one line per epoch with the metrics of training and evaluation."""
 
     def __init__(self) -> None:
-        self._finished: int | None = None  # the epoch whose line is still to come
+        self._finished: int | None = None  # the epoch whose line is not printed yet
         self._validated: int | None = None  # the epoch of the last validation
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The headings."""
+        """Print the headings."""
         if trainer.is_global_zero:
             log.info("%s", heading(table_of(trainer, pl_module, "val", residual=True), "epoch"))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the epoch: the trainer keeps its metrics until the next validation."""
+        """Record the epoch: the trainer keeps its metrics until the next validation."""
         self._validated = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the epoch: the module logs its training metrics after this hook."""
+        """Record the epoch: the module logs its training metrics after this hook."""
         self._finished = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The line of the epoch before."""
+        """Print the line of the previous epoch."""
         self._print(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The line of the last epoch."""
+        """Print the line of the last epoch."""
         self._print(trainer, pl_module)
 
     def _print(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,7 +60,7 @@ class EpochLines(Callback):
 def table_of(
     trainer: Trainer, pl_module: LightningModule, evaluated: str, *, residual: bool = False
 ) -> tuple[Group, ...]:
-    """The columns that this task and model have, with the training's residual if it is wanted."""
+    """The columns that this task and model have. residual: also the one of training."""
     assert isinstance(pl_module, AbstractTask)
     data = getattr(trainer, "datamodule", None)
     on_test = evaluated == "test" or getattr(data, "validates_on_test", True)

@@ -1,4 +1,4 @@
-"""Metrics.csv, of runs that may be interrupted."""
+"""metrics.csv, for runs that may be interrupted."""
 
 import csv
 from pathlib import Path
@@ -11,8 +11,8 @@ from fastdeq.runs.folder import METRICS
 
 
 class MetricsFile(CSVLogger):
-    """Lightning's CSV logger in `folder`, which goes on after the first `rows` rows of an earlier
-    process: what that one wrote after its last saved state comes again, and is written again.
+    """Lightning's CSV logger in `folder`. It keeps the first `rows` rows of an earlier process; the
+    steps after its last saved state are repeated, and so are their rows.
     """
 
     def __init__(self, folder: Path, *, rows: int = 0) -> None:
@@ -22,11 +22,11 @@ class MetricsFile(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Lightning's writer; made when the first row comes, by the first process alone."""
+        """Lightning's writer, created with the first row, on the first process only."""
         if self._experiment is None:
             kept = _read(self.path)[: self._rows]
-            writer: Any = super().experiment  # deletes what is there
-            # Columns that only the rows left out had come again with these.
+            writer: Any = super().experiment  # deletes an existing file
+            # Columns that only dropped rows had are added again by the repeated steps.
             names = sorted({name for row in kept for name, text in row.items() if text})
             if names:
                 writer.metrics_keys = names
@@ -37,7 +37,7 @@ class MetricsFile(CSVLogger):
         return self._experiment
 
     def flush(self) -> int:
-        """Write what was logged so far; how many rows that makes."""
+        """Write all logged rows; return the number of rows in the file."""
         self.save()
         return len(_read(self.path))
 

@@ -1,6 +1,6 @@
-"""Weights & Biases by choice (conf/logger/wandb.yaml); needs the extra `wandb`.
+"""The optional Weights & Biases logger (conf/logger/wandb.yaml); needs the extra `wandb`.
 
-Not imported by the package itself: who does not choose it need not have it.
+The package does not import this module itself, so wandb need not be installed.
 """
 
 import os
@@ -18,12 +18,12 @@ Mode = Literal["auto", "online", "offline", "disabled"]
 
 
 class WeightsAndBiases(WandbLogger):
-    """One W&B run for one experiment, in its run folder; call `close` in the end, whatever came.
-    An experiment that is interrupted and goes on keeps its W&B run.
+    """One W&B run per experiment, in its run folder. Call `close` at the end, also after an error.
+    An interrupted experiment that resumes keeps its W&B run.
 
-    mode: auto is online where credentials are known (WANDB_API_KEY, netrc) and offline elsewhere;
-    the environment's WANDB_MODE comes first. Nothing is asked, and no network is needed offline
-    (send it later: wandb sync <folder>/wandb/offline-run-*).
+    mode: auto is online if credentials are known (WANDB_API_KEY, netrc), else offline. The
+        environment variable WANDB_MODE takes precedence. There is no prompt, and offline mode needs
+        no network (upload later: wandb sync <folder>/wandb/offline-run-*).
     """
 
     def __init__(
@@ -44,18 +44,18 @@ class WeightsAndBiases(WandbLogger):
             dir=save_dir,
             mode=_mode(mode),
             reinit="create_new",  # a sweep's jobs follow each other in one process
-            # train.log has the console, and taking it over disturbs the progress bar.
+            # train.log has the console output; capturing it disturbs the progress bar.
             settings=wandb.Settings(silent=True, console="off", init_timeout=30),
         )
         super().__init__(experiment=self._run, save_dir=str(save_dir), log_model=False)
 
     def close(self) -> None:
-        """Finish the run: what is left is written, and the next job gets one of its own."""
+        """Finish the run: write the rest, so that the next job gets a run of its own."""
         self._run.finish()
 
 
 def _run_id(folder: Path) -> str:
-    """The run's id at W&B, kept in its folder: a run that goes on goes on there too."""
+    """The run's W&B id, kept in its folder: a resumed run also resumes at W&B."""
     path = folder / WANDB_ID
     if not path.exists():
         write_text(path, secrets.token_hex(4))
@@ -65,7 +65,7 @@ def _run_id(folder: Path) -> str:
 def _mode(mode: Mode) -> Literal["online", "offline", "disabled"]:
     chosen = os.environ.get("WANDB_MODE")
     if chosen is not None:
-        mode = cast(Mode, chosen)  # what W&B does not know, it refuses itself
+        mode = cast(Mode, chosen)  # W&B itself refuses unknown modes
     if mode != "auto":
         return mode
     return "online" if wandb.login(prompt=False, verify=False) else "offline"
