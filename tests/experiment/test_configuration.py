@@ -22,7 +22,7 @@ from fastdeq.training import RegressionTask
 from tests.configurations import CONF, GROUPS, NEEDS, composed
 
 IMAGENET = ["sizes.input=[3,64,64]"]  # 8 × 8 cannot be halved as often
-GOES_WITH = {
+REQUIRED = {
     "augmentation=flip": ["data=mnist"],
     "augmentation=flip_pad_crop": ["data=cifar10"],
     "augmentation=flip_resize_crop": ["data=svhn"],
@@ -93,7 +93,7 @@ def one_step(cfg: DictConfig) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_composes_and_resolves(choice: str) -> None:
-    cfg = composed(choice, *GOES_WITH.get(choice, ()))
+    cfg = composed(choice, *REQUIRED.get(choice, ()))
     assert not OmegaConf.missing_keys(cfg)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check_values(cfg)
@@ -101,13 +101,13 @@ def test_every_choice_of_every_group_composes_and_resolves(choice: str) -> None:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_trains_for_a_step(choice: str) -> None:
-    one_step(composed(choice, *GOES_WITH.get(choice, ())))
+    one_step(composed(choice, *REQUIRED.get(choice, ())))
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("solver", ["lbroyden", "anderson", "tsit5"])
 def test_every_model_trains_with_every_kind_of_solver(model: str, solver: str) -> None:
-    beside = GOES_WITH.get(model, ())
+    beside = REQUIRED.get(model, ())
     one_step(composed(model, f"solver={solver}", "loss.jacobian=0.1", *beside))
 
 
