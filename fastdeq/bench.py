@@ -1,4 +1,4 @@
-"""The command ``fastdeq bench``: the benchmarks of a checkout, which a wheel does not hold."""
+"""The command ``fastdeq bench``: runs benchmarks of a checkout. A wheel does not contain them."""
 
 import subprocess
 import sys

@@ -25,19 +25,19 @@ COMMANDS = {
 """Where each subcommand's `main` is, and what it does."""
 
 EXTRAS = {"train": "experiment", "data": "experiment", "report": "experiment", "jobs": "cluster"}
-"""What a subcommand needs beside the library; see pyproject.toml."""
+"""The extra that a subcommand needs; see pyproject.toml."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a subcommand and end the process with its exit status: 0; 1 after an error; 2 for a
-    command line that cannot be understood; 75 where something is not done yet.
+    """Run a subcommand and end the process with its exit status: 0; 1 after an error; 2 for an
+    invalid command line; 75 if something is not done yet.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["-sc"]:
         words = _completion(words)
     if words[:1] == ["train"]:
-        # They ask a run to stop, and may come while torch is still being imported: they wait until
-        # the run listens, instead of ending the process.
+        # These signals request a stop. While torch is being imported they would end the process, so
+        # they are blocked until the run handles them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     run_command(dispatch, words)
 
@@ -64,7 +64,7 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 
 def _completion(words: list[str]) -> list[str]:
-    """Hydra's completion script asks the program, and knows no subcommand: train answers."""
+    """Hydra's completion script does not know subcommands: complete for train."""
     program, *typed_now = os.environ.get("COMP_LINE", "").split(" ")
     if typed_now[:1] != ["train"]:
         sys.exit(0)
@@ -73,7 +73,7 @@ def _completion(words: list[str]) -> list[str]:
 
 
 def parser() -> Parser:
-    """What `fastdeq --help` prints; each subcommand has a parser of its own."""
+    """The parser behind `fastdeq --help`; each subcommand has its own parser."""
     command = typed("").rstrip()
     made = Parser(
         prog=command,

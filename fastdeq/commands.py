@@ -1,4 +1,4 @@
-"""What the commands of `fastdeq` share: a parser, exit statuses, and how a command is typed."""
+"""Shared parts of the commands of `fastdeq`: parser, exit statuses, and how a command is typed."""
 
 import argparse
 import difflib
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 
 class UsageError(Exception):
-    """A command line that cannot be understood; its text is one line."""
+    """An invalid command line; the message is one line."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Leave nothing unknown: subparsers are called here too, and know their own options."""
+        """Refuse unknown arguments here: this is also called for subparsers, with their options."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             check_options(unknown, self)
@@ -56,7 +56,7 @@ def check_options(words: Sequence[str], parser: argparse.ArgumentParser) -> None
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """The sentence for a name that does not exist: the nearest that does, or all."""
+    """The message for an unknown name, with the nearest known name, or all of them."""
     names = list(known)
     nearest = difflib.get_close_matches(name, names, n=1)
     cure = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(names)}"

@@ -1,3 +1,3 @@
-"""What a run folder is: file names (`folder`), atomic writes and seals (`files`), which runs are
-the same (`identity`), `lock`, `status`, `log`, `provenance`, resuming and reading a run back.
+"""The run folder: file names (`folder`), atomic writes and seals (`files`), which runs are the same
+(`identity`), `lock`, `status`, `log`, `provenance`, resuming and reading a run back.
 """

@@ -15,12 +15,12 @@ _ASIDE = ".{name}.{random}.tmp"
 
 @contextmanager
 def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Where to write a file that appears at `path` when the block ends, flushed to the disk. An
-    exception leaves `path` as it was.
+    """Yields a temporary path. When the block ends, its file is flushed to the disk and renamed to
+    `path`; after an exception `path` is unchanged.
 
-    replace: False keeps a file that is already there.
+    replace: False keeps an existing file.
 
-    Raises: FileExistsError with replace=False, where `path` exists; OSError of the disk.
+    Raises: FileExistsError with replace=False if `path` exists; OSError of the disk.
     """
     aside = path.with_name(_ASIDE.format(name=path.name, random=secrets.token_hex(8)))
     try:
@@ -38,8 +38,8 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def sealed_path(path: Path) -> Iterator[Path]:
-    """`atomic_path` with a seal, for a file that one process at a time writes: what a process that
-    was killed has left is removed.
+    """`atomic_path` with a seal, for a file that only one process at a time writes. Removes files
+    that a killed process has left.
     """
     remove_leftovers(path)
     with atomic_path(path) as aside:
@@ -66,12 +66,12 @@ def remove_sealed(path: Path) -> None:
 
 
 def seal_of(path: Path) -> Path:
-    """Where a file's SHA-256 stands, in the form that `sha256sum --check` reads."""
+    """The path of a file's SHA-256, in the form that `sha256sum --check` reads."""
     return path.with_name(f"{path.name}.sha256")
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether the file is exactly what was written: it is there, with a seal that matches."""
+    """Whether the file exists and matches its seal."""
     try:
         noted = seal_of(path).read_text(encoding="utf-8").split()
         return bool(noted) and noted[0] == sha256_of(path)
@@ -86,7 +86,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 atomically; what UTF-8 cannot express (bytes of a path) is escaped."""
+    """Write UTF-8 atomically; characters that UTF-8 cannot encode (bytes of a path) are escaped."""
     with atomic_path(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -97,7 +97,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def flush(path: Path) -> None:
-    """Let a file's content, or the renames in a folder, reach the disk."""
+    """Flush a file's content, or the renames in a folder, to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -9,7 +9,7 @@ CONFIG = "config.yaml"
 OVERRIDES = "overrides.json"
 """The command's overrides."""
 
-# Written while it trains
+# Written during training
 STATUS = "status.json"
 METRICS = "metrics.csv"
 BEST, LAST = "best.ckpt", "last.ckpt"
@@ -20,7 +20,7 @@ FAILURE = "failure.ckpt"
 LOCK = ".lock"
 WANDB_ID = ".wandb_id"
 
-# Written in the end
+# Written at the end
 SUMMARY = "summary.json"
 
 # In a sweep's folder
@@ -29,12 +29,12 @@ TABLE_MARKDOWN, TABLE_CSV = "table.md", "table.csv"
 
 
 def log_file(folder: Path, mode: str) -> Path:
-    """What a run of this mode has printed."""
+    """The file with the printed output of a run of this mode."""
     return folder / f"{mode}.log"
 
 
 def job_record(sweep: Path, number: int) -> Path:
-    """What became of a job of a sweep: overrides, run folder, error."""
+    """The file with the result of a sweep's job: overrides, run folder, error."""
     return sweep / "jobs" / f"{number}.json"
 
 
@@ -44,10 +44,10 @@ def job_numbers(sweep: Path) -> list[int]:
 
 
 def make_folder(outputs: Path, name: str, chosen: Path | None) -> Path:
-    """A new, empty folder: `chosen`, or <outputs>/<name>/<date and time>, where a number is added
-    when another run was as quick.
+    """Make a new, empty folder: `chosen`, or <outputs>/<name>/<date and time>, with a number added
+    if that name is taken.
 
-    Raises: FileExistsError where `chosen` has appeared by now, OSError where none can be made.
+    Raises: FileExistsError if `chosen` exists; OSError if the folder cannot be made.
     """
     try:
         return _make_folder(outputs, name, chosen)

@@ -1,6 +1,6 @@
-"""Which runs are the same: those whose settings are, but for what cannot change the results.
+"""The identity of a run: the settings that its results depend on.
 
-Resuming a run and grouping runs in a report both ask here.
+Resuming a run and grouping runs in a report both use it.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ FREE = (
     *("trainer.detect_anomaly", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
     *("data.root", "data.store", "data.download", "data.verify", "data.workers"),
 )
-"""Keys, with all below them, that a run's results do not depend on: where it is made, by which
-machines, until when, and what is seen of it.
+"""Keys, with all keys below them, that a run's results do not depend on: folders, devices, when it
+stops, and what it logs.
 """
 
 COPIES = {"optimizer": "optimizer", "model": "model", "weights": "loss", "schedule": "scheduler"}
@@ -32,19 +32,19 @@ RENAMED = {
 """Prefixes of `_target_` in configurations of earlier versions, and what they are now."""
 
 COUNTED = ("trainer.limit_", "trainer.overfit_batches", "trainer.val_check_interval")
-"""Where the whole number 1 is one batch, and the number 1.0 is all of them."""
+"""Prefixes of keys for which 1 means one batch, and 1.0 all batches."""
 
 
 def leaves(config: Mapping[str, Any]) -> dict[str, Leaf]:
-    """Dotted key and value of all that is not a container; an empty container counts as a value."""
+    """Dotted key and value of every leaf; an empty container counts as a leaf."""
     return dict(_leaves(config, ""))
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Leaf]:
     """The settings that a run's results depend on, by their dotted keys.
 
-    A key without a value counts as one that is not there: older configurations lack newer keys.
-    1 and 1.0 are the same, except where the one counts and the other is a share.
+    A key without a value counts as missing, since older configurations lack newer keys. 1 and 1.0
+    are the same, except where one is a count and the other a share.
 
     config: resolved, plain containers.
     """
@@ -104,13 +104,13 @@ _EMPTY = (None, "[]", "{}")
 
 
 def digest(settings: Mapping[str, Leaf]) -> str:
-    """Twelve hexadecimal digits that equal settings share."""
+    """A hash of settings, twelve hexadecimal digits."""
     text = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def without_seeds(settings: Mapping[str, Leaf]) -> dict[str, Leaf]:
-    """An identity but for its seeds, over which a report takes means."""
+    """An identity without its seeds, over which a report takes means."""
     return {key: value for key, value in settings.items() if key.rpartition(".")[2] != "seed"}
 
 

@@ -1,4 +1,4 @@
-"""The run lock: one process at a time works in a run folder."""
+"""The run lock: only one process at a time writes into a run folder."""
 
 import fcntl
 from collections.abc import Iterator
@@ -11,10 +11,9 @@ from fastdeq.runs.status import read_status
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder; the operating system releases the lock when this
-    process ends, however it ends.
+    """Lock a run folder. The operating system releases the lock whenever this process ends.
 
-    Raises: BlockingIOError where another process holds it.
+    Raises: BlockingIOError if another process holds the lock.
     """
     with (folder / LOCK).open("wb") as file:
         try:

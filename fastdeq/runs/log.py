@@ -1,4 +1,4 @@
-"""What a run prints, on the console and in its log file (train.log)."""
+"""The output of a run, on the console and in its log file (train.log)."""
 
 import logging
 import sys
@@ -15,9 +15,9 @@ LOG = logging.getLogger("fastdeq")
 
 @contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Let what is logged, and all warnings, go to the console as it is and to `path` with the time.
+    """Write log messages and all warnings to the console, and with the time to `path`.
 
-    An exception that passes through leaves its traceback in the file.
+    The traceback of an exception is written to the file.
     """
     console, file = (
         _Console(),
@@ -57,7 +57,7 @@ def _log_warning(
 
 
 class _Console(logging.Handler):
-    """Prints to whatever stdout is now: a progress bar puts itself in its place."""
+    """Prints to the current stdout, which a progress bar replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), flush=True)

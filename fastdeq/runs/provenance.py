@@ -1,4 +1,4 @@
-"""Where a run's metrics come from: versions, commit, machine, command, memory."""
+"""The provenance of a run's metrics: versions, commit, machine, command, memory."""
 
 import platform
 import resource
@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy"
 
 
 def provenance(device: torch.device, command: str, release: str) -> dict[str, Any]:
-    """Where metrics come from: versions (release: that of fastdeq), commit, machine and command."""
+    """Versions, commit, machine and command. release: the version of fastdeq."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
@@ -34,7 +34,7 @@ def provenance(device: torch.device, command: str, release: str) -> dict[str, An
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: what the process had allocated at most on a GPU, or resident at most on the CPU."""
+    """The peak memory of the process in bytes: allocated on a GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -54,7 +54,7 @@ def commit() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the package's own checkout; None outside one or without git."""
+    """The output of git for the package's own checkout; None outside a checkout or without git."""
     try:
         answer = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments],

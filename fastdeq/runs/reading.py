@@ -1,4 +1,4 @@
-"""A run folder read back: its summary, configuration and overrides; the records of a sweep."""
+"""Reading run folders: summary, configuration and overrides; and the job records of a sweep."""
 
 import json
 import math
@@ -14,15 +14,15 @@ from fastdeq.runs.folder import CONFIG, OVERRIDES, SUMMARY, job_numbers, job_rec
 from fastdeq.runs.identity import Leaf, current, identity, leaves
 
 FORMAT = 2
-"""Of summary.json. Format 1 (without the key `format`) has metrics under "figures"."""
+"""The format of summary.json. Format 1 (without the key `format`) has metrics under "figures"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A finished run.
 
-    summary: what it has written about itself. settings: its resolved configuration, as the leaves
-    of the tree by their dotted keys. identity: those that its results depend on.
+    summary: the content of summary.json. settings: the leaves of the resolved configuration, by
+    their dotted keys. identity: the settings that the results depend on.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class Run:
 
     @property
     def choices(self) -> Mapping[str, str]:
-        """Of the configuration's groups."""
+        """The choices of the configuration's groups."""
         chosen: Mapping[str, str] = self.summary["choices"]
         return chosen
 
@@ -42,19 +42,19 @@ class Run:
 
     @property
     def reference(self) -> Mapping[str, Any] | None:
-        """The published row that the run stands beside, if there is one with metrics."""
+        """The published row to compare the run with, if there is one with metrics."""
         reference: Mapping[str, Any] | None = self.summary.get("reference")
         return reference if reference and reference.get("metrics") else None
 
     @property
     def device(self) -> str:
-        """What it ran on: the name of a GPU, or cpu, and how many."""
+        """The name and number of its devices: of a GPU, or cpu."""
         count = self.summary.get("devices", 1)
         return f"{self.summary.get('device', 'unknown')}{f' × {count}' if count > 1 else ''}"
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """All of the last epoch and of the test, and the minutes of training."""
+        """All metrics of the last epoch and of the test, and the minutes of training."""
         metrics = {name: float(value) for name, value in self.summary["metrics"].items()}
         if (seconds := self.summary.get("train_seconds")) is not None:
             metrics["training_minutes"] = seconds / 60
@@ -69,8 +69,8 @@ class Run:
 def read_run(folder: Path) -> Run:
     """The run of a folder.
 
-    Raises: FileNotFoundError for one that lacks its configuration; ValueError for a file that
-    cannot be read, with its name.
+    Raises: FileNotFoundError if the configuration is missing; ValueError for a file that cannot be
+        read, with its name.
     """
     summary = read_summary(folder)
     _check(folder / SUMMARY, summary, _SUMMARY)
@@ -82,14 +82,14 @@ def read_run(folder: Path) -> Run:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether the run has come to its end."""
+    """Whether the run has finished."""
     return (folder / SUMMARY).exists()
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary, of any format, as format 2 has it.
+    """The summary, converted to format 2.
 
-    Raises: OSError where there is none; ValueError for a file that cannot be read.
+    Raises: OSError if there is none; ValueError for a file that cannot be read.
     """
     path = folder / SUMMARY
     summary = _read(path)
@@ -107,7 +107,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def with_metrics(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of a summary, or a published row, with the key of format 2 in place of that of 1."""
+    """A part of a summary, with keys of format 1 replaced by those of format 2."""
     names = {"figures": "metrics", "figure": "metric"}
     return {names.get(key, key): value for key, value in node.items()}
 
@@ -115,7 +115,7 @@ def with_metrics(node: Mapping[str, Any]) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration.
 
-    Raises: FileNotFoundError where there is none; ValueError for a file that cannot be read.
+    Raises: FileNotFoundError if there is none; ValueError for a file that cannot be read.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -130,7 +130,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_overrides(folder: Path) -> list[str]:
-    """The overrides of the command that has made the run.
+    """The overrides of the command that made the run.
 
     Raises: FileNotFoundError for a folder without them; ValueError for a file that is damaged.
     """
@@ -168,7 +168,7 @@ _FOREIGN = "it was not written by a run of fastdeq"
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file; empty where it does not hold a dictionary."""
+    """The content of a JSON file; empty if it is not a dictionary."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
@@ -177,7 +177,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check(path: Path, content: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
-    """Raises: ValueError where keys are missing, or their values have other types."""
+    """Raises: ValueError if keys are missing or their values have other types."""
     for key, kind in needed.items():
         if key not in content or not isinstance(content[key], kind):
             raise ValueError(f"{path} holds no {key!r}, or not as expected: {_FOREIGN}")

@@ -1,4 +1,4 @@
-"""A run folder that exists: whether it holds this run, and from which state the run resumes."""
+"""Resuming in an existing run folder: whether it holds this run, and the state to resume from."""
 
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ def check_same(folder: Path, config: dict[str, Any]) -> None:
 
 
 def same_run_beside(folder: Path, config: dict[str, Any]) -> Path | None:
-    """Of the runs of a sweep, which are called by their identities, the one that is the same: an
-    earlier version of fastdeq has called it otherwise than `folder`.
+    """The folder beside `folder` that holds the same run of a sweep. Folders are named by identity,
+    and an earlier version of fastdeq may have named this run differently.
     """
     ours = identity(config)
     for path in sorted(folder.parent.glob(f"{'[0-9a-f]' * 12}/{CONFIG}")):
@@ -39,7 +39,7 @@ def same_run_beside(folder: Path, config: dict[str, Any]) -> Path | None:
 
 
 def saved_state(folder: Path) -> Path | None:
-    """The newest state that is whole, or None: then the run starts from its beginning."""
+    """The newest intact state, or None: the run then starts from the beginning."""
     states = [folder / name for name in (RESUME, BEFORE)]
     found = next((path for path in states if is_sealed(path)), None)
     for path in states[: None if found is None else states.index(found)]:

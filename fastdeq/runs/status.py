@@ -1,4 +1,4 @@
-"""What a run folder says of its run at any moment: status.json."""
+"""status.json: the current status of a run."""
 
 import json
 import os
@@ -17,13 +17,13 @@ CREATED, RUNNING, INTERRUPTED, FAILED, DONE = "created", "running", "interrupted
 
 
 class Interrupted(Exception):
-    """The run was stopped before its end, and has saved its state."""
+    """The run was stopped before its end, after it saved its state."""
 
 
 @contextmanager
 def recorded(folder: Path, identity: str, explain: Callable[[Exception], str]) -> Iterator[None]:
-    """Keep status.json while the run is made: running; then done, interrupted or failed, with the
-    error in a line (`explain`). A process that is killed leaves "running" behind, and its lock open
+    """Keep status.json up to date: running, then done, interrupted or failed, with the error in one
+    line (`explain`). If the process is killed, the status stays "running", but its lock is released
     (`fastdeq.runs.lock`).
     """
     common = {
@@ -47,12 +47,12 @@ def recorded(folder: Path, identity: str, explain: Callable[[Exception], str]) -
 
 
 def created(folder: Path, identity: str) -> None:
-    """The first status of a new folder."""
+    """Write the first status of a new folder."""
     _write(folder, {"identity": identity, "since": _now()}, CREATED)
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """The content of status.json; empty for an older run, or half a folder."""
+    """The content of status.json; empty if it is missing or cannot be read."""
     try:
         content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
