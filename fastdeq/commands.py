@@ -84,10 +84,8 @@ def exit_status(
 
 
 def typed(command: str) -> str:
-    """How a subcommand is typed by whoever started this process: `fastdeq data`, or
-    `python -m fastdeq data`; `python train.py` for train.
-
-    A process of submitit does not know, and says `fastdeq`.
+    """How a subcommand was typed to start this process: `fastdeq data` or `python -m fastdeq data`;
+    `python train.py` for train. In a process of submitit: `fastdeq`.
     """
     started = Path(sys.argv[0]).name
     if started == "train.py" and command == "train":

@@ -1,6 +1,6 @@
-"""A configuration's values against the annotations of the arguments that they fill.
+"""Checks the values of a configuration against the annotations of the arguments that they fill.
 
-Nothing is built. A value that arrives by interpolation is named by the key where it stands.
+Nothing is built. A value that comes from an interpolation is named by the key that defines it.
 """
 
 import functools
@@ -29,15 +29,14 @@ _DIRECTIVES = {
     "_convert_": Literal["none", "partial", "object", "all"],
     "_args_": list[Any],
 }
-"""Hydra's own keys of a node with a `_target_`, beside that."""
+"""Hydra's other keys of a node with a `_target_`."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """Stands for what a node with a `_target_` makes.
+    """A placeholder for the object that a node with a `_target_` builds.
 
-    kind: its class, None where no annotation says which. partial: whether the node makes a partial
-    call, for its receiver to finish.
+    kind: its class; None if no annotation says which. partial: whether the node builds a partial.
     """
 
     target: str
@@ -65,15 +64,15 @@ LIMITS: dict[tuple[type, str], dict[str, float]] = {
     (Optimizer, "lr"): {"at least": 0},
     (Optimizer, "weight_decay"): {"at least": 0},
 }
-"""Ranges of arguments whose libraries take nonsense, or refuse it late or without their name."""
+"""Ranges of arguments that their libraries do not check, or check late or without their name."""
 
 
 def check_node(node: Node | None, key: str, hint: Any) -> Any:
-    """Check the value of a key, and everything below it; the value, in plain containers.
+    """Check the value of a key and everything below it; return the value in plain containers.
 
     hint: the annotation of the value.
 
-    Raises: TypeError or ValueError, with the key at which the value stands and what it must be.
+    Raises: TypeError or ValueError, with the key that defines the value and what it must be.
     """
     if node is None:
         if not fits(None, hint):
@@ -86,8 +85,8 @@ def check_node(node: Node | None, key: str, hint: Any) -> Any:
 
 
 def places_of(cfg: DictConfig, key: str) -> tuple[str, dict[str, str], set[str]]:
-    """The key at which a node stands, those of its arguments by name, and all of those below it."""
-    # OmegaConf itself leaves the dot before the number of a list's element out.
+    """The key that defines a node, those of its arguments by name, and all keys below it."""
+    # OmegaConf itself leaves out the dot before the index of a list's element.
     node = OmegaConf.select(cfg, re.sub(r"(?<=_args_)(?=\d)", ".", key))
     if not isinstance(node, DictConfig):
         return key, {}, set()
@@ -96,7 +95,7 @@ def places_of(cfg: DictConfig, key: str) -> tuple[str, dict[str, str], set[str]]
 
 
 def unknown(key: str, known: Iterable[str]) -> str:
-    """The sentence about a key that is not there."""
+    """The message for an unknown key."""
     return f"there is no key '{key}'{nearest(key, known)}"
 
 
@@ -107,7 +106,7 @@ def _origins(node: Node) -> Iterator[str]:
 
 
 def _read(node: Node, hint: Any = Any) -> Any:
-    """As plain containers, where `Made` stands for what is to be built; its arguments are right."""
+    """The value in plain containers, with `Made` for objects, whose arguments are checked."""
     if node._is_missing():
         raise ValueError(f"{_key(node)} has no value: give {_key(node)}=VALUE")
     if isinstance(node, DictConfig) and "_target_" in node:
@@ -133,7 +132,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _element(hint: Any) -> Any:
-    """The annotation of the elements of a list or a mapping, where it is one for all."""
+    """The annotation of the elements of a list or a mapping, if they have a common one."""
     found = [get_args(option)[-1] for option in _options(hint) if get_args(option)]
     return found[0] if len(found) == 1 else Any
 
@@ -150,7 +149,7 @@ def _child(node: DictConfig | ListConfig, name: Any) -> Node:
     try:
         return _followed(child)
     except InterpolationResolutionError:
-        _ = node[name]  # raises it again, and with the key
+        _ = node[name]  # raises the error again, with the key
         raise
 
 
@@ -164,7 +163,7 @@ def _followed(node: Node) -> Node:
 
 
 def _key(node: Node) -> str:
-    """As Hydra reads it, with the number of a list's element behind a dot."""
+    """The key in Hydra's form, with the index of a list's element after a dot."""
     parent, name = node._get_parent(), node._key()
     if parent is None or name is None:
         return ""
@@ -204,7 +203,7 @@ def _target(key: str, name: Any) -> Any:
 
 
 def _check_call(node: DictConfig, target: Any) -> None:
-    """Names, completeness, types and ranges of the arguments."""
+    """Check names, completeness, types and ranges of the arguments."""
     signature, key = signature_of(target), _key(node)
     children = {str(name): child for name, child in _children(node) if str(name)[:1] != "_"}
     for name in children:
@@ -229,7 +228,7 @@ def _check_call(node: DictConfig, target: Any) -> None:
 
 
 def _check_ranges(target: type, values: dict[str, Any], places: dict[str, str], key: str) -> None:
-    """Of a @settings class, by making the record; its messages begin with <class>.<field>."""
+    """Check the ranges of a @settings class by building it; messages begin with <class>.<field>."""
     try:
         target(**values)
     except (TypeError, ValueError) as error:
@@ -237,8 +236,9 @@ def _check_ranges(target: type, values: dict[str, Any], places: dict[str, str], 
 
 
 def named(text: str, places: Mapping[str, str], key: str) -> str:
-    """An error of a constructor whose first word is an argument, <class>.<argument>, or
-    <argument>.<key>, under the key of that argument; any other one under the key of the node.
+    """The error message of a constructor, with the key of the argument in place of the argument's
+    name. If the first word is not an argument, <class>.<argument> or <argument>.<key>, the message
+    is prefixed with the key of the node.
     """
     word = text.split(" ", 1)[0]
     parts = word.split(".")
@@ -255,7 +255,7 @@ def _holds_made(value: Any) -> bool:
 
 
 def _expect(node: Node, value: Any, hint: Any) -> None:
-    """Raises: TypeError for a value that does not fit, of a list for the element that does not."""
+    """Raises: TypeError for a value of a wrong type; in a list, for the wrong element."""
     if fits(value, hint, _has_type):
         return
     if isinstance(value, dict | list) and fits(type(value)(), hint):
@@ -276,11 +276,11 @@ def _is_record(hint: Any) -> bool:
 
 
 def _has_type(value: Any, kind: type) -> bool:
-    """As `isinstance`, of what is still to be made as well."""
+    """`isinstance` that also accepts placeholders (`Made`)."""
     try:
         if isinstance(value, Made):
             if value.kind and issubclass(value.kind, nn.Module) and issubclass(kind, nn.Module):
-                return True  # which module fits where, its receiver knows better
+                return True  # the receiver checks which module fits
             is_made = value.kind is None or issubclass(value.kind, kind)
             return is_made or (value.partial and issubclass(functools.partial, kind))
         return isinstance(value, kind) or (isinstance(value, str) and issubclass(kind, os.PathLike))

@@ -1,4 +1,4 @@
-"""From the groups of a configuration to a task: each part is built once and given to the next.
+"""Builds the task from the groups of a configuration; each part is built once.
 
 A file of the group `model` names parts by their keys: `cell: arch.cell`, `solver: solver`.
 """
@@ -18,7 +18,7 @@ TASK = {"model": "model", "optimizer": "optimizer", "weights": "loss", "schedule
 """Arguments of the task, and the keys that they are built from."""
 
 STEP = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-"""Arguments of the task that stand where Lightning's users look for them, with the trainer."""
+"""Arguments of the task that are keys of the trainer, as in Lightning."""
 
 _PART = re.compile(r"solver|adjoint|arch(\.\w+)+")
 
@@ -26,9 +26,9 @@ _PART = re.compile(r"solver|adjoint|arch(\.\w+)+")
 def build_task(cfg: DictConfig, model: DEQChain | None = None) -> AbstractTask:
     """The task of a configuration, composed or resolved.
 
-    model: as of `build_model`, which is called where it is left out.
+    model: the result of `build_model`; None builds it here.
 
-    The skip loss compares z₀ with z*: it is left out where the model does not predict z₀.
+    The skip loss compares z₀ with z*, so it is left out if the model does not predict z₀.
     """
     model = build_model(cfg) if model is None else model
     weights: LossWeights = instantiate(cfg.loss, _convert_="all")
@@ -56,8 +56,8 @@ def predicts(model: DEQChain) -> bool:
 
 
 def link(cfg: DictConfig) -> DictConfig:
-    """A copy in which parts that are named by their keys are interpolations of those nodes, and the
-    task has its arguments.
+    """A copy of the configuration in which names of parts are interpolations of their nodes, and
+    the task has its arguments.
     """
     linked = copy.deepcopy(cfg)
     with open_dict(linked):

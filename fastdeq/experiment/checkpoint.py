@@ -1,4 +1,4 @@
-"""Weights from a checkpoint of another run."""
+"""Loading weights from a checkpoint of another run."""
 
 import pickle
 from pathlib import Path
@@ -10,10 +10,10 @@ from fastdeq.training import AbstractTask
 
 
 def load_weights(task: AbstractTask, path: Path) -> None:
-    """Put the weights of a Lightning checkpoint into `task`; nothing else is taken from it.
+    """Load the weights of a Lightning checkpoint into `task`, and nothing else.
 
-    Raises: FileNotFoundError where there is none; ValueError for a file that is damaged, or no
-    checkpoint, or of another model.
+    Raises: FileNotFoundError if there is none; ValueError for a file that is damaged, is not a
+        checkpoint, or is of another model.
     """
     weights = read_checkpoint(path).get("state_dict")
     if not isinstance(weights, dict):
@@ -29,9 +29,9 @@ def load_weights(task: AbstractTask, path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What is in the file; empty where that is not a dictionary.
+    """The content of the file; empty if it is not a dictionary.
 
-    Raises: FileNotFoundError where there is none; ValueError for a file that cannot be read.
+    Raises: FileNotFoundError if there is none; ValueError for a file that cannot be read.
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} is not a file: give last.ckpt of a run folder")

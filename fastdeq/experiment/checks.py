@@ -1,4 +1,4 @@
-"""What is refused before anything is built or written."""
+"""Checks of a configuration before anything is built or written."""
 
 from dataclasses import fields
 from itertools import product
@@ -16,9 +16,9 @@ from fastdeq.experiment.signatures import signature_of
 
 
 def check_values(cfg: DictConfig) -> RunSettings:
-    """Check names, types and ranges throughout a configuration that resolves; its single values.
+    """Check names, types and ranges of a whole configuration; return its single values.
 
-    Raises: TypeError or ValueError, with the key at which the value stands, and the cure.
+    Raises: TypeError or ValueError, with the key that defines the value, and the cure.
     """
     own = [field.name for field in fields(RunSettings)]
     for key in map(str, cfg):
@@ -45,7 +45,7 @@ def _node(cfg: DictConfig, key: str) -> Any:
 
 
 def _check_methods(cfg: DictConfig) -> None:
-    """A layer without a solver or an adjoint would take others than are chosen, and recorded."""
+    """Raises: ValueError for a layer whose solver or adjoint is not the chosen and recorded one."""
     layers = [(name, node) for name, node in cfg.model.items() if isinstance(node, DictConfig)]
     for (name, layer), method in product(layers, ("solver", "adjoint")):
         taken = signature_of(get_object(layer._target_)).names if "_target_" in layer else ()
@@ -57,7 +57,7 @@ def _check_methods(cfg: DictConfig) -> None:
 
 
 def _check_length(trainer: DictConfig) -> None:
-    """A run must train, come to an end, and be tested."""
+    """Raises: ValueError for a run that does not train, end, or get tested."""
     lengths = {key: trainer.get(key) for key in ("max_epochs", "max_steps")}
     for key, length in lengths.items():
         if length is not None and length < 1 and length != -1:
@@ -72,9 +72,9 @@ def _check_length(trainer: DictConfig) -> None:
 
 
 def count_ranks(trainer: dict[str, Any], *, for_submission: bool = False) -> int:
-    """How many processes train: one for each device of a distributed strategy, else one.
+    """The number of processes that train: one per device of a distributed strategy, else one.
 
-    for_submission: the run is for other machines, whose devices this one may lack.
+    for_submission: the run is for other machines, which may have other devices.
 
     Raises: ValueError for more GPUs than there are, for several devices without a strategy that
     divides the work, and for other numbers of tasks than a cluster has started.
@@ -97,7 +97,7 @@ def count_ranks(trainer: dict[str, Any], *, for_submission: bool = False) -> int
 
 
 def _count_devices(trainer: dict[str, Any], *, for_submission: bool) -> int:
-    """Of one node."""
+    """The number of devices of one node."""
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", 1)
     gpus = torch.cuda.device_count()
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and gpus > 0)

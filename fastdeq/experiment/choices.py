@@ -1,4 +1,4 @@
-"""Values that are typed for the groups of a configuration."""
+"""Overrides that choose files of the configuration's groups."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from fastdeq.experiment.keys import KEYS
 
 
 def _conf() -> Path:
-    """A wheel holds conf/ in the package, a checkout beside it."""
+    """A wheel has conf/ in the package, a checkout beside it."""
     package = Path(fastdeq.__file__).parent
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
@@ -46,7 +46,7 @@ def check_choices(arguments: Sequence[str]) -> None:
 
 
 def _values(override: Override) -> Iterable[object]:
-    """Of each job; a list chooses several."""
+    """The values of all jobs; a list chooses several files."""
     if override.is_delete():
         return ()
     value = override.value()

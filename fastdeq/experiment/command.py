@@ -1,4 +1,4 @@
-"""The command line around Hydra: errors in a line, runs that start from others, sweeps."""
+"""The command line around Hydra: one-line errors, runs that start from others, sweeps."""
 
 import math
 import os
@@ -40,14 +40,13 @@ OmegaConf.register_new_resolver("typed", typed, replace=True)  # for conf/hydra/
 
 
 def command_line(main: Callable[[], object]) -> None:
-    """Let Hydra compose and call `main`; whatever goes wrong ends in one line and status 1, or 2
-    for a flag that does not exist.
+    """Let Hydra compose and call `main`. Any error is printed as one line and ends the process with
+    status 1, or 2 for an unknown flag. With debug=true the traceback is printed too.
 
-    main: the function that `hydra.main` has decorated. With debug=true among the arguments, errors
-    keep their traceback.
+    main: the function that `hydra.main` has decorated.
     """
     keep_streams()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hands its errors on, instead of printing them itself
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     quiet_hydra()
     if is_worker():
         run_worker()
@@ -75,12 +74,12 @@ def command_line(main: Callable[[], object]) -> None:
 
 
 def job(cfg: DictConfig) -> float:
-    """One job of the command, alone or in a sweep; its test score, NaN for a job that failed.
+    """Run one job of the command, alone or in a sweep; return its test score, NaN if it failed.
 
-    A job of a sweep that fails does not stop the others, unless stop_at_failure says so; the table
-    and the exit status report it.
+    A failed job of a sweep does not stop the others, unless stop_at_failure is set; the table and
+    the exit status report it.
     """
-    keep_streams()  # of submitit's and joblib's processes, which come here without command_line
+    keep_streams()  # processes of submitit and joblib do not call command_line
     _undo_chdir()
     if is_worker():  # of submitit, which composes on every rank
         return run_worker()
@@ -118,7 +117,7 @@ def job(cfg: DictConfig) -> float:
         record_job(folder, explain(error), interrupted=interrupted)
         if interrupted and in_submitit() and received() == preemption_signal().name:
             _requeue()
-        elif received():  # it was the sweep that was asked to stop
+        elif received():  # the stop request was for the sweep
             print("the same command resumes the sweep", flush=True)
             _end(RESUMABLE)
         else:
@@ -131,8 +130,8 @@ def job(cfg: DictConfig) -> float:
 
 
 def _undo_chdir() -> None:
-    """Paths, typed or printed, are relative to where the command was started: in the folder of a
-    sweep its table would not find the jobs, and the same sweep would not find its runs again.
+    """Undo hydra.job.chdir: paths, typed or printed, are relative to where the command was started.
+    In a sweep's folder the table would not find the jobs, and a restarted sweep not its runs.
     """
     hydra = HydraConfig.get()
     if hydra.job.chdir:
@@ -142,7 +141,7 @@ def _undo_chdir() -> None:
 
 
 def run_worker() -> float:
-    """All that a worker does, a rank of a cluster that is not the first; NaN."""
+    """The whole work of a worker, a rank of a cluster that is not the first; returns NaN."""
     end_with(0)
     leader = rendezvous()
     assert leader is not None
@@ -160,7 +159,7 @@ def run_worker() -> float:
 
 
 def _requeue() -> None:
-    """Let submitit put the job into the queue again; does not return, but where it will not."""
+    """Let submitit requeue the job; returns only if submitit refuses."""
     end_with(RESUMABLE)
     print("requeued", flush=True)
     try:
@@ -182,16 +181,16 @@ def fail(error: Exception, *, debug: bool | None = None) -> NoReturn:
 
 
 def report(error: Exception, *, debug: bool) -> None:
-    """One line on stderr, after the traceback if it is wanted."""
+    """Print one line to stderr, with `debug` after the traceback."""
     if debug:
         traceback.print_exception(error)
     print(f"error: {explain(error)}", file=sys.stderr, flush=True)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
-    """Flags, overrides, and whether the flags ask for nothing but a printout.
+    """Flags, overrides, and whether the flags only print.
 
-    Hydra's own parser accepts flags before or after the overrides, not among them.
+    Hydra's own parser accepts flags before or after the overrides, not between them.
 
     Raises: UsageError for a flag that does not exist.
     """
@@ -223,7 +222,7 @@ def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
 
 
 _ONCE = {"from_run", "mode", "checkpoint", "paths.run", "resume", "stop_after", "debug"}
-"""What belongs to one command, and is not handed on to the runs that start from it."""
+"""Keys of a single command, which runs that start from it do not inherit."""
 
 
 def _key(override: str) -> str:

@@ -1,4 +1,4 @@
-"""An error of a part, under the key of the configuration that it comes from."""
+"""Adds the key of the configuration to the error of a part."""
 
 import re
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from fastdeq.experiment.explain import explain
 
 @contextmanager
 def error_context(cfg: DictConfig, key: str) -> Iterator[None]:
-    """Let an error that comes from the node at `key` name the key that the user has typed: the one
-    whose argument the message begins with, or else all that the node depends on.
+    """Make an error of the node at `key` name the typed key: the key of the argument that the
+    message begins with, or else all typed keys that the node depends on.
     """
     try:
         yield
@@ -31,7 +31,7 @@ def error_context(cfg: DictConfig, key: str) -> Iterator[None]:
 
 
 _PLAIN = (ValueError, TypeError, FileNotFoundError, FileExistsError, OSError)
-"""Errors that are made of a message alone, and can be made again with a longer one."""
+"""Errors that consist of a message, so that they can be raised again with a longer one."""
 
 
 def _named(cfg: DictConfig, key: str, text: str) -> str:
@@ -48,7 +48,7 @@ def _named(cfg: DictConfig, key: str, text: str) -> str:
 
 
 def _typed() -> dict[str, str]:
-    """The overrides of this job that set values, by their keys; not the choices of groups."""
+    """The overrides of this job that set values, by key, without the choices of groups."""
     hydra = HydraConfig.get()
     words = list(hydra.overrides.task)
     parsed = OverridesParser.create().parse_overrides(words)

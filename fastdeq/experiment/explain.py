@@ -1,4 +1,4 @@
-"""An exception as one line for the person who typed the command."""
+"""Exceptions as one-line messages for the user."""
 
 import difflib
 import re
@@ -25,7 +25,7 @@ from fastdeq.training import TrainingFailed
 
 
 def explain(error: BaseException) -> str:
-    """What is wrong and, where it is known, the cure."""
+    """One line that says what is wrong and, if known, the cure."""
     for kind, sentence in _KINDS:
         if isinstance(error, kind):
             return _one_line(sentence(error))
@@ -39,7 +39,7 @@ def explain(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The question whether something known and close was meant, or nothing."""
+    """A suggestion of similar known names, or an empty string."""
     found = difflib.get_close_matches(name, list(known), n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(repr(each) for each in found)}?" if found else ""
 
@@ -107,8 +107,8 @@ def _resolution(error: InterpolationResolutionError) -> str:
 
 
 def _process(error: ProcessRaisedException) -> str:
-    """Its text is the traceback of the process that failed first. Of steps that fail all processes
-    judge together.
+    """The last line of the traceback of the process that failed first. All processes reach the same
+    verdict on a failed step, so that message names no process.
     """
     last = str(error).strip().splitlines()[-1]
     name, _, text = last.partition(": ")

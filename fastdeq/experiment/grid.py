@@ -28,9 +28,7 @@ from fastdeq.streams import keep_streams
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A sweep: its own folder, what Slurm is asked for, the overrides of Hydra itself, and those of
-    each job.
-    """
+    """A sweep: its folder, the launcher's settings, Hydra's overrides, and those of each job."""
 
     folder: Path
     launcher: dict[str, Any]
@@ -39,7 +37,7 @@ class Grid:
 
 
 def read_grid(arguments: Sequence[str]) -> Grid:
-    """The sweep that `fastdeq train -m hydra/launcher=submitit_slurm` would make of the arguments.
+    """The sweep of `fastdeq train -m hydra/launcher=submitit_slurm` with these arguments.
 
     Raises: ValueError for another launcher or another sweeper than a grid; Hydra's own errors.
     """
@@ -75,9 +73,9 @@ def check_job(grid: Grid, number: int) -> Checked:
 
 
 def run_job(grid: Grid, number: int) -> float:
-    """Do the job in this process, as one of a sweep; its test score.
+    """Run the job in this process, as one of a sweep; return its test score.
 
-    What goes wrong is recorded and decides the status that the process ends with.
+    An error is recorded and sets the exit status of the process.
     """
     keep_streams()
     if is_worker():

@@ -1,7 +1,7 @@
-"""One run, on every process that takes part: seed, build, fit, test, record.
+"""One run, on each of its processes: seed, build, fit, test, record.
 
-Everything here works from a plain, resolved configuration: a process that trains never composes
-one, so that nothing (a sweep, the clock in a name) can come out differently on another rank.
+Everything here works from a plain, resolved configuration. A process that trains never composes
+one, so that nothing (a sweep, the time in a name) differs between ranks.
 """
 
 import logging
@@ -48,12 +48,11 @@ from fastdeq.training import (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a process needs to know; picklable.
+    """The description of a run for its processes; picklable.
 
-    config: resolved, plain containers. checkpoint: weights to begin with. resume: the saved state
-    to resume from. choices: of the configuration's groups. reference: the published row of this
-    run, if there is one. started: when the command began, on the clock of `time.time` (which
-    processes share).
+    config: resolved, plain containers. checkpoint: initial weights. resume: the saved state to
+    resume from. choices: of the configuration's groups. reference: the published row of this run,
+    if there is one. started: `time.time` at the start of the command.
     """
 
     config: dict[str, Any]
@@ -69,9 +68,9 @@ class Job:
 
 
 def work(job: Job) -> None:
-    """Run the job as the rank that the environment says; rank 0 writes the summary.
+    """Run the job as the rank that the environment gives; rank 0 writes the summary.
 
-    Raises: whatever the parts raise; Interrupted where the run has saved its state to resume later.
+    Raises: the errors of the parts; Interrupted if the run has saved its state to resume later.
     """
     cfg = job.config
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
@@ -91,7 +90,7 @@ def work(job: Job) -> None:
             summary = _summary(job, trainer, task, timer, metrics)
             write_json(job.folder / SUMMARY, summary)
             _conclude(summary, job, trainer, task)
-            for name in (RESUME, BEFORE):  # there is nothing left to resume
+            for name in (RESUME, BEFORE):  # a finished run does not resume
                 remove_sealed(job.folder / name)
     finally:
         for logger in loggers:
@@ -111,10 +110,10 @@ def make_trainer(
     timer: StepTimer | None = None,
     loggers: list[Logger] | None = None,
 ) -> lightning.Trainer:
-    """The trainer of the configuration; without a job one that only shows that it can be built."""
+    """The trainer of the configuration; without a job, only to check that it can be built."""
     _quiet()
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
-    # Named, for Lightning would guess from variables that a cluster has set for others.
+    # Explicit, since Lightning would guess from variables that a cluster sets for other purposes.
     slurm = current_step() is not None
     ranks = SLURMEnvironment(auto_requeue=False) if slurm else LightningEnvironment()
     plugins: list[Any] = [SealedCheckpointIO(), ranks]
@@ -143,13 +142,13 @@ def make_trainer(
     if own := sorted(trainer.keywords.keys() & _OWN):
         raise ValueError(f"{own[0]} is given by fastdeq itself: leave it out")
     if callable(strategy := trainer.keywords.get("strategy")):
-        # Looking for unused parameters costs a walk through the graph in every step.
+        # DDP walks through the graph in every step to find unused parameters.
         options["strategy"] = strategy(find_unused_parameters=task.leaves_parameters_unused)
-    for name in STEP:  # the task's: Lightning takes them in automatic optimization alone
+    for name in STEP:  # of the task: Lightning accepts them for automatic optimization only
         trainer.keywords.pop(name, None)
     made: lightning.Trainer = trainer(**options, plugins=plugins)
-    # A broadcast before every step, which waits for the device (Lightning 21487, where an option is
-    # asked for): a stop request is sent with the averaged gradients instead (Resumption).
+    # Lightning broadcasts before every step, which waits for the device (Lightning 21487 requests
+    # an option). Here a stop request is sent with the averaged gradients instead (Resumption).
     made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return made
 
@@ -158,12 +157,12 @@ _OWN = {
     *("logger", "callbacks", "plugins", "default_root_dir"),
     *("enable_checkpointing", "enable_progress_bar"),
 }
-"""Arguments of the trainer that `make_trainer` gives, in place of what a configuration says."""
+"""Arguments of the trainer that `make_trainer` sets, so that a configuration must not."""
 
 
 def _quiet() -> None:
-    """Keep Lightning's advice that does not apply here off the screen; real warnings stay."""
-    # Its banner (hardware found, loggers on offer) is replaced by the lines of _announce.
+    """Suppress advice of Lightning that does not apply here; other warnings are shown."""
+    # Its banner (hardware, available loggers) is replaced by the lines of _announce.
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -193,7 +192,7 @@ def _make_loggers(cfg: dict[str, Any], job: Job, rank: int) -> list[Logger]:
 
 
 def _run(job: Job, trainer: lightning.Trainer, task: AbstractTask, data: Any) -> dict[str, float]:
-    """Fit, if that is the mode, and test the last state; all metrics of the last epoch."""
+    """Fit, if that is the mode, and test the last state; return all metrics of the last epoch."""
     metrics: dict[str, float] = {}
     if job.config["mode"] == "train":
         begin = time.perf_counter()
@@ -225,7 +224,7 @@ def _summary(
 ) -> dict[str, Any]:
     seconds = metrics.pop("train_seconds", None)
     first = timer.first_start
-    # Two clocks: the command's start is only known on the one that processes share.
+    # Two clocks: the start of the command is only known in `time.time`, which processes share.
     waited = None if first is None else time.time() - (time.perf_counter() - first) - job.started
     score = task.monitor[0]
     return {
@@ -264,7 +263,7 @@ def _announce(task: AbstractTask, trainer: lightning.Trainer, job: Job) -> None:
 def _conclude(
     summary: dict[str, Any], job: Job, trainer: lightning.Trainer, task: AbstractTask
 ) -> None:
-    """The final table, with the published row beside the measured one, and where it stands."""
+    """Log the final table, with the published row below the measured one, and the run folder."""
     table = table_of(trainer, task, "test")
     LOG.info("\n%s", heading(table, ""))
     LOG.info("%s", row(table, "measured", summary["metrics"]))

@@ -1,4 +1,4 @@
-"""The keys at the top of a configuration (conf/train.yaml), and what each must be.
+"""The top-level keys of a configuration (conf/train.yaml), and their types.
 
 Everything below a `_target_` is declared by the class or function that it names.
 """
@@ -20,7 +20,7 @@ from fastdeq.training import AbstractTask
 
 @settings
 class RunSettings:
-    """The single values at the top; see conf/train.yaml."""
+    """The top-level keys with single values; see conf/train.yaml."""
 
     name: str = setting()
     seed: int = setting(at_least=0, at_most=2**32 - 1)  # of NumPy's generator
@@ -58,7 +58,7 @@ class Paths(Record):
 
 @settings
 class Sizes(Record):
-    """What a model must fit; the groups `data` set it."""
+    """The sizes that a model must fit; the group `data` sets them."""
 
     input: list[int] = setting()
     features: int = setting(at_least=1)
@@ -69,9 +69,9 @@ KEYS: dict[str, Any] = {
     "paths": Paths,
     **{"data": AbstractDataModule, "sizes": Sizes, "arch": dict[str, Any] | None},
     **{"solver": AbstractSolver, "adjoint": AbstractAdjoint},
-    # Any: the task's arguments, which these are, say more.
+    # Any: these are arguments of the task, whose annotations are checked.
     **dict.fromkeys(("loss", "optimizer", "scheduler", "model"), Any),
     **{"trainer": Trainer, "callbacks": dict[str, Callback] | None},
     **{"logger": dict[str, Callable[..., Logger]] | None, "task": AbstractTask},
 }
-"""The annotations of all other keys at the top, parts before what they are parts of."""
+"""The annotations of all other top-level keys, parts before the objects that contain them."""

@@ -1,7 +1,7 @@
-"""The processes of a job: this one, or one for each device, started here.
+"""Starts the processes of a job: this one, or one per device.
 
-Lightning would start ranks by running the command line again, and with it Hydra: under a sweep,
-every child would begin the whole sweep (Lightning issue 11300). These children get a resolved
+Lightning would start ranks by running the command line again, and Hydra with it: in a sweep, every
+child would start the whole sweep (Lightning issue 11300). These processes get a resolved
 configuration instead.
 """
 
@@ -31,11 +31,11 @@ _LOOK, _GRACE = 0.2, 2.0  # seconds: between two looks at the ranks; for them to
 
 
 def launch(job: Job) -> None:
-    """Run the job to its end on `job.ranks` processes: this one, some that are started here, or
-    those that a cluster has started, of which this is the first.
+    """Run the job on `job.ranks` processes: this one, processes that are started here, or those of
+    a cluster, if this is the first of them.
 
-    Raises: what the work raises; of several processes, that of the first that failed, and the
-    others are ended; Interrupted for a run that has saved its state to resume later.
+    Raises: the error of the work; with several processes the error of the one that failed first,
+        and the others are ended; Interrupted if the run has saved its state to resume later.
     """
     log = log_file(job.folder, job.config["mode"])
     if (workers := rendezvous()) is not None:
@@ -54,10 +54,10 @@ def launch(job: Job) -> None:
 
 
 def work_for(leader: Rendezvous) -> None:
-    """The work of a worker, a cluster's rank that is not the first: it composes and checks nothing,
-    makes no folder, and prints nothing.
+    """Run the job of the leader as a worker, a rank of a cluster that is not the first. A worker
+    does not compose, check, make a folder or print.
 
-    Raises: what the work raises.
+    Raises: the error of the work.
     """
     job = leader.receive()
     if job is not None:
@@ -66,7 +66,7 @@ def work_for(leader: Rendezvous) -> None:
 
 
 def _run_leader(job: Job, workers: Rendezvous) -> None:
-    """Raises: what the work raises; RankFailed where the failure of a worker caused it."""
+    """Raises: the error of the work; RankFailed if the failure of a worker caused it."""
     workers.send(job)
     try:
         work(job)
@@ -82,11 +82,11 @@ def _run_leader(job: Job, workers: Rendezvous) -> None:
 
 
 def _wait_for(ranks: ProcessContext) -> None:
-    """Until all have ended; passes a signal to stop to them, once. The second one ends this
-    process, and with it its ranks (see `_rank`).
+    """Wait until all ranks have ended. The first stop signal is passed to them; a second one ends
+    this process and thereby its ranks (see `_rank`).
 
-    Raises: what the first rank that failed raised; the others are ended within seconds, for they
-    may wait for it in vain.
+    Raises: the error of the rank that failed first. The others are ended within seconds, since they
+        may wait for it.
     """
     passed = False
     try:
@@ -100,7 +100,7 @@ def _wait_for(ranks: ProcessContext) -> None:
 
 
 def _send(name: str, ranks: ProcessContext) -> None:
-    # For a rank SIGINT is the end of its parent (see `_rank`).
+    # A rank gets SIGINT when its parent has died (see `_rank`).
     number = signal.SIGTERM if name == "SIGINT" else signal.Signals[name]
     for process in ranks.processes:
         if process.is_alive():
@@ -109,8 +109,8 @@ def _send(name: str, ranks: ProcessContext) -> None:
 
 
 def _first_failure(ranks: ProcessContext) -> tuple[str, int]:
-    """The traceback of the rank that failed first, and its number: one that has lost its connection
-    may have ended before the one that broke it off.
+    """The traceback and number of the rank that failed first. It need not be the first that ended:
+    a rank that lost its connection may end before the one that caused it.
     """
     files = [(Path(name), rank) for rank, name in enumerate(ranks.error_files)]
     left = [(path, rank) for path, rank in files if path.exists()]
@@ -122,9 +122,9 @@ def _first_failure(ranks: ProcessContext) -> tuple[str, int]:
 
 
 def _rank(rank: int, job: Job, port: int) -> None:
-    """The life of one process: the variables that Lightning's environment reads, then the work."""
-    # Ctrl-C at a terminal goes to the parent alone, which hands it on; SIGINT itself comes here
-    # from the kernel when the parent has died (torch.multiprocessing asks for it), and ends us.
+    """One process: set the variables that Lightning's environment reads, then do the work."""
+    # Ctrl-C at a terminal reaches only the parent, which passes it on as SIGTERM. SIGINT comes from
+    # the kernel when the parent has died (torch.multiprocessing sets this up), and ends this rank.
     os.setpgid(0, 0)
     keep_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -136,27 +136,28 @@ def _rank(rank: int, job: Job, port: int) -> None:
     }
     if job.config["trainer"]["accelerator"] == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // job.ranks))
-    # Only the first speaks; the others' failures reach the parent through `spawn`.
+    # Only the first rank logs; `spawn` reports failures of the others to the parent.
     log = log_file(job.folder, job.config["mode"])
-    speaking = logging_to(log) if rank == 0 else nullcontext()
-    # A cluster may send a signal to all processes, and the parent passes it on: two, but one event.
+    log_output = logging_to(log) if rank == 0 else nullcontext()
+    # A cluster may signal all processes, and the parent passes it on: two signals, one request.
     stops = [number for number in ASKED if number != signal.SIGINT]
     with listening(stops, patient=True):
-        with suppress(Interrupted), speaking:
+        with suppress(Interrupted), log_output:
             work(job)
-        leave()  # still listening: the parent may pass a signal on to a rank that has done its work
+        leave()  # within `listening`: the parent may still pass a signal on
 
 
 def leave() -> None:
     """End this process, a rank whose work is done, with status 0; does not return.
 
-    Threads of gloo hold tensors that Python shares. One that frees its tensor while the interpreter
-    is being taken apart aborts the process (PyTorch 179291), and DistributedDataParallel's cycles
-    keep the group alive till then. So the group goes first, and the interpreter is not taken apart.
+    Threads of gloo hold tensors that are shared with Python. A thread that frees its tensor while
+    the interpreter shuts down aborts the process (PyTorch 179291), and reference cycles of
+    DistributedDataParallel keep the group alive until then. So the group is destroyed first, and
+    the interpreter does not shut down.
     """
     gc.collect()
     if dist.is_initialized():
-        dist.barrier()  # nobody closes a connection that another still reads
+        dist.barrier()  # no process closes a connection that another one still reads
         dist.destroy_process_group()
     gc.collect()
     sys.stdout.flush()
@@ -165,12 +166,12 @@ def leave() -> None:
 
 
 def interactive() -> bool:
-    """Whether a person watches: a progress bar in a log would fill it."""
+    """Whether stdout is a terminal: a progress bar would fill a log."""
     return sys.stdout.isatty()
 
 
 def free_port() -> int:
-    """Of this machine, for its processes to meet at."""
+    """A free port of this machine, for the process group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Whether optimizer and scheduler go with the trainer's settings, before a run is made."""
+"""Checks that optimizer and scheduler work with the trainer's settings, before a run is made."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,12 @@ from fastdeq.training.task import METRICS, OptimizerFactory
 
 
 def check_optimizer(make: OptimizerFactory, trainer: Mapping[str, Any], ranks: int) -> None:
-    """Refuse what an optimizer that evaluates the loss several times in a step (LBFGS) cannot do.
+    """Refuse settings that do not work with an optimizer that evaluates the loss several times per
+    step (LBFGS).
 
-    Its later evaluations see the last batch alone where gradients are accumulated, its line search
-    sees one process's loss, and a gradient scaler takes gradients once per step (Lightning 246).
+    With accumulated gradients its later evaluations would use the last batch only, its line search
+    uses the loss of one process, and a gradient scaler takes gradients once per step (Lightning
+    246).
 
     Raises: ValueError.
     """
@@ -34,7 +36,7 @@ def check_optimizer(make: OptimizerFactory, trainer: Mapping[str, Any], ranks: i
 
 
 def evaluations_per_step(make: OptimizerFactory) -> int:
-    """How often the optimizer calls its closure in the first step on a quadratic function."""
+    """The number of closure calls in the optimizer's first step on a quadratic function."""
     weights = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
     curvatures = torch.tensor([1.0, 4.0, 9.0])
     count = 0
@@ -50,7 +52,7 @@ def evaluations_per_step(make: OptimizerFactory) -> int:
 
 
 def check_scheduler(task: AbstractTask, trainer: Mapping[str, Any]) -> None:
-    """Build the task's scheduler, and see that the metric it follows will be there.
+    """Build the task's scheduler, and check that the metric it follows is logged.
 
     Raises: ValueError, TypeError.
     """

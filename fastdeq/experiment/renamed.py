@@ -1,4 +1,4 @@
-"""Words of earlier versions' command lines, and what is typed instead."""
+"""Overrides of earlier versions, and their replacements."""
 
 from collections.abc import Sequence
 
@@ -21,17 +21,17 @@ CHOICES = {
     "sweep=mnist_mdeq": f"{_GRID.format('mnist_mdeq')} solver=lbroyden,tsit5 seed=6171,3859,2961",
     **{f"sweep={name}": _GRID.format(name) + _RELEASE for name in ("svhn", "cifar10_mdeq")},
 }
-"""Choices that are gone; "": left out."""
+"""Removed choices and their replacements; "": none."""
 
 KEYS = {"skip_weight": "loss.skip", **{f"task.{name}": key for name, key in TASK.items()}}
-"""Keys with another name, and with them all below."""
+"""Renamed keys; all keys below them are renamed too."""
 
 GONE = ("reference", "arch_for/deq", "arch_for/mdeq")
-"""Keys and groups that have no successor, and no effect on the results of a run."""
+"""Removed keys and groups without a replacement; they had no effect on the results of a run."""
 
 
 def current(word: str) -> list[str]:
-    """What an override of an earlier version is today; others as they are."""
+    """The current form of an override; one of this version is unchanged."""
     key, equals, value = word.partition("=")
     key = key.lstrip("+~")
     if word in CHOICES:
@@ -43,13 +43,13 @@ def current(word: str) -> list[str]:
 
 
 def current_all(words: Sequence[str]) -> list[str]:
-    """The overrides of a saved run in today's words. Without a skip loss λ_skip had no effect."""
+    """The current form of a saved run's overrides. Without a skip loss λ_skip had no effect."""
     weights = [word for word in words if "loss=plain" in words and word.startswith("skip_weight=")]
     return [new for word in words if word not in weights for new in current(word)]
 
 
 def check_renamed(words: Sequence[str]) -> None:
-    """Raises: ValueError for a typed word of an earlier version, with today's words."""
+    """Raises: ValueError for an override of an earlier version, with its replacement."""
     for word in words:
         if (new := current(word)) != [word]:
             cure = f"write {' '.join(new)}" if new else "leave it out"

@@ -1,5 +1,5 @@
-"""The ranks that Slurm's `srun` has started: how the leader (rank 0) and its workers find each
-other, and in which order they end.
+"""The ranks that Slurm's `srun` has started: how the leader (rank 0) and its workers communicate,
+and in which order they end.
 """
 
 import atexit
@@ -24,9 +24,9 @@ _JOB, _ERROR, _NOTED, _GONE = "job", "error", "noted", "gone"
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The tasks that one `srun` has started, one for each device, and which of them this one is.
+    """The tasks that one `srun` has started, one per device, and the rank of this one.
 
-    address, port: of the first one; the port after it is free too, as far as can be known.
+    address, port: of the first task; the next port is expected to be free too.
     """
 
     rank: int
@@ -38,19 +38,19 @@ class Step:
 
 @cache
 def current_step() -> Step | None:
-    """The step that this process belongs to; None where Slurm has started it alone or not at all:
-    then it starts its ranks by itself.
+    """The step that this process belongs to; None if Slurm has started it alone or not at all. It
+    then starts its ranks itself.
 
-    A batch script has most of Slurm's variables too; the number of a step's tasks has `srun` alone.
+    A batch script has most of Slurm's variables too; only `srun` sets the number of a step's tasks.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks == 1 or "SLURM_PROCID" not in os.environ:
         return None
     nodes = int(os.environ["SLURM_STEP_NUM_NODES"])
-    # Lightning wants the number in words of sbatch, which a bare `srun -n` does not leave.
+    # Lightning reads this variable of sbatch, which a bare `srun -n` does not set.
     os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(tasks // nodes))
     address = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"])
-    # Below the ports that the kernel gives away, and different for jobs that share a node.
+    # Below the kernel's ephemeral ports, and different for jobs that share a node.
     number = int(os.environ["SLURM_JOB_ID"]) + 97 * int(os.environ.get("SLURM_STEP_ID", 0))
     port = 15000 + 2 * (number % 8000)
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
@@ -59,17 +59,17 @@ def current_step() -> Step | None:
 
 
 class RankFailed(RuntimeError):
-    """A rank that is not this one has failed, and its failure explains this one's."""
+    """Another rank has failed, which caused the error of this one."""
 
 
 class Rendezvous:
-    """A store by which the leader sends the job to its workers, and a worker its error to the
-    leader.
+    """A key-value store through which the leader sends the job to its workers, and a worker its
+    error to the leader.
 
-    Over the network and not through files: a file that one node writes may be seen on another one a
-    minute later. What is sent is pickled, as torch.distributed does it, among a user's own tasks.
+    It uses the network, since a file of one node may appear on another one a minute later. The job
+    is pickled, as torch.distributed does it, among tasks of the same user.
 
-    Raises: torch's DistStoreError where a worker cannot reach the leader within ten minutes.
+    Raises: torch's DistStoreError if a worker cannot reach the leader within ten minutes.
     """
 
     def __init__(self, step: Step) -> None:
@@ -83,23 +83,23 @@ class Rendezvous:
         )
 
     def send(self, job: Any) -> None:
-        """Of the leader: the job of all; None releases the workers. Only the first call counts."""
+        """Leader: send the job; None releases the workers. Only the first call has an effect."""
         if not self._store.check([_JOB]):
             self._store.set(_JOB, pickle.dumps(job).hex())
 
     def receive(self) -> Any:
-        """Of a worker: wait for the job, however long the leader prepares its data."""
+        """Worker: wait for the job, without a time limit, since the leader may prepare data."""
         while not self._store.check([_JOB]):
-            time.sleep(_LOOK)  # where a signal is noticed, as it would not be inside of torch
+            time.sleep(_LOOK)  # signals are handled here; inside torch they would not be
         return pickle.loads(bytes.fromhex(self._store.get(_JOB).decode()))
 
     def fail(self, text: str, trace: str) -> None:
-        """Of a worker: give the leader the reason why its collectives break."""
+        """Worker: send the leader the error that breaks its collectives."""
         self._store.set(_ERROR, json.dumps([text, trace]))
         self._wait(lambda: self._store.check([_NOTED]), _LEAVE)
 
     def failure(self) -> tuple[str, str] | None:
-        """Of the leader: the error of a worker and its traceback, if one has failed."""
+        """Leader: the error and traceback of a worker, if one has failed."""
         if not self._wait(lambda: self._store.check([_ERROR]), 10 * _LOOK):
             return None
         self._store.set(_NOTED, "")
@@ -107,8 +107,8 @@ class Rendezvous:
         return text, trace
 
     def leave(self) -> None:
-        """The leader ends last: `srun --kill-on-bad-exit` ends the others when one fails, and they
-        have results to write; and the store is the leader's.
+        """Make the leader end last: it owns the store, and `srun --kill-on-bad-exit` would end the
+        others when it fails, before they have written their results.
         """
         if self.step.rank > 0:
             self._store.add(_GONE, 1)
@@ -129,13 +129,13 @@ class Rendezvous:
 
 @cache
 def rendezvous() -> Rendezvous | None:
-    """That of the step, one per process; None outside of a step of several tasks."""
+    """The rendezvous of the step, one per process; None outside a step of several tasks."""
     step = current_step()
     return None if step is None else Rendezvous(step)
 
 
 def release_workers() -> None:
-    """Of the leader, at its end: release the workers that still wait for a job."""
+    """Leader, at its end: release the workers that still wait for a job."""
     if (found := rendezvous()) is not None and found.step.rank == 0:
         found.send(None)
 
@@ -147,7 +147,7 @@ def is_worker() -> bool:
 
 
 def preemption_signal() -> signal.Signals:
-    """What submitit listens to: the announcement that a job's time is nearly up."""
+    """The signal that submitit handles: a job is about to reach its time limit."""
     return signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
 
 
@@ -160,20 +160,20 @@ _status = 0
 
 
 def end_with(status: int) -> None:
-    """Let this process, if it belongs to a cluster's job, end with `status`, whatever comes.
+    """Make this process end with `status` if it belongs to a cluster's job.
 
-    submitit takes an exception that its job has handled for a success, and a job that writes its
-    result and then fails is what is wanted: the sweep continues, and Slurm says FAILED.
+    submitit counts a job that handles its exception as a success. Ending with a status after the
+    result is written lets the sweep continue, and Slurm reports FAILED.
     """
     global _status
     _status = status
     if in_submitit() or current_step() is not None:
         atexit.unregister(_leave)
-        atexit.register(_leave)  # of the handlers the first to be called
+        atexit.register(_leave)  # registered last, so called first
 
 
 def _leave() -> None:
-    """Like `launch.leave`: the interpreter is not taken apart around the threads of gloo."""
+    """Like `launch.leave`: the interpreter does not shut down while threads of gloo run."""
     sys.stdout.flush()
     sys.stderr.flush()
     if current_step() is not None and rendezvous.cache_info().currsize:
@@ -184,9 +184,9 @@ def _leave() -> None:
 
 
 def requeue() -> None:
-    """Hand the signal on to submitit, whose handler is back in its place: it puts the job into the
-    queue again and ends the process, or returns in a rank that is not the first.
+    """Raise the signal again for submitit's handler, which is restored by now: it requeues the job
+    and ends the process, or returns in a rank that is not the first.
 
-    Raises: submitit's UncompletedJobError where it does not (max_num_timeout).
+    Raises: submitit's UncompletedJobError if it does not requeue (max_num_timeout).
     """
     signal.raise_signal(preemption_signal())

@@ -1,4 +1,4 @@
-"""A failed training step once more (mode=replay), as it was or with other settings."""
+"""Replays a failed training step (mode=replay), unchanged or with other settings."""
 
 import warnings
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from fastdeq.training import (
 
 @dataclass(frozen=True, kw_only=True)
 class Replayed:
-    """What came of it. gradients: of the parameters by name, the mean over the processes."""
+    """The result. gradients: of the parameters by name, means over the processes."""
 
     diagnosis: Diagnosis
     gradients: dict[str, Tensor]
@@ -42,12 +42,12 @@ class Replayed:
 
 
 def replay(cfg: DictConfig) -> Replayed:
-    """Make the step of a failure.ckpt again, forward and backward, and print how it goes: with the
-    weights, the batch and the random numbers that it had, on one device, and the settings of `cfg`.
-    Makes no run folder, and needs no data set. What several processes did is done one by one.
+    """Repeat the step of a failure.ckpt, forward and backward, and print the result. The step has
+    the same weights, batch and random state, and the settings of `cfg`. It runs on one device,
+    makes no run folder and needs no data set; parts of several processes are computed in turn.
 
     Raises: ValueError, TypeError, FileNotFoundError or Hydra's InstantiationException for settings
-    or a file that cannot be used.
+        or a file that cannot be used.
     """
     path = _path(check_values(cfg))
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
@@ -102,9 +102,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _again(
     task: AbstractTask, failure: dict[str, Any]
 ) -> tuple[Diagnosis, dict[str, Tensor], Trace | None]:
-    """Each process's part in turn; their gradients are averaged, as DistributedDataParallel does.
-
-    Every part starts from the same weights and buffers: those of the first process.
+    """Compute each process's part in turn, and average the gradients as DistributedDataParallel
+    does. Every part starts from the weights and buffers of the first process.
     """
     before = {name: buffer.clone() for name, buffer in task.named_buffers()}
     share = 1 / len(failure["ranks"])
@@ -130,7 +129,7 @@ def _again(
 def _part_of_step(
     task: AbstractTask, part: dict[str, Any], failure: dict[str, Any]
 ) -> tuple[Tensor, list[Solution]]:
-    """One process's batches, whose gradients are accumulated; what `measure` says of them all."""
+    """Accumulate the gradients of one process's batches; return their joint measures."""
     found = [_batch(task, each, part["device"] or 0, failure) for each in _batches_of(part)]
     return joined([row for row, _ in found]), [solution for _, solution in found]
 
@@ -142,11 +141,11 @@ def _batches_of(part: dict[str, Any]) -> list[dict[str, Any]]:
 def _batch(
     task: AbstractTask, kept: dict[str, Any], device: int, failure: dict[str, Any]
 ) -> tuple[Tensor, Solution]:
-    """Forward and backward; what `measure` says."""
+    """Compute forward and backward; return the measures and the solution."""
     x, targets, weight = kept["batch"]
     batch = (x.to(task.device), targets.to(task.device), weight)
     random = dict(kept["random"])
-    # The process had a device of its own; here there is one, or none.
+    # The process had its own device; here there is one, or none.
     random["cuda"] = random["cuda"][device : device + 1] if torch.cuda.is_available() else []
     set_random_state(random)
     loss, solution, _ = task.evaluate(
@@ -158,7 +157,9 @@ def _batch(
 
 
 def _joined(solutions: Sequence[Solution]) -> tuple[Trace | None, Tensor]:
-    """The parts' histories side by side, the shorter ones held at their end; their statuses."""
+    """The histories of all parts side by side, shorter ones padded with their last value; and the
+    statuses.
+    """
     status = torch.cat([solution.status for solution in solutions])
     traces = [solution.trace for solution in solutions]
     known = [trace.residuals.detach() for trace in traces if trace is not None]
@@ -209,7 +210,7 @@ def _numbers(diagnosis: Diagnosis) -> str:
 
 
 def _history(trace: Trace) -> str:
-    """Median over the samples, at the start, at quarters of the steps and at the end."""
+    """Median residuals over the samples, at the start, at quarters of the steps and at the end."""
     last = len(trace.residuals) - 1
     places = sorted({last * quarter // 4 for quarter in range(5)})
     medians = [f"{float(trace.residuals[place].median()):.1e}" for place in places]

@@ -40,19 +40,19 @@ from fastdeq.runs.status import created, recorded
 
 
 def run(cfg: DictConfig) -> Path:
-    """Check, train and test what `cfg` describes; the run's folder.
+    """Check, train and test the run that `cfg` describes; return its folder.
 
     The folder, <paths.outputs>/<name>/<date and time>, holds the resolved configuration
     (config.yaml), the overrides it came from (overrides.json), the metrics of every epoch
     (metrics.csv), the states of the last epoch and of the best validation (last.ckpt, best.ckpt),
     what was printed (train.log), and summary.json: the final metrics and their provenance.
 
-    The run of a folder that is given (paths.run) and exists is resumed, from its last saved state
-    to its end; nothing happens where it is done.
+    If the folder is given (paths.run) and exists, its run is resumed from its last saved state. A
+    finished run is left unchanged.
 
     Raises, before anything is written: ValueError, TypeError, OSError or Hydra's
     InstantiationException for settings, data or a checkpoint that cannot be used; FileExistsError
-    for a folder with another run, BlockingIOError for one that another process works in. Later:
+    for a folder with another run; BlockingIOError for a folder that another process uses. Later:
     Interrupted.
     """
     started = _started()
@@ -92,9 +92,9 @@ def run(cfg: DictConfig) -> Path:
 class Checked:
     """A configuration that can be run.
 
-    config: resolved, plain containers. ranks: processes that train, of all nodes. checkpoint:
-    weights to begin with. identity: shared by the runs that are the same. choices: of the groups.
-    reference: the published row of this run.
+    config: resolved, plain containers. ranks: number of training processes on all nodes.
+    checkpoint: initial weights. identity: a hash of the settings that the results depend on.
+    choices: of the groups. reference: the published row of this run.
     """
 
     config: dict[str, Any]
@@ -107,14 +107,14 @@ class Checked:
 
     @property
     def folder_in_sweep(self) -> Path:
-        """Where a sweep that is started again finds this run."""
+        """The folder in which a restarted sweep finds this run."""
         return Path(self.config["paths"]["outputs"]) / self.settings.name / self.identity
 
 
 def check(cfg: DictConfig, *, for_submission: bool = False) -> Checked:
-    """Check the values, and build everything once, which leaves nothing behind but prepared data.
+    """Check the values, and build everything once, which writes nothing but prepared data.
 
-    for_submission: it will run on other machines, whose devices this one may lack.
+    for_submission: the run is for other machines, which may have other devices.
 
     Raises: as `run` does before anything is written.
     """
@@ -125,7 +125,7 @@ def check(cfg: DictConfig, *, for_submission: bool = False) -> Checked:
     ranks = count_ranks(config["trainer"], for_submission=for_submission)
     checkpoint, choices = _checkpoint(settings), _choices()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is built again for the run warns again
+        warnings.simplefilter("ignore")  # the run builds everything again and repeats the warnings
         _check_parts(cfg, None if for_submission else config, ranks, checkpoint)
     return Checked(
         config=config,
@@ -149,8 +149,8 @@ def _folder(
     """A new folder, or with `resumes` the chosen one as it is."""
     if chosen is not None and resumes:
         if not chosen.exists():
-            # Made aside and renamed: of several processes that come at the same moment one makes
-            # it, and the others find it whole.
+            # Made under another name and renamed: if several processes do this at the same time,
+            # one of them makes the folder, and the others find it complete.
             place = chosen.with_name(f".{chosen.name}.{os.getpid()}")
             aside = make_folder(chosen.parent, settings.name, place)
             _describe(aside, config, identity)
@@ -172,7 +172,7 @@ def _describe(folder: Path, config: dict[str, Any], identity: str) -> None:
 
 
 def read_score(folder: Path) -> float:
-    """What a sweeper may optimize: the test accuracy, or the test loss of a regression."""
+    """The score that a sweeper optimizes: test accuracy, or test loss of a regression."""
     return float(read_summary(folder)["score"]["value"])
 
 
@@ -187,9 +187,9 @@ def _checkpoint(settings: RunSettings) -> Path | None:
 def _check_parts(
     cfg: DictConfig, config: dict[str, Any] | None, ranks: int, checkpoint: Path | None
 ) -> None:
-    """Build everything once, so that what cannot be built is known before a folder is made.
+    """Build everything once, so that errors are raised before a folder is made.
 
-    config: what a trainer is built from; None: none, for want of its devices.
+    config: for building a trainer; None builds none, since its devices may be missing here.
     """
     parts = copy.deepcopy(cfg)  # Hydra resolves it; the original keeps its interpolations
     cfg = link(cfg)
@@ -232,8 +232,8 @@ def _check_parts(
 
 
 def _check_skip_loss(cfg: DictConfig, model: DEQChain) -> None:
-    """Raises: ValueError for a skip loss that is typed for a model without a prediction. Those of
-    experiments, sweeps and earlier runs are meant for the models that have one.
+    """Raises: ValueError for a typed skip loss if the model does not predict z₀. Skip losses of
+    experiments, sweeps and earlier runs have no effect on such models.
     """
     hydra = HydraConfig.get()
     typed = any(word.lstrip("+").startswith("loss.skip=") for word in hydra.overrides.task)
@@ -251,16 +251,14 @@ def _choices() -> dict[str, str]:
 
 
 def _command() -> str:
-    """The command of this run alone: of a job in a sweep its own, whatever has started the process
-    that it is in.
-    """
+    """The command of this run; for a job of a sweep the command that runs this job alone."""
     hydra = HydraConfig.get()
     words = hydra.overrides.task if hydra.mode == RunMode.MULTIRUN else sys.argv[1:]
     return f"{typed('train')} {shlex.join(words)}".rstrip()
 
 
 def _started() -> float:
-    """When the command began, by `time.time`: with the process, or with this job of a sweep."""
+    """`time.time` at the start of the command: of the process, or of this job of a sweep."""
     if HydraConfig.get().mode == RunMode.MULTIRUN or not Path("/proc/self/stat").exists():
         return time.time()
     ticks = float(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19])

@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop. Imports nothing heavy: a signal may come at once."""
+"""The signals that request a stop. Imports nothing heavy, since a signal may come at once."""
 
 import os
 import signal
@@ -8,20 +8,21 @@ from contextlib import contextmanager
 from types import FrameType
 
 REPEATED = (signal.SIGHUP, signal.SIGXCPU)
-"""Of a terminal or connection that is closed: kernel and shell both send it (Lightning issue 1455).
-Of a limit of CPU seconds (`ulimit -S -t`): again every second, until the hard limit kills.
+"""Signals that come more than once. SIGHUP: a terminal or connection closes, and kernel and shell
+both send it (Lightning issue 1455). SIGXCPU: a limit of CPU seconds (`ulimit -S -t`) is reached; it
+comes every second until the hard limit kills the process.
 """
 
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, *REPEATED)
-"""Of a cluster or a container, of a person's Ctrl-C, of batch systems and submitit when time is
-nearly up, and the two above. SIGQUIT (Ctrl-\\) still ends a run at once.
+"""Stop requests: of a cluster or container, Ctrl-C, of batch systems and submitit before the time
+limit, and the two above. SIGQUIT (Ctrl-\\) still ends a run at once.
 """
 
 _received: list[int] = []
 
 
 def received() -> str | None:
-    """The name of the signal that asked this process to stop, or None."""
+    """The name of the signal that requested a stop, or None."""
     return signal.Signals(_received[0]).name if _received else None
 
 
@@ -29,11 +30,11 @@ def received() -> str | None:
 def listening(
     signals: Sequence[signal.Signals] = ASKED, *, patient: bool = False
 ) -> Iterator[None]:
-    """Note the first of these signals, for the run to stop after its step; at a second one, end at
-    once by that signal's own effect. Those of `REPEATED` never count as a second one. Signals that
-    are ignored (`nohup`) stay ignored. Outside the main thread nothing is changed.
+    """Record the first of these signals, so that the run stops after its step; a second one has its
+    default effect and ends the process at once. Those of `REPEATED` never count as a second one.
+    Ignored signals (`nohup`) stay ignored. Outside the main thread nothing changes.
 
-    patient: no signal ends this process at once; for one whose parent does that.
+    patient: no signal ends this process at once; for a process that its parent ends.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -43,7 +44,7 @@ def listening(
         for number in signals
         if signal.getsignal(number) != signal.SIG_IGN
     }
-    # Those that have come since the process was started wait until now (fastdeq.cli).
+    # Signals since the start of the process have been blocked until now (fastdeq.cli).
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     try:
         yield
@@ -53,7 +54,7 @@ def listening(
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    """Set a flag and do nothing else: a handler may interrupt anything, a write to a file too."""
+    """Only set a flag: a handler may interrupt anything, such as a write to a file."""
     _received.append(number)
 
 

@@ -8,10 +8,10 @@ from typing import Any, get_overloads, get_type_hints
 
 @dataclass(frozen=True)
 class Signature:
-    """The arguments of a constructor or function: names, those without a default, annotations.
+    """The arguments of a constructor or function: names, names without a default, annotations.
 
-    others: whether any further keyword is taken; other: the annotation of those. rest: that of
-    further positional arguments.
+    others: whether other keywords are accepted. other: their annotation.
+    rest: the annotation of further positional arguments.
     """
 
     names: tuple[str, ...]
@@ -28,8 +28,8 @@ class Signature:
 
 @functools.cache
 def signature_of(target: Any) -> Signature:
-    """What can be known of a callable; one without a signature takes everything."""
-    if is_plain_dataclass(target):  # whose __init__ may be one that checks, and takes anything
+    """The signature of a callable; one without a signature accepts everything."""
+    if is_plain_dataclass(target):  # its __init__ may be a checking one that accepts anything
         own = [field for field in fields(target) if field.init]
         needed = (f.name for f in own if f.default is MISSING and f.default_factory is MISSING)
         names = tuple(field.name for field in own)
@@ -52,7 +52,7 @@ def signature_of(target: Any) -> Signature:
 
 
 def is_plain_dataclass(target: Any) -> bool:
-    """Whether the fields of a dataclass are its arguments: not where a subclass adds `__init__`."""
+    """Whether the fields of a dataclass are its arguments: not if a subclass adds `__init__`."""
     if not inspect.isclass(target):
         return False
     owner = next(parent for parent in target.__mro__ if "__init__" in vars(parent))
@@ -60,7 +60,7 @@ def is_plain_dataclass(target: Any) -> bool:
 
 
 def _hints_of_class(cls: type) -> dict[str, Any]:
-    """Of its __init__, and while that hands on what it does not know, of those of its parents."""
+    """The hints of `__init__`, and as long as it passes on keywords, those of its parents."""
     hints: dict[str, Any] = {}
     for parent in cls.__mro__:
         if "__init__" in vars(parent):
@@ -73,7 +73,7 @@ def _hints_of_class(cls: type) -> dict[str, Any]:
 
 
 def _hints(target: Any) -> dict[str, Any]:
-    """Of a function without any, those of its first overload."""
+    """The hints of a function; without any, those of its first overload."""
     try:
         hints = get_type_hints(target)
         return hints or next(map(get_type_hints, get_overloads(target)), {})

@@ -1,4 +1,4 @@
-"""What is checked before a job waits in a queue for hours, only to fail at its start."""
+"""Checks before a job is submitted, so that it does not fail after hours in the queue."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ def to_submit(launcher: DictConfig) -> dict[str, Any] | None:
 
 
 def check_tasks(launcher: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-    """Raises: ValueError where Slurm would not start one task for each device."""
+    """Raises: ValueError if Slurm would not start one task per device."""
     devices, nodes = trainer["devices"], trainer["num_nodes"]
     count = len(devices) if isinstance(devices, list) else devices
     for name, value, key, wanted in (
@@ -41,7 +41,7 @@ def check_tasks(launcher: Mapping[str, Any], trainer: Mapping[str, Any]) -> None
 
 def check_queue(launcher: Mapping[str, Any]) -> None:
     """Raises: ValueError for a time that is missing or too short, or an unknown partition; OSError
-    where the commands of Slurm do not answer.
+    if the commands of Slurm fail.
     """
     limit, delay = launcher["timeout_min"], launcher["signal_delay_s"]
     if limit < 1:

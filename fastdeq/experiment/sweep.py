@@ -1,4 +1,4 @@
-"""Around the jobs of a sweep: a check before the first, a record of each, a table after."""
+"""Sweeps: a check before the first job, a record of each job, and a table at the end."""
 
 import sys
 import warnings
@@ -28,9 +28,9 @@ RESUMABLE = 75
 
 
 def record_job(folder: Path | None, error: str | None, *, interrupted: bool = False) -> None:
-    """Write <sweep>/jobs/<number>.json: the job's overrides, run folder, and what went wrong.
+    """Write <sweep>/jobs/<number>.json: the job's overrides, run folder and error.
 
-    interrupted: nothing did, but the job has stopped before its end and can resume.
+    interrupted: the job did not fail, but stopped before its end and can resume.
     """
     hydra = HydraConfig.get()
     path = job_record(Path(hydra.sweep.dir), hydra.job.num)
@@ -48,7 +48,7 @@ def record_job(folder: Path | None, error: str | None, *, interrupted: bool = Fa
 
 
 def failed_job() -> int | None:
-    """The first job of this sweep that has failed up to now, by its number."""
+    """The number of the first failed job of this sweep; None if none has failed."""
     for number, record in job_records(Path(HydraConfig.get().sweep.dir)):
         if record["error"] is not None and not record["interrupted"]:
             return number
@@ -59,7 +59,7 @@ class Sweep(Callback):
     """Hydra's callback around a sweep (conf/train.yaml: hydra.callbacks)."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Compose with every value that the sweep names, once, before anything is written."""
+        """Compose once with every value of the sweep, before anything is written."""
         if current_step() is not None:
             raise ConfigError(
                 ValueError(
@@ -85,7 +85,7 @@ class Sweep(Callback):
             _or_config_error(check_queue, launcher)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print and write the table; leave with status 1 if a job failed, 75 if one can resume."""
+        """Print and write the table; exit with status 1 if a job failed, 75 if one can resume."""
         folder = Path(config.hydra.sweep.dir)
         jobs = read_jobs(folder)
         if not jobs:
@@ -117,7 +117,7 @@ class Sweep(Callback):
 
 
 class ConfigError(BaseException):
-    """A sweep that cannot start. No Exception: Hydra turns those of a callback into warnings."""
+    """A sweep that cannot start. Not an Exception: Hydra turns those of callbacks into warnings."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__(str(cause))
@@ -133,8 +133,8 @@ def _or_config_error(function: Callable[..., T], *arguments: Any, **options: Any
 
 
 def quiet_hydra() -> None:
-    """Without the warning that files in conf/hydra/launcher have the names of the plugins' choices:
-    they bring other defaults, and the types of the plugins' are to hold for them.
+    """Suppress the warning that files in conf/hydra/launcher have the names of plugins' choices.
+    They set other defaults, and are meant to be validated against the plugins' types.
     """
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against")
 
@@ -152,12 +152,12 @@ _PLUGINS = {
     "hydra_plugins.hydra_submitit_launcher": "hydra-submitit-launcher",
     "hydra_plugins.hydra_optuna_sweeper": "hydra-optuna-sweeper",
 }
-"""Launchers and sweepers that are not part of Hydra, by the packages that bring them."""
+"""Plugins of Hydra, and the packages that contain them."""
 
 
 def _alternatives(override: Override) -> list[str]:
-    """The override once for each value that it sweeps over."""
-    if override.is_interval_sweep():  # that a sweeper searches: its ends
+    """One override for each value of the sweep."""
+    if override.is_interval_sweep():  # searched by a sweeper: the ends of the interval
         interval = override.value()
         assert isinstance(interval, IntervalSweep)
         return [f"{override.get_key_element()}={end}" for end in (interval.start, interval.end)]

@@ -10,7 +10,7 @@ from fastdeq.experiment.choices import CONF
 from fastdeq.experiment.command import command_line, job
 
 
-# An absolute path: the processes of launchers (joblib, submitit) get it with the job.
+# An absolute path, since processes of launchers (joblib, submitit) get it with the job.
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def run(cfg: DictConfig) -> float:
     """Run one experiment; returns its test score (for sweepers)."""
@@ -18,7 +18,7 @@ def run(cfg: DictConfig) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compose and run what the arguments say; ends the process itself where that fails."""
+    """Compose and run the configuration of the arguments; ends the process after an error."""
     sys.argv[1:] = arguments
     command_line(run)
     return 0
