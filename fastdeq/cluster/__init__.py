@@ -1,1 +1,1 @@
-"""The jobs of a sweep in Slurm's queue: submitted, looked at, cancelled, collected."""
+"""The jobs of a sweep in Slurm's queue: submit, inspect, cancel, collect."""

@@ -19,10 +19,10 @@ from fastdeq.report.markdown import aligned
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; returns the exit status: 0, 1 for an error, 2 for the usage, and 75 where
-    jobs are not done that are asked for.
+    """Run the command; returns the exit status: 0, 1 for an error, 2 for the usage, and 75 if
+    requested jobs are not done yet.
     """
-    # A sweep is typed for `fastdeq train` with a flag that says here what is clear.
+    # `fastdeq train` needs this flag for a sweep; here it has no effect.
     words = [word for word in arguments if word not in ("-m", "--multirun")]
     return exit_status(lambda: _run(parser().parse_args(words)), Exception, explain=_explain)
 
@@ -80,12 +80,12 @@ def parser() -> Parser:
 
 
 def _sweep(given: Namespace) -> Path:
-    """Raises: FileNotFoundError where there is none."""
+    """Raises: FileNotFoundError if there is none."""
     return newest(Path("outputs")) if given.sweep is None else Path(given.sweep)
 
 
 def _job(sweep: Path, number: int) -> Submitted:
-    """Raises: OSError or ValueError where it is not known."""
+    """Raises: OSError or ValueError for an unknown job."""
     jobs = read_submission(sweep)
     if not 0 <= number < len(jobs):
         raise ValueError(f"there is no job {number}: {sweep} has 0 to {len(jobs) - 1}")
@@ -175,7 +175,7 @@ ACTIONS: dict[str, Callable[[Namespace], int]] = {
     "cancel": _cancel,
     "collect": _collect,
 }
-"""What the command does, by its action."""
+"""The functions of the actions."""
 
 
 def _varied(jobs: Sequence[Submitted]) -> list[str]:

@@ -1,8 +1,8 @@
-"""``python patient.py ARGUMENTS`` is ``python ARGUMENTS``, and lets SIGUSR1 and SIGUSR2 wait.
+"""``python patient.py ARGUMENTS`` is ``python ARGUMENTS`` with SIGUSR1 and SIGUSR2 blocked.
 
-A job may be preempted in its first second. The signal would end Python, which takes some seconds
-to load torch and has nobody to listen before; so it waits, through the exec, until the run listens
-(`fastdeq.experiment.signals`). To be started as a file: as a module it would load torch first.
+A job may be preempted in its first second, and the signal would end Python while it still loads
+torch. The signals stay blocked through the exec, until the run handles them
+(`fastdeq.experiment.signals`). Must be started as a file: as a module it would load torch first.
 """
 
 import os

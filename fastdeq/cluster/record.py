@@ -1,4 +1,4 @@
-"""What has been submitted, and what has become of it: submission.json and the run folders."""
+"""The submitted jobs of a sweep and their states: submission.json, Slurm and the run folders."""
 
 import json
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from fastdeq.runs.folder import SUBMISSION
 from fastdeq.runs.status import read_status
 
 OPEN = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING", "SUSPENDED", "PREEMPTED")
-"""States of Slurm after which something may still come."""
+"""States of Slurm in which a job has not ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """One job: its number in the sweep, its name for Slurm (12_0), its overrides and its folders.
+    """One job: its number in the sweep, its name in Slurm (12_0), its overrides and its paths.
 
-    run: of the run, which is made when it starts. log: what its first rank prints.
+    run: the run folder, which is made when the job starts. log: the output of its first rank.
     """
 
     number: int
@@ -29,7 +29,7 @@ class Submitted:
 
     @property
     def status(self) -> str | None:
-        """What the run says of itself; None before it starts."""
+        """The status of the run; None before it starts."""
         status: str | None = read_status(self.run).get("status")
         return status
 
@@ -74,7 +74,7 @@ def read_submission(sweep: Path) -> list[Submitted]:
 def newest(outputs: Path) -> Path:
     """The sweep that was submitted last.
 
-    Raises: FileNotFoundError where there is none.
+    Raises: FileNotFoundError if there is none.
     """
     found = sorted(outputs.glob(f"multirun/*/{SUBMISSION}"))
     if not found:
@@ -85,11 +85,11 @@ def newest(outputs: Path) -> Path:
 
 
 def slurm_states(jobs: list[Submitted]) -> dict[int, str]:
-    """What Slurm says of each job, by its number; UNKNOWN for one that it has forgotten."""
+    """The state of each job in Slurm, by its number; UNKNOWN if Slurm no longer has it."""
     watcher = SlurmInfoWatcher(delay_s=1)
     for job in jobs:
         watcher.register_job(job.slurm)
     watcher.update()
-    # CANCELLED comes with the number of who has done it.
+    # CANCELLED is followed by the id of the user who cancelled.
     states = {job.number: watcher.get_state(job.slurm, mode="cache") for job in jobs}
     return {number: state.split()[0] for number, state in states.items()}

@@ -1,4 +1,4 @@
-"""A sweep put into the queue as one array of jobs, after all of it has been checked."""
+"""Submits a sweep as one array of jobs, after all jobs have been checked."""
 
 import os
 import shlex
@@ -17,10 +17,10 @@ from fastdeq.experiment.submission import check_queue, check_tasks
 
 
 def submit(arguments: Sequence[str]) -> tuple[Path, list[Submitted]]:
-    """Check, and submit: the sweep's folder, and its jobs.
+    """Check and submit all jobs; return the sweep's folder and its jobs.
 
-    Raises, before anything is submitted: ValueError, TypeError, OSError or Hydra's errors, that of
-    a job with its number.
+    Raises, before anything is submitted: ValueError, TypeError, OSError or Hydra's errors; the
+    error of a job has a note with its number.
     """
     grid = read_grid(arguments)
     check_queue(grid.launcher)
@@ -45,7 +45,7 @@ def submit(arguments: Sequence[str]) -> tuple[Path, list[Submitted]]:
 
 @dataclass(frozen=True)
 class _Job(Checkpointable):
-    """What submitit carries to the nodes, and puts into the queue again as it is."""
+    """The callable that submitit sends to the nodes, and requeues unchanged."""
 
     grid: Grid
     number: int
@@ -55,7 +55,7 @@ class _Job(Checkpointable):
 
 
 def _check(grid: Grid, number: int) -> Path:
-    """The run's folder; an error says which job has it."""
+    """Check a job; return its run folder. An error gets a note that names the job."""
     try:
         checked = check_job(grid, number)
         check_tasks(grid.launcher, checked.config["trainer"])
@@ -67,7 +67,7 @@ def _check(grid: Grid, number: int) -> Path:
 
 
 def _make_folder(folder: Path) -> None:
-    """Raises: OSError where it cannot be written to."""
+    """Raises: OSError if the folder cannot be made or written to."""
     try:
         folder.mkdir(parents=True)
     except OSError as error:
@@ -79,7 +79,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _executor(launcher: dict[str, Any]) -> submitit.AutoExecutor:
-    """As Hydra's launcher makes it, from the same settings."""
+    """The same executor as that of Hydra's launcher, from the same settings."""
     own = {"_target_", "submitit_folder", "max_num_timeout"}
     executor = submitit.AutoExecutor(
         cluster="slurm",
@@ -101,4 +101,4 @@ _COMMON = (
     *("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes"),
     *("name", "stderr_to_stdout"),
 )
-"""What submitit calls the same for every kind of cluster."""
+"""Parameters whose names do not depend on the kind of cluster."""

@@ -1,6 +1,4 @@
-"""The columns that every run prints: those of the first release, for training, evaluation and
-the explicit prediction.
-"""
+"""The columns that a run prints for training, evaluation and the explicit prediction."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +18,7 @@ class Column:
     factor: float = 1.0
 
     def cell(self, metrics: Metrics) -> str:
-        """The metric as text, right-aligned; blank where there is none."""
+        """The metric as text, right-aligned; blank if it is missing."""
         value = metrics.get(self.metric)
         if value is None:
             return " " * self.width
@@ -51,11 +49,11 @@ def groups(
     loss: str = "{:.4f}",
     residual: bool = False,
 ) -> tuple[Group, ...]:
-    """NFE, accuracy, loss and milliseconds per batch: of training, evaluation, explicit prediction.
+    """NFE, accuracy, loss and milliseconds per batch of training, evaluation, explicit prediction.
 
-    evaluated: the stage whose metrics stand in the second group ("val" or "test"), under `title`.
+    evaluated: the stage of the second group ("val" or "test"). title: of that group.
     accuracy: whether the task has one. explicit: whether the model predicts without a solve.
-    residual: whether training shows it too (relative, of the solver).
+    residual: whether training also shows the relative residual of the solver.
     """
     shown = (Column("train/residual", "residual", "{:.0e}", 9),) if residual else ()
     made = [
@@ -79,7 +77,7 @@ def _columns(prefix: str, *, accuracy: bool, loss: str) -> tuple[Column, ...]:
 
 
 def heading(table: tuple[Group, ...], first: str) -> str:
-    """Two lines: the groups' titles and the columns' headings; `first` heads the rows' names."""
+    """Two lines: titles of groups and headings of columns. first: the heading of the row names."""
     titles = "".join(f"  {group.title + ' ':─<{group.width}}" for group in table)
     names = "".join(
         "  " + "".join(f"{column.heading:>{column.width}}" for column in group.columns)

@@ -16,7 +16,7 @@ SUFFIXES = {".md": "markdown", ".csv": "csv", ".json": "json"}
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line asks for; out: None prints."""
+    """The parsed command line. out: None prints the table."""
 
     paths: tuple[Path, ...]
     form: str
@@ -41,7 +41,7 @@ def _print_or_write(request: Request) -> int:
 
 
 def parser() -> Parser:
-    """What `fastdeq report` takes."""
+    """The parser of `fastdeq report`."""
     command = typed("report")
     made = Parser(
         prog=command,
@@ -73,17 +73,16 @@ def parser() -> Parser:
 
 
 def parse(arguments: Sequence[str]) -> Request:
-    """Return what is asked for; raises UsageError."""
+    """Parse the arguments; raises UsageError."""
     given = parser().parse_args(arguments)
     form, out = _form(given.format, given.out)
     return Request(tuple(given.paths), form, out)
 
 
 def report(request: Request) -> tuple[str, list[str]]:
-    """The text that is asked for, and the notes that it has no place for.
+    """The text of the table, and the notes that its format cannot hold.
 
-    Raises: OSError or ValueError for paths that lead to no finished run, and files that cannot be
-    read.
+    Raises: OSError or ValueError for paths without a finished run, and files that cannot be read.
     """
     found = find_runs(request.paths)
     if not found.runs:

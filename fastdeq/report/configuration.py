@@ -1,4 +1,4 @@
-"""How the configurations of runs differ: labels for columns, settings for the rest."""
+"""The labels of runs, and the settings in which runs with the same label differ."""
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
@@ -15,7 +15,7 @@ MODELS = {
     "Explicit": ("explicit",),
     "Residual": ("residual",),
 }
-"""Published names, in the published order, and the choices of conf/model that they stand for."""
+"""Published names in the published order, and their choices of conf/model."""
 
 CONTINUOUS = ("bs3", "tsit5", "vcab3")
 """Choices of conf/solver that integrate to the steady state."""
@@ -25,7 +25,7 @@ NONE = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """The columns that name a row; continuous is None where nothing is solved."""
+    """The columns that name a row; continuous is None if nothing is solved."""
 
     experiment: str
     model: str
@@ -34,7 +34,7 @@ class Label:
     jacobian: bool
 
     def order(self) -> tuple[Hashable, ...]:
-        """As published: by model, discrete first, then without regularization."""
+        """The published order: by model, discrete first, then without regularization."""
         names = list(MODELS)
         place = names.index(self.model) if self.model in names else len(names)
         return self.experiment, place, self.model, bool(self.continuous), self.jacobian, self.solver
@@ -59,7 +59,7 @@ def label(run: Run) -> Label:
 
 
 def _experiment(run: Run) -> str:
-    """The choice, or without one what stands before the model in the run's name."""
+    """The choice of the experiment, or without one the part of the run's name before the model."""
     chosen = run.choices.get("experiment", "None")
     name = str(run.summary.get("name", ""))
     return chosen if chosen != "None" else name.rpartition("/")[0] or name
@@ -70,11 +70,11 @@ def _number(value: Leaf) -> float:
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """For each of some runs with the same label, the settings that the others have not: key=value,
-    separated by blanks; no two are equal where the identities are not.
+    """For each of some runs with the same label, the settings in which they differ, as key=value
+    separated by blanks. Runs of different identity get different texts.
 
-    A setting that is made of another one (by interpolation, or by the choice of a group) is not
-    named again.
+    A setting that follows from another one (an interpolation, or the choice of a group) is not
+    listed again.
     """
     values = [without_seeds(run.identity) for run in runs]
     keys = {key for settings in values for key in settings}
@@ -100,10 +100,10 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 _ORDER = ("data", "sizes", "loss", "arch", "solver", "adjoint")
-_LAST = ("model", "task", "name")  # made of the others
+_LAST = ("model", "task", "name")  # these follow from the others
 
 _FROM = {"sizes": "data"}
-"""Nodes that the choice of another group brings."""
+"""Nodes that the choice of another group sets."""
 
 
 def _node(key: str) -> str:
@@ -111,7 +111,7 @@ def _node(key: str) -> str:
 
 
 def _rank(key: str) -> tuple[int, int, str]:
-    """Where a key comes in the settings: what others are made of first, outer keys first."""
+    """The place of a key in the settings: keys that others follow from first, outer keys first."""
     node = _node(key)
     if node in _LAST:
         return len(_ORDER) + 1 + _LAST.index(node), key.count("."), key
@@ -125,12 +125,12 @@ def _is_copy(key: str, column: tuple[Leaf, ...], earlier: Mapping[str, tuple[Lea
 
 
 def _determines(one: Sequence[Hashable], other: Sequence[Hashable]) -> bool:
-    """Whether rows that agree in the one agree in the other."""
+    """Whether rows with equal entries in `one` have equal entries in `other`."""
     return len(set(zip(one, other, strict=True))) == len(set(one)) if one else False
 
 
 def _text(settings: Mapping[str, Leaf], key: str) -> str:
-    """The value as it would be typed."""
+    """The value in the form of an override."""
     if key not in settings:
         return NONE
     value = settings[key]

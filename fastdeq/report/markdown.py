@@ -1,11 +1,11 @@
-"""The one way in which tables of text become Markdown."""
+"""Tables of text as Markdown."""
 
 from collections.abc import Sequence
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, headings first, whose columns line up in a terminal as well."""
-    # A bar inside a cell would end it.
+    """A Markdown table, headings first, with columns aligned for a terminal."""
+    # An unescaped bar would end the cell.
     lines = [[cell.replace("|", "\\|") for cell in line] for line in table]
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     rows = [

@@ -1,4 +1,4 @@
-"""What must be said below a table of runs."""
+"""The notes below a table of runs."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ VERDICT = (
 
 
 def footnotes(rows: Sequence[Row], found: Found) -> list[str]:
-    """A sentence each: how to read the table, what its runs do not share, what is not in it."""
+    """One sentence per note: how to read the table, how its runs differ, and which are missing."""
     runs = [run for row in rows for run in row.runs]
     return [
         *_reading(rows),

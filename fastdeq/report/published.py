@@ -1,4 +1,4 @@
-"""Published tables: report/published/<experiment>.yaml, one for each experiment that has some."""
+"""Published tables: report/published/<experiment>.yaml, for each experiment that has one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +10,11 @@ TABLES = Path(__file__).parent / "published"
 
 
 def published_row(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any] | None:
-    """The published row that a run stands beside, with what holds for the whole table: source,
-    number of seeds, length of a run. None where nothing is published.
+    """The published row to compare a run with, and the entries of the whole table: source, number
+    of seeds, length of a run. None if nothing is published.
 
-    config: resolved, plain containers. choices: of its groups; a row's `where` names values of keys
-    and choices that the run must have.
+    config: resolved, plain containers. choices: of its groups. The run must have the values and
+    choices that `where` of the row lists.
     """
     table = read_table(choices.get("experiment", ""))
     for row in table.pop("rows", ()):
@@ -24,7 +24,7 @@ def published_row(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict
 
 
 def read_table(experiment: str) -> dict[str, Any]:
-    """The table of an experiment; empty where there is none."""
+    """The table of an experiment; empty if there is none."""
     path = TABLES / f"{experiment}.yaml"
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""Rows of a report: runs that differ in their seeds alone, and their metrics over the seeds."""
+"""Rows of a report: runs that differ only in their seeds, with statistics over the seeds."""
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +13,15 @@ from fastdeq.runs.reading import Run
 
 TIMES = ("train/seconds", "train/backward_seconds", "test/seconds", "training_minutes")
 METRICS = ("test/accuracy", "test/accuracy_top5", "test/loss", "test/nfe", *TIMES)
-"""Metrics of a report, as they are called in summary.json."""
+"""Metrics of a report, by their names in summary.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """Runs of one configuration over their seeds.
 
-    settings: how the row differs from others of the same label, "" where the label does.
-    metrics: of every name of METRICS. reference: the published row (summary.json).
+    settings: how the row differs from others with the same label; "" if there are none.
+    metrics: one for every name of METRICS. reference: the published row (summary.json).
     """
 
     label: Label
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def seeds(self) -> int:
-        """How many different ones there are."""
+        """The number of different seeds."""
         return len({run.seed for run in self.runs})
 
     @property
@@ -44,10 +44,10 @@ class Row:
 
 
 def make_rows(runs: Iterable[Run]) -> list[Row]:
-    """One row for each configuration, in the published order of models.
+    """One row per configuration, in the published order of models.
 
-    A seed that was run several times counts once, with the mean of its runs: the deviation is one
-    between seeds.
+    A seed that was run several times counts once, with the mean of its runs, so that the deviation
+    is between seeds.
     """
     groups: dict[Any, list[Run]] = {}
     for run in runs:
@@ -66,7 +66,7 @@ def make_rows(runs: Iterable[Run]) -> list[Row]:
 def _row(name: Label, settings: str, members: Sequence[Run]) -> Row:
     runs = tuple(sorted(members, key=lambda run: (run.seed, str(run.summary.get("finished")))))
     reference = _reference(runs)
-    # Seconds of different machines have no mean.
+    # Times of different machines are not averaged.
     timed = len({run.device for run in runs}) == 1
     metrics = {
         metric: _metric(metric, runs if timed or metric not in TIMES else (), reference)
@@ -84,7 +84,7 @@ def _row(name: Label, settings: str, members: Sequence[Run]) -> Row:
 
 
 def _reference(runs: Sequence[Run]) -> Mapping[str, Any] | None:
-    """The most complete of the runs' references: older runs knew fewer of its keys."""
+    """The most complete reference of the runs: older runs have fewer keys."""
     known = [run.reference for run in runs if run.reference is not None]
     return max(known, key=lambda row: (len(row.get("deviations") or {}), len(row)), default=None)
 

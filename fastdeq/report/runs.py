@@ -1,4 +1,4 @@
-"""Run folders below paths, and through the records of sweeps."""
+"""Finds run folders below paths, and in the job records of sweeps."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from fastdeq.runs.reading import Run, is_done, job_records, read_run
 
 @dataclass(frozen=True)
 class Found:
-    """What paths lead to: finished runs in the order found, and what else is reported.
+    """The runs below some paths.
 
-    unfinished: folders of runs without a summary. failed: a sentence for each job of a sweep that
-    left no run, by its folder, if it came to have one.
+    runs: finished runs in the order found. unfinished: folders of runs without a summary.
+    failed: a sentence for each job of a sweep without a finished run, by its folder if it has one.
     """
 
     runs: dict[Path, Run] = field(default_factory=dict)
@@ -23,10 +23,10 @@ class Found:
 
 
 def find_runs(paths: Iterable[Path]) -> Found:
-    """The runs of run folders, of folders above them, and of the folders of sweeps; each once.
+    """The runs of run folders, of folders above them, and of sweep folders; each once.
 
-    Raises: OSError for a path that is not a folder, or that leads to no run; ValueError for a file
-    that cannot be read, with its name.
+    Raises: OSError for a path that is not a folder, or without runs; ValueError for a file that
+        cannot be read, with its name.
     """
     found = Found()
     for path in paths:
@@ -45,7 +45,7 @@ def find_runs(paths: Iterable[Path]) -> Found:
 
 
 def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """Folders of runs and sweeps; none below a run, where loggers keep files of the same names."""
+    """Folders of runs and sweeps, but not below a run, where loggers keep files of equal names."""
     if folder.resolve() in seen:  # a link that leads back
         return
     seen.add(folder.resolve())

@@ -31,7 +31,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SweepJob:
-    """One job of a sweep: what was set, where it ran, and what came out (None: it failed)."""
+    """One job of a sweep: its overrides, run folder, error and summary (None: not finished)."""
 
     number: int
     overrides: dict[str, str]
@@ -41,7 +41,7 @@ class SweepJob:
     interrupted: bool = False
 
     def metric(self, name: str) -> float | None:
-        """A number of the summary: one of its metrics, or beside them."""
+        """A metric, or another number of the summary."""
         if self.summary is None:
             return None
         value = self.summary["metrics"].get(name, self.summary.get(name))
@@ -58,7 +58,7 @@ def read_jobs(folder: Path) -> list[SweepJob]:
 
 
 class SweepTable:
-    """Jobs that differ in their seed alone, in one row."""
+    """A table with one row for all jobs that differ only in their seed."""
 
     def __init__(self, jobs: Sequence[SweepJob]) -> None:
         keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
@@ -95,13 +95,13 @@ class SweepTable:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n − 1); None for that of a single value, NaN where not
-    all values are finite.
+    """Mean and sample standard deviation (n − 1). The deviation is None for a single value, and NaN
+    if not all values are finite.
     """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None
-    # statistics.stdev breaks off (AttributeError) at an infinite or missing number.
+    # statistics.stdev raises AttributeError for infinite numbers and NaN.
     return mean, statistics.stdev(values) if math.isfinite(mean) else math.nan
 
 

@@ -24,7 +24,7 @@ class Column:
     factor: float = 1.0
 
     def cell(self, row: Row) -> str:
-        """mean ± deviation [published ± deviation], as far as they are known."""
+        """mean ± deviation [published ± deviation], without unknown parts."""
         metric = row.metrics[self.metric]
         if self.metric == "test/loss" and not row.judged_by_loss:
             return ""
@@ -55,7 +55,7 @@ _COLUMNS = (
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table with aligned columns; those that are empty in all rows are left out."""
+    """The table with aligned columns; columns that are empty in all rows are left out."""
     several = len({row.label.experiment for row in rows}) > 1
     columns: dict[str, Callable[[Row], str]] = {
         **({"experiment": lambda row: row.label.experiment} if several else {}),
@@ -75,7 +75,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def comma_separated(rows: Sequence[Row]) -> str:
-    """A column for every number, in the units of summary.json; the columns are always the same."""
+    """One column per number, in the units of summary.json; the columns are always the same."""
     text = io.StringIO()
     lines = [_flat(row) for row in rows]
     writer = csv.DictWriter(text, lines[0], lineterminator="\n")
@@ -87,7 +87,7 @@ def comma_separated(rows: Sequence[Row]) -> str:
 def json_text(rows: Sequence[Row]) -> str:
     """A list of rows with their metrics, in the units of summary.json, and folders.
 
-    Metrics that are not finite are null, for JSON has no others; the verdict says so.
+    Metrics that are not finite are null, since JSON cannot hold them; the verdict reports them.
     """
     return json.dumps([_nested(row) for row in rows], indent=2, ensure_ascii=False, allow_nan=False)
 

@@ -1,4 +1,4 @@
-"""Where a measured metric stands beside the published one, and what forbids to say so."""
+"""Comparison of a measured metric with the published one, and the reasons not to compare."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ from fastdeq.runs.identity import Leaf
 from fastdeq.runs.reading import Run
 
 QUALITY = ("test/accuracy", "test/accuracy_top5", "test/loss")
-"""What a verdict is about: the first of these that is published."""
+"""A verdict compares the first of these metrics that is published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """A metric over the seeds of a row, in the units of summary.json, beside the published one.
 
-    mean: None where no run has it. deviation: of a sample (n − 1); None for a single seed.
-    n: how many seeds have it.
+    mean: None if no run has the metric. deviation: sample deviation (n − 1); None for one seed.
+    n: number of seeds that have the metric.
     """
 
     mean: float | None = None
@@ -29,7 +29,9 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """In words; difference (ours minus published) and margin only where it is judged."""
+    """A verdict in words. difference: ours minus published. margin: the largest difference that
+    counts as within. Both are None if the row is not judged.
+    """
 
     text: str
     difference: float | None = None
@@ -39,11 +41,11 @@ class Verdict:
 def judge(
     runs: Sequence[Run], metrics: Mapping[str, Metric], reference: Mapping[str, Any] | None
 ) -> Verdict:
-    """Whether the runs of a row come out as published: within, above or below the spread.
+    """Whether the runs of a row are within, above or below the published spread.
 
-    reference: the published row, as in summary.json. Runs that diverged, that were shorter or
-    longer than the published ones or on part of the data, and metrics without a published spread
-    are not judged; the text then says why. Times never are: the machine is another.
+    reference: the published row, as in summary.json. Runs that diverged, had another length than
+    the published ones or used part of the data, and metrics without a published spread are not
+    judged; the text then gives the reason. Times are never judged, since the machines differ.
     """
     if broken := sum(run.diverged for run in runs):
         share = "" if broken == len(runs) else f": {broken} of {len(runs)} runs"
@@ -64,7 +66,7 @@ def judge(
 
 
 def margin(published: float, seeds: int, ours: float | None, n: int) -> float:
-    """How far two means may lie apart before it is more than their spread.
+    """The largest difference of two means that counts as within.
 
         n ≥ 2: 2·√(s₀²/seeds + s²/n)      n = 1: 2·s₀·√(1 + 1/seeds)
 
@@ -93,7 +95,7 @@ def _compared(difference: float, allowed: float, factor: float) -> Verdict:
 
 
 def _length(runs: Sequence[Run], reference: Mapping[str, Any]) -> list[str]:
-    """Whether the runs were as long as the published ones."""
+    """How the length of the runs differs from the published one; empty if it does not."""
     if any(run.summary.get("mode", "train") != "train" for run in runs):
         return ["not trained here (mode=test)"]
     for unit in ("steps", "epochs"):
@@ -114,7 +116,7 @@ _CUT = {
 
 
 def _partial(settings: Mapping[str, Leaf]) -> list[str]:
-    """Which data were cut: by a share below 1.0, or by a number of batches."""
+    """Which data were limited, by a share below 1.0 or by a number of batches."""
     found: dict[str, str] = {}
     for key, what in _CUT.items():
         limit = settings.get(key)
