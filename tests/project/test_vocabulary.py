@@ -9,7 +9,10 @@ PLACES = ("fastdeq", "conf", "tests", "docs", "benchmarks", "tools", "slurm", "t
 SUFFIXES = {".py", ".yaml", ".md", ".sbatch"}
 
 _COUNT = "(?:ms|milliseconds|seconds|evaluations|one evaluation|products|kernels)"
-_PER = "scale|sample|step|epoch|solve|call|cycle|cell|batch|rank|run|row|setting|device|session"
+_PER = (
+    "scale|sample|step|epoch|solve|call|cycle|cell|batch|rank|run|row|setting|device|session"
+    "|process|GPU"
+)
 
 WORDS: tuple[tuple[str, str, str], ...] = (
     # pattern, what to write, an example
@@ -39,7 +42,7 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (rf"(?:one|once) an? (?:{_PER})\b", "one per, once per", "a tensor, one a scale"),
     (rf"{_COUNT} an? (?:{_PER})\b", "per", "ms a step"),
     (
-        rf"(?:an?|one) (?:row|line|block|file|mask|tensor) an? (?:{_PER})\b",
+        rf"(?:an?|one) (?:row|line|block|file|mask|tensor|thread|job) an? (?:{_PER})\b",
         "one per",
         "a row a setting",
     ),
@@ -49,6 +52,7 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (r"how-?manieth", "n-th, index of", "the how-manieth use"),
     (r"rubbish|riddles?\b", "undefined, obscure error", "below it is rubbish"),
     (r"idle (?:parameter|product|step|overrun)s?\b", "unused", "an idle parameter"),
+    (r"for want of\b", "without, since there is no", "for want of a device"),
     (r"taught nothing", "had no effect", "it taught nothing"),
     (r"what made (?:them|it)\b", "provenance", "what made them"),
     (r"passed over\b", "skip, ignore", "a row is passed over"),
