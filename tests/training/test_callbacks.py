@@ -24,7 +24,14 @@ from fastdeq.training import (
     checkpoints,
     table_of,
 )
-from tests.training.tasks import Listed, make_task, make_trainer, metrics_of, samples
+from tests.training.tasks import (
+    Listed,
+    make_task,
+    make_trainer,
+    metrics_of,
+    samples,
+    take_step_settings,
+)
 
 BATCHES = 2  # an epoch
 
@@ -33,6 +40,7 @@ def fit(
     task: AbstractTask, folder: Path, *callbacks: Callback, resume: Path | None = None, **more: Any
 ) -> Trainer:
     """Train epochs of two batches, and validate on one after each."""
+    take_step_settings(task, more)
     trainer = make_trainer(folder, callbacks=list(callbacks), **more)
     kind = type(task)
     trainer.fit(

@@ -106,9 +106,11 @@ def test_a_state_is_saved_every_so_many_optimizer_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[tuple[int, int]] = []
+    write = Resumption.save
 
     def save(self: Resumption, trainer: Trainer) -> None:
         saved.append((trainer.global_step, trainer.fit_loop.epoch_loop.total_batch_idx + 1))
+        write(self, trainer)
 
     monkeypatch.setattr(Resumption, "save", save)
     overrides = ("model=deq", "callbacks.resumption.steps=2", "trainer.max_epochs=4")
