@@ -14,6 +14,8 @@ CHOICES = {
     "logger=all": "logger=[tensorboard,wandb]",
     "augmentation=none": "augmentation=null",
     "paths=default": "",
+    "callbacks=default": "",
+    "logger=csv": "logger=null",
     "experiment=svhn_tsit5": f"experiment=svhn {_TSIT5}",
     "experiment=cifar10_mdeq_tsit5": f"experiment=cifar10_mdeq {_TSIT5}",
     **{f"sweep={name}": _GRID.format(name) for name in ("cifar10_tiny", "cifar10_large")},

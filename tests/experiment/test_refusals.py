@@ -94,7 +94,7 @@ VALUES = {
     "model.deq.cell=arch.cel": ("model.deq.cell", "this arch has no 'cel'"),
     "model.deq.solver=null": ("model.deq.solver is None", "set solver instead"),
     "~model.deq.adjoint": ("model.deq.adjoint is None", "set adjoint instead"),
-    "logger=[1,2]": ("logger is 1", "csv, tensorboard"),
+    "logger=[1,2]": ("logger is 1", "tensorboard, wandb"),
     "data=null": ("data is None", "digits, fashion_mnist"),
     "paths.outputs=null": ("paths.outputs is None", "text"),
     "+paths.runs=a": ("'paths.runs'", "did you mean 'paths.run'"),
