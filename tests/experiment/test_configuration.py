@@ -14,8 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from fastdeq.adjoints import Implicit
+from fastdeq.experiment import renamed
 from fastdeq.experiment.build import build_model, build_task, link
 from fastdeq.experiment.checks import check_values
+from fastdeq.experiment.choices import check_choices
 from fastdeq.experiment.explain import explain
 from fastdeq.solvers import Anderson
 from fastdeq.training import RegressionTask
@@ -257,6 +259,13 @@ def test_the_data_set_chooses_its_recipe_and_another_or_none_can_be_chosen() -> 
     with pytest.raises(MissingConfigException) as caught:
         composed("recipe=none")
     assert "recipe=none has no arch: give arch=, one of cifar_large" in explain(caught.value)
+
+
+def test_the_words_that_replace_earlier_ones_compose() -> None:
+    for old, new in renamed.CHOICES.items():
+        if not old.startswith("sweep="):  # their values are lists of jobs
+            check_choices(new.split())
+            composed(*new.split())
 
 
 def test_a_data_set_brings_nothing_but_samples_and_their_sizes() -> None:

@@ -282,7 +282,7 @@ def test_a_real_run_is_reported(command: CommandLine, capsys):
 
 
 def test_real_seeds_share_a_row_and_real_settings_do_not(command: CommandLine, capsys):
-    a_run(command, "seed=1", "logger=null")
+    a_run(command, "seed=1", "logger=[]")
     a_run(command, "seed=2", "paths.outputs=outputs/b")
     a_run(command, "seed=1", "loss.skip=0.5", "arch.width=16")
     rows = json.loads(printed(capsys, "outputs", "--format=json")[0])
