@@ -29,9 +29,9 @@ from fastdeq.data.published import (
     SourceFile,
     StoredDataModule,
     is_gzip,
-    sha256_of,
 )
 from fastdeq.data.store import ImageSet, one_line, read_content
+from fastdeq.runs.files import sha256_of
 
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32  # of the red plane, then the green and the blue one, each row by row

@@ -24,6 +24,7 @@ from fastdeq.data.module import (
     image_samples,
 )
 from fastdeq.data.store import CURE, ImageSet, building, check_attributes, read_store, write_store
+from fastdeq.runs.files import sha256_of
 from fastdeq.settings import setting
 
 _TIMEOUT = 30  # seconds without an answer or without a byte
@@ -148,12 +149,6 @@ def is_gzip(path: Path) -> bool:
     """Return whether the file begins as gzip does, whatever its name says."""
     with path.open("rb") as file:
         return file.read(2) == b"\x1f\x8b"
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def download(files: Iterable[SourceFile], folder: Path, mirrors: Sequence[str]) -> None:

@@ -1,19 +1,6 @@
 """HDF5 files with checksums: image sets that are read whole, image files that are read one by one.
 
-Image set (`write_store`): ``train/images`` and ``test/images`` uint8 (N, C, H, W), ``train/labels``
-and ``test/labels`` uint8 (N,).
-
-Image files (`write_records`), for the splits train and val: ``bytes`` uint8, the contents of all
-files one after the other; ``offsets`` int64 (N + 1,), where each begins and the last one ends;
-``labels`` int64 (N,); ``crc32`` uint32 (N,), of each content, as zlib computes it; ``names`` uint8,
-"class/file" and a zero byte for each. Beside the splits: ``classes`` uint8, the names of the
-classes likewise.
-
-Attributes, UTF-8: ``REQUIRED_ATTRIBUTES`` and ``sha256``. ``sha256`` is the SHA-256 of, for each
-dataset in the order of its layout, the ASCII line ``"<name> <type> <dimensions joined by x>\\n"``
-followed by its values in C order, little-endian. It is verified whenever a file is opened, but does
-not cover ``bytes``, which can take a quarter of an hour to read: there, each content is verified by
-its CRC-32 whenever it is read.
+docs/data.md describes both layouts and how they are verified.
 """
 
 import hashlib
@@ -35,30 +22,23 @@ from torch import Tensor
 from fastdeq.runs.files import atomic_path, remove_leftovers
 
 Arrays = Mapping[str, NDArray[Any]]
+Layout = Mapping[str, tuple[str, int]]
+"""Type and number of axes of the datasets that are read whole, in the order of the checksum."""
 Watch = Callable[[range], Iterable[int]]
 """Passes on the numbers of the images that are worked on; it can show a progress bar."""
 
 CURE = "delete it and it is built again"
 SPLITS = ("train", "val")
-IMAGES = {
-    f"{split}/{name}": (kind, axes)
+IMAGES: Layout = {
+    f"{split}/{name}": kind
     for split in ("train", "test")
-    for name, kind, axes in (("images", "uint8", 4), ("labels", "uint8", 1))
+    for name, kind in {"images": ("uint8", 4), "labels": ("uint8", 1)}.items()
 }
-INDEX = {
-    **{
-        f"{split}/{name}": (kind, 1)
-        for split in SPLITS
-        for name, kind in (
-            ("offsets", "<i8"),
-            ("labels", "<i8"),
-            ("crc32", "<u4"),
-            ("names", "|u1"),
-        )
-    },
+_COLUMNS = {"offsets": "<i8", "labels": "<i8", "crc32": "<u4", "names": "|u1"}
+INDEX: Layout = {
+    **{f"{split}/{name}": (kind, 1) for split in SPLITS for name, kind in _COLUMNS.items()},
     "classes": ("|u1", 1),
 }
-"""The layouts: type and number of axes of the datasets that are read whole."""
 REQUIRED_ATTRIBUTES = ("name", "version", "source", "licence", "split")
 
 _DAMAGE = (OSError, RuntimeError, KeyError, TypeError, ValueError)  # what h5py raises for it
@@ -94,8 +74,12 @@ def write_store(path: str | Path, images: ImageSet) -> str:
     if problem:
         raise ValueError(f"{path}: cannot be written: {problem}")
     checksum = _checksum(arrays, IMAGES)
-    with written_aside(path) as aside:
-        _write_file(aside, arrays, {**images.attributes, "sha256": checksum})
+    gzip = {"compression": "gzip", "compression_opts": 9}
+    with _new_file(path) as file:
+        _write_attributes(file, {**images.attributes, "sha256": checksum})
+        for name, array in arrays.items():
+            chunks = (min(len(array), _CHUNK), *array.shape[1:])
+            file.create_dataset(name, data=array, chunks=chunks, track_times=False, **gzip)
     return checksum
 
 
@@ -138,16 +122,6 @@ def _size_problem(arrays: Arrays) -> str | None:
     return None
 
 
-def _write_file(path: Path, arrays: Arrays, attributes: Mapping[str, str]) -> None:
-    gzip = {"compression": "gzip", "compression_opts": 9}
-    with _open_file(path, new=True) as file:
-        _write_attributes(file, attributes)
-        for name in IMAGES:
-            array = arrays[name]
-            chunks = (min(len(array), _CHUNK), *array.shape[1:])
-            file.create_dataset(name, data=array, chunks=chunks, track_times=False, **gzip)
-
-
 # Image files
 
 
@@ -155,8 +129,8 @@ def _write_file(path: Path, arrays: Arrays, attributes: Mapping[str, str]) -> No
 class FolderSplit:
     """The image files of one split, sorted by class and name: ``names`` are "class/file".
 
-    ``sizes`` int64 (N,), in bytes; ``times`` int64 (N, 2), in nanoseconds: when the content and
-    when the status of the file changed last (mtime and ctime); ``labels`` int64 (N,).
+    ``sizes`` int64 (N,), in bytes; ``times`` int64 (N, 2), mtime and ctime in nanoseconds;
+    ``labels`` int64 (N,).
     """
 
     folder: Path
@@ -190,7 +164,7 @@ class ImageFolder:
 
 
 class Records:
-    """The image files of one split of a store: ``targets`` are their labels, int64 (N,).
+    """The image files of one split of a store.
 
     Processes may share it, by fork or pickle: each opens the file itself when it first reads.
 
@@ -275,7 +249,7 @@ class Records:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordFile:
-    """An opened store of image files: its splits, the names of the classes, and its attributes."""
+    """An opened store of image files."""
 
     train: Records
     val: Records
@@ -298,7 +272,7 @@ def write_records(
     written.
     """
     arrays: dict[str, NDArray[Any]] = {"classes": _joined(folder.classes)}
-    with written_aside(path) as aside, _open_file(aside, new=True) as file:
+    with _new_file(path) as file:
         for name, split in folder.splits.items():
             offsets = np.concatenate([[0], split.sizes.cumsum()])
             arrays[f"{name}/offsets"], arrays[f"{name}/labels"] = offsets, split.labels
@@ -323,27 +297,22 @@ def write_records(
 
 
 def read_records(path: Path, *, cure: str = CURE) -> RecordFile:
-    """Open a store of image files and verify all but the contents; ``cure`` ends its messages.
-
-    Raises FileNotFoundError where there is no file, ValueError where it is not HDF5, is truncated
-    or damaged, or of another layout.
-    """
+    """Open a store of image files and verify all but the contents; raises as ``read_store``."""
     attributes, arrays = _read_file(path, INDEX, cure)
-    splits = {
-        split: Records(
-            path=path,
-            split=split,
-            source=f"{attributes['source']}/{split}",
-            columns={
-                "start": arrays[f"{split}/offsets"][:-1],
-                "length": np.diff(arrays[f"{split}/offsets"]),
-                "crc32": arrays[f"{split}/crc32"],
-                "label": arrays[f"{split}/labels"],
-                "number": np.arange(len(arrays[f"{split}/labels"])),
-            },
+    splits = {}
+    for split in SPLITS:
+        offsets, labels, crc32 = (
+            arrays[f"{split}/{name}"] for name in ("offsets", "labels", "crc32")
         )
-        for split in SPLITS
-    }
+        columns = {
+            "start": offsets[:-1],
+            "length": np.diff(offsets),
+            "crc32": crc32,
+            "label": labels,
+            "number": np.arange(len(labels)),
+        }
+        source = f"{attributes['source']}/{split}"
+        splits[split] = Records(path=path, split=split, source=source, columns=columns)
     return RecordFile(**splits, classes=_parted(arrays["classes"]), attributes=attributes)
 
 
@@ -402,22 +371,14 @@ def building(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Yield the path of a new file to write, which gets the name ``path`` if nothing is raised.
-
-    Raises FileExistsError where ``path`` exists by then; the file aside is removed in any case.
-    """
-    try:
-        with atomic_path(path, replace=False) as aside:
-            yield aside
-    except FileExistsError:
-        raise FileExistsError(f"{path}: exists already: delete it or choose another name") from None
+def _new_file(path: Path) -> Iterator[h5py.File]:
+    """Yield a file to write, which appears at ``path`` if nothing is raised and none is there."""
+    with atomic_path(path, replace=False) as aside, _open_file(aside, "x", libver=_LIBVER) as file:
+        yield file
 
 
-def _open_file(path: Path, *, new: bool = False) -> h5py.File:
-    if new:
-        return h5py.File(path, "x", libver=_LIBVER, locking=_LOCKING)
-    return h5py.File(path, "r", locking=_LOCKING)
+def _open_file(path: Path, mode: str = "r", **settings: Any) -> h5py.File:
+    return h5py.File(path, mode, locking=_LOCKING, **settings)
 
 
 def _write_attributes(file: h5py.File, attributes: Mapping[str, str]) -> None:
@@ -427,7 +388,7 @@ def _write_attributes(file: h5py.File, attributes: Mapping[str, str]) -> None:
 
 
 def _read_file(
-    path: Path, layout: Mapping[str, tuple[str, int]], cure: str
+    path: Path, layout: Layout, cure: str
 ) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
     """Return the attributes and the datasets of a layout, verified; raises as `read_store`."""
     if not path.is_file():
@@ -451,9 +412,7 @@ def _read_file(
     return attributes, arrays
 
 
-def _layout_problem(
-    arrays: Arrays, layout: Mapping[str, tuple[str, int]], attributes: Mapping[str, str]
-) -> str | None:
+def _layout_problem(arrays: Arrays, layout: Layout, attributes: Mapping[str, str]) -> str | None:
     for name, (kind, axes) in layout.items():
         if name not in arrays:
             return f"dataset {name} is missing"
@@ -464,7 +423,8 @@ def _layout_problem(
     return f"attributes are missing: {', '.join(missing)}" if missing else None
 
 
-def _checksum(arrays: Arrays, layout: Mapping[str, tuple[str, int]]) -> str:
+def _checksum(arrays: Arrays, layout: Layout) -> str:
+    """Return the attribute ``sha256``: types, shapes and values, in the order of the layout."""
     digest = hashlib.sha256()
     for name, (kind, _) in layout.items():
         dimensions = "x".join(map(str, arrays[name].shape))

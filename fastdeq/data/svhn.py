@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.module import data_module
-from fastdeq.data.published import ImageSource, SourceFile, StoredDataModule, sha256_of
+from fastdeq.data.published import ImageSource, SourceFile, StoredDataModule
 from fastdeq.data.store import ImageSet, one_line, read_content
+from fastdeq.runs.files import sha256_of
 
 _CLASSES = 10
 _WANTED = "get train_32x32.mat and test_32x32.mat of SVHN's format 2 (cropped digits)"

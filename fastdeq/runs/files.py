@@ -29,11 +29,19 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
         if replace:
             aside.replace(path)
         else:
-            path.hardlink_to(aside)  # unlike a rename, it never replaces a file
+            _link(aside, path)
         flush(path.parent)
     finally:
         with suppress(OSError):  # of a disk that has become read-only
             aside.unlink(missing_ok=True)
+
+
+def _link(aside: Path, path: Path) -> None:
+    """Unlike a rename, a link never replaces a file."""
+    try:
+        path.hardlink_to(aside)
+    except FileExistsError:
+        raise FileExistsError(f"{path}: exists already: delete it or choose another name") from None
 
 
 @contextmanager

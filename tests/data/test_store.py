@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastdeq.data import ImageSet, MnistDataModule, Samples, StoredDataModule, read_store
+from fastdeq.data import (
+    ImageSet,
+    MnistDataModule,
+    Samples,
+    StoredDataModule,
+    read_store,
+    write_store,
+)
 from fastdeq.data import published as published_module
 from fastdeq.data import store as store_module
 from fastdeq.data.mnist import FASHION_MNIST
@@ -134,7 +141,7 @@ def die_at_the_third_dataset(group: h5py.Group, *arguments: object, **settings: 
 CREATE_DATASET = h5py.Group.create_dataset
 
 PLACES: dict[str, tuple[object, str, Callable[..., object]]] = {
-    "before the file is opened": (store_module, "_write_file", die),
+    "before the file is opened": (published_module, "write_store", die),
     "in the middle of writing": (h5py.Group, "create_dataset", die_at_the_third_dataset),
     "before the file has its name": (Path, "hardlink_to", die),
 }
@@ -211,14 +218,12 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_cure(ready, tmp_path):
 
 
 def build_and_wait(folder: Path, writing: Event, resume: Event) -> None:
-    write = store_module._write_file
-
-    def slowly(*arguments: object) -> None:
+    def slowly(path: Path, images: ImageSet) -> str:
         writing.set()
         assert resume.wait(PATIENCE)
-        write(*arguments)  # type: ignore[arg-type]
+        return write_store(path, images)
 
-    with patch.object(store_module, "_write_file", slowly):
+    with patch.object(published_module, "write_store", slowly):
         stored(folder).prepare()
 
 
@@ -231,7 +236,7 @@ def build_second(folder: Path, at_the_lock: Event) -> None:
 
     with (
         patch.object(published_module, "_build", announced),
-        patch.object(store_module, "_write_file", side_effect=AssertionError("written twice")),
+        patch.object(published_module, "write_store", side_effect=AssertionError("written twice")),
     ):
         assert holds_the_samples(stored(folder).load())
 
