@@ -5,13 +5,7 @@ from importlib import resources
 from typing import final
 
 from fastdeq.data.epoch_loader import Normalization
-from fastdeq.data.module import (
-    InMemoryDataModule,
-    NormalizationSetting,
-    Samples,
-    data_module,
-    image_samples,
-)
+from fastdeq.data.module import InMemoryDataModule, NormalizationSetting, Samples, data_module
 from fastdeq.data.store import ImageSet, read_store
 from fastdeq.settings import setting
 
@@ -52,6 +46,4 @@ class DigitsDataModule(InMemoryDataModule):
 
     def load(self) -> tuple[Samples, Samples]:
         """Return the shipped training and test split, verified."""
-        images = read_digits()
-        self.metadata = {"file": "fastdeq/data/digits.h5", **images.attributes}
-        return image_samples(images)
+        return self._from_images(read_digits(), "fastdeq/data/digits.h5")

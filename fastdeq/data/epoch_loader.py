@@ -83,6 +83,10 @@ class EpochLoader(ABC):
     def _batches_from(self, first: int) -> Iterator[Batch]:
         """Yield the batches of the epoch from position ``first`` on (see ``_part``)."""
 
+    def close(self) -> None:
+        """Release what making the batches holds; the next epoch acquires it again."""
+        return  # batches in memory hold nothing
+
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch, wherever in it the position is."""
         whole, rest = divmod(self._samples, self._batch_size)

@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import track
 
 from fastdeq.data.decode import (
     CentralCrop,
-    Crop,
     DecodedBatches,
     RandomCrop,
     decode,
     identify,
     require_pillow,
 )
-from fastdeq.data.epoch_loader import Batch, Normalization
+from fastdeq.data.epoch_loader import Normalization
 from fastdeq.data.module import AbstractDataModule, NormalizationSetting, data_module
 from fastdeq.data.published import existing_folder, given_folder, store_folder
 from fastdeq.data.store import (
@@ -102,7 +100,6 @@ class ImageFolderDataModule(AbstractDataModule):
         self._store = store_folder(self.store)
         self._outputs = self.classes
         self._path: Path | None = None
-        self._open: list[DecodedBatches] = []
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -129,48 +126,10 @@ class ImageFolderDataModule(AbstractDataModule):
         self.metadata = {"file": str(path), "classes": names, **found.attributes}
         return found.train, found.val
 
-    def teardown(self, stage: str | None = None) -> None:
-        """End the workers."""
-        for batches in self._open:
-            batches.close()
-        self._open = []
-
-    def _training(self, *, overfit: bool) -> DecodedBatches:
-        return self._batches(
-            "train",
-            self._central if overfit else self._random,
-            batch_size=self.batch_size,
-            shuffle=not overfit,
-            seed=self.seed,
-        )
-
-    def _evaluation(self, split: str) -> DecodedBatches:
-        return self._batches(split, self._central, batch_size=self.eval_batch_size)
-
-    def _first(self, n: int) -> Batch:
-        records = self._split("train")
-        first, cpu = records[torch.arange(len(records)) < n], torch.device("cpu")
-        batches = self._decoded(first, crop=self._central, device=cpu, workers=0, batch_size=n)
-        batch = next(iter(batches))
-        batches.close()
-        return batch
-
-    def _batches(self, split: str, crop: Crop, **settings: Any) -> DecodedBatches:
-        made = self._decoded(
-            self._split(split),
-            crop=crop,
-            device=self._device,
-            workers=self.workers,
-            rank=self._rank,
-            ranks=self._ranks,
-            **settings,
-        )
-        self._open.append(made)
-        return made
-
-    def _decoded(self, records: Records, **settings: Any) -> DecodedBatches:
+    def _loader(self, split: Records, *, random: bool, **settings: Any) -> DecodedBatches:
         assert self.normalizer is not None  # `normalization` cannot be None
-        return DecodedBatches(records, normalization=self.normalizer, **settings)
+        settings |= {"normalization": self.normalizer, "shuffle": random}
+        return DecodedBatches(split, crop=self._random if random else self._central, **settings)
 
     def _ensure(self) -> Path:
         """Return the path of the store, built if it was missing: exclusively, and whole or not."""

@@ -38,19 +38,18 @@ class AbstractDataModule(LightningDataModule, ABC):
     Training batches are shuffled in each epoch, by ``seed`` and the epoch alone. Batch sizes count
     the samples of all processes together: each gets its part (see ``EpochLoader``).
 
-    ``validation`` training samples are held out for validation: those whose index has the smallest
-    SHA-256 (see ``hold_out``), for every seed the same. With 0, validation is the test split
-    (``validates_on_test``), as in the published tables: these evaluate the test set in every epoch
-    and select nothing on it. Then nothing must be selected on these metrics here either (no early
-    stopping, no best checkpoint).
+    ``validation`` training samples are held out for validation, for every seed the same (see
+    ``hold_out``). With 0, validation is the test split (``validates_on_test``), as in the published
+    tables: these evaluate the test set in every epoch and select nothing on it. Then nothing must
+    be selected on these metrics here either (no early stopping, no best checkpoint).
 
-    A subclass defines ``input_shape`` and ``outputs``, as attributes or properties, and makes the
-    batches. ``normalization``, where it has one, is a ``Normalization``, or a setting that chooses
-    among those that ``published`` offers; ``normalizer`` is the result. ``metadata`` is what it
-    knows of the loaded set, for people to read: file, source, licence.
+    A subclass defines ``input_shape`` and ``outputs``, as attributes or properties, ``load`` and
+    ``_loader``. ``normalization``, where it has one, is a ``Normalization``, or a setting that
+    chooses among those that ``published`` offers; ``normalizer`` is the result. ``metadata`` is
+    what it knows of the loaded set, for people to read: file, source, licence.
 
-    Raises TypeError or ValueError for batch sizes that are not integers ≥ 1, for a seed or a
-    ``validation`` that is not an integer ≥ 0.
+    Raises TypeError or ValueError for arguments of another type or out of range, and at ``setup``
+    for a ``validation`` that leaves no training samples.
     """
 
     batch_size: int = setting(at_least=1)
@@ -58,6 +57,7 @@ class AbstractDataModule(LightningDataModule, ABC):
     seed: int = setting(default=0, at_least=0)
     validation: int = setting(default=0, at_least=0)
     published: ClassVar[Normalization]
+    workers = 0  # processes that make the batches
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -71,6 +71,7 @@ class AbstractDataModule(LightningDataModule, ABC):
         self._device = torch.device("cpu")
         self._rank, self._ranks = 0, 1
         self._splits: dict[str, Any] = {}
+        self._loaders: list[EpochLoader] = []
         self._train: EpochLoader | None = None
         self._saved: dict[str, int] | None = None
 
@@ -95,19 +96,13 @@ class AbstractDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self) -> tuple[Any, Any]:
-        """Return the samples for training and for testing, to be indexed by a mask, bool (N,)."""
+        """Return the samples for training and for testing, ``Samples`` or ``Records``."""
 
     @abstractmethod
-    def _training(self, *, overfit: bool) -> EpochLoader:
-        """Return the training batches; with ``overfit`` in stored order, unchanged."""
-
-    @abstractmethod
-    def _evaluation(self, split: str) -> EpochLoader:
-        """Return the batches of a split (train, validation or test) in stored order."""
-
-    @abstractmethod
-    def _first(self, n: int) -> Batch:
-        """Return the first ``n`` training samples on the CPU, as in evaluation."""
+    def _loader(
+        self, split: Any, *, device: torch.device, workers: int, random: bool, **settings: Any
+    ) -> EpochLoader:
+        """Return batches on ``device`` of a split of ``load``; ``random``: shuffled and changed."""
 
     @property
     def validates_on_test(self) -> bool:
@@ -128,15 +123,20 @@ class AbstractDataModule(LightningDataModule, ABC):
         self._load_once()
 
     def sample_batch(self, n: int = 2) -> Batch:
-        """Return the first ``n`` training samples on the CPU, normalized; needs no trainer.
+        """Return the first ``n`` (≥ 1) training samples on the CPU, as in evaluation.
 
-        It serves to check that a model fits the data. Prepares and loads the set if necessary.
-        Raises TypeError or ValueError for an ``n`` that is not an integer ≥ 1.
+        It serves to check that a model fits the data. Prepares and loads the set if necessary;
+        needs no trainer.
         """
         check_value("n", n, int, {"at least": 1})
         self.prepare_data()
         self._load_once()
-        return self._first(n)
+        train, cpu = self._splits["train"], torch.device("cpu")
+        first = train[torch.arange(len(train)) < n]
+        loader = self._loader(first, device=cpu, random=False, workers=0, batch_size=n)
+        batch = next(iter(loader))
+        loader.close()
+        return batch
 
     def train_dataloader(self) -> EpochLoader:
         """Return the training samples in shuffled batches of ``batch_size``, the last smaller.
@@ -145,7 +145,7 @@ class AbstractDataModule(LightningDataModule, ABC):
         every epoch.
         """
         overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
-        self._train = self._training(overfit=overfit)
+        self._train = self._batches("train", self.batch_size, random=not overfit)
         if self._saved is not None:
             self._train.load_state_dict(self._saved)
             self._saved = None
@@ -153,11 +153,18 @@ class AbstractDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> EpochLoader:
         """Return the samples for validation in stored order, batches of ``eval_batch_size``."""
-        return self._evaluation("test" if self.validates_on_test else "validation")
+        name = "test" if self.validates_on_test else "validation"
+        return self._batches(name, self.eval_batch_size)
 
     def test_dataloader(self) -> EpochLoader:
         """Return the test split in stored order, batches of ``eval_batch_size``."""
-        return self._evaluation("test")
+        return self._batches("test", self.eval_batch_size)
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Close the batches, with their workers."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the training batches, which a checkpoint keeps.
@@ -171,10 +178,23 @@ class AbstractDataModule(LightningDataModule, ABC):
         """Let the next training batches continue where ``state_dict`` was saved."""
         self._saved = state_dict.get("train")
 
-    def _split(self, name: str) -> Any:
+    def _batches(self, name: str, batch_size: int, *, random: bool = False) -> EpochLoader:
         if not self._splits:
             raise RuntimeError("call setup() before asking for batches (a Trainer does so itself)")
-        return self._splits[name]
+        # Moves once: later calls find it there.
+        self._splits[name] = self._splits[name].to(self._device)
+        loader = self._loader(
+            self._splits[name],
+            device=self._device,
+            random=random,
+            workers=self.workers,
+            batch_size=batch_size,
+            seed=self.seed,
+            rank=self._rank,
+            ranks=self._ranks,
+        )
+        self._loaders.append(loader)
+        return loader
 
     def _load_once(self) -> None:
         """Load the set if that is not done, and hold out samples for validation."""
@@ -195,9 +215,8 @@ class AbstractDataModule(LightningDataModule, ABC):
 def hold_out(samples: int, count: int) -> Tensor:
     """Return which of ``samples`` are held out, bool (N,): ``count`` of them, by a fixed rule.
 
-    The rule: the indices i with the smallest SHA-256 of the ASCII text "fastdeq validation <i>". It
-    depends neither on a seed nor on a library's random numbers, and a larger set contains the
-    smaller.
+    The rule: the indices i with the smallest SHA-256 of the ASCII text "fastdeq validation <i>".
+    A larger set contains the smaller.
     """
     digests = [hashlib.sha256(f"fastdeq validation {i}".encode()).digest() for i in range(samples)]
     chosen = sorted(range(samples), key=digests.__getitem__)[:count]
@@ -240,9 +259,7 @@ class InMemoryDataModule(AbstractDataModule):
     A subclass is final. It defines ``input_shape``, ``outputs`` and ``load``, where it needs them
     ``prepare`` and ``normalization``, and sets ``metadata`` in ``load``.
 
-    Raises ValueError for an ``augmentation`` that changes the shape of the images, and what
-    ``AbstractDataModule`` raises; at ``setup``, for a ``validation`` that leaves no training
-    samples.
+    Raises ValueError for an ``augmentation`` that changes the shape of the images.
     """
 
     augmentation: Sequence[Augmentation] | None = None
@@ -256,37 +273,21 @@ class InMemoryDataModule(AbstractDataModule):
     def load(self) -> tuple[Samples, Samples]:
         """Return the samples for training and for testing, on the CPU."""
 
-    def _training(self, *, overfit: bool) -> Batches:
-        return self._batches(
-            self._on_device("train"),
-            batch_size=self.batch_size,
-            shuffle=not overfit,
-            seed=self.seed,
-            augmentation=() if overfit else self.augmentation,
-            rank=self._rank,
-            ranks=self._ranks,
+    def _loader(
+        self, split: Samples, *, device: torch.device, workers: int, random: bool, **settings: Any
+    ) -> Batches:
+        samples = split.to(device)
+        changed = self.augmentation if random else ()
+        settings |= {"normalization": self.normalizer, "augmentation": changed, "shuffle": random}
+        return Batches(samples.inputs, samples.targets, **settings)
+
+    def _from_images(self, images: ImageSet, file: str) -> tuple[Samples, Samples]:
+        """Return both splits of an image set, which the metadata describe."""
+        self.metadata = {"file": file, **images.attributes}
+        return (
+            Samples(images.train_images, images.train_labels),
+            Samples(images.test_images, images.test_labels),
         )
-
-    def _evaluation(self, split: str) -> Batches:
-        return self._batches(
-            self._on_device(split),
-            batch_size=self.eval_batch_size,
-            rank=self._rank,
-            ranks=self._ranks,
-        )
-
-    def _first(self, n: int) -> Batch:
-        first = self._split("train")[:n].to(torch.device("cpu"))
-        return next(iter(self._batches(first, batch_size=n)))
-
-    def _on_device(self, split: str) -> Samples:
-        # Moves once: later calls find it there.
-        samples: Samples = self._split(split).to(self._device)
-        self._splits[split] = samples
-        return samples
-
-    def _batches(self, samples: Samples, **settings: Any) -> Batches:
-        return Batches(samples.inputs, samples.targets, normalization=self.normalizer, **settings)
 
 
 def _check_shapes(augmentation: Sequence[Augmentation], shape: tuple[int, ...]) -> None:
@@ -298,11 +299,3 @@ def _check_shapes(augmentation: Sequence[Augmentation], shape: tuple[int, ...]) 
             raise ValueError(
                 f"augmentation: {one} makes images of {tuple(found)} from {shape}: keep their shape"
             )
-
-
-def image_samples(images: ImageSet) -> tuple[Samples, Samples]:
-    """Return the training and the test split of an image set."""
-    return (
-        Samples(images.train_images, images.train_labels),
-        Samples(images.test_images, images.test_labels),
-    )

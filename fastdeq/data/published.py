@@ -16,13 +16,7 @@ from typing import ClassVar
 import pooch  # type: ignore[import-untyped]
 from torch import Tensor
 
-from fastdeq.data.module import (
-    InMemoryDataModule,
-    NormalizationSetting,
-    Samples,
-    data_module,
-    image_samples,
-)
+from fastdeq.data.module import InMemoryDataModule, NormalizationSetting, Samples, data_module
 from fastdeq.data.store import CURE, ImageSet, building, check_attributes, read_store, write_store
 from fastdeq.runs.files import sha256_of
 from fastdeq.settings import setting
@@ -287,9 +281,7 @@ class StoredDataModule(InMemoryDataModule):
     def load(self) -> tuple[Samples, Samples]:
         """Read and verify the store; build it if it is missing."""
         path = self._ensure()
-        images = self._read(path)
-        self.metadata = {"file": str(path), **images.attributes}
-        return image_samples(images)
+        return self._from_images(self._read(path), str(path))
 
     def _ensure(self) -> Path:
         """Return the path of the store, built if it was missing.

@@ -191,6 +191,10 @@ class Records:
         columns = {name: column[mask.numpy()] for name, column in self._columns.items()}
         return type(self)(path=self._path, split=self._split, source=self._source, columns=columns)
 
+    def to(self, device: torch.device) -> Self:
+        """Return these records, as ``Samples.to`` does: they are read on the CPU."""
+        return self
+
     def read(self, index: int) -> bytes:
         """Return the content of an image file; raises ValueError naming it where it is damaged."""
         start, length, crc32, number = (

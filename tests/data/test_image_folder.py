@@ -473,7 +473,7 @@ def test_a_file_that_is_not_the_store_is_refused_with_the_cure(root, tmp_path):
 
 
 def test_the_command_prepares_and_shows_a_folder(root, capsys, tmp_path):
-    assert main(["image_folder", f"root={root}", "size=32", "classes=3"]) == 0
+    assert main(["image_folder", f"--root={root}", "--size=32", "--classes=3"]) == 0
     printed = capsys.readouterr()
     (path,) = stores(tmp_path)
     shown = {line[:14].strip(): line[14:] for line in printed.out.splitlines()}
@@ -490,7 +490,7 @@ def test_of_many_classes_the_command_shows_the_range(tmp_path, capsys):
         f"{split}/{i:02}/0.png": png(noise(0)) for i in range(30) for split in ("train", "val")
     }
     root = write_images(tmp_path / "root", contents | {"val/07/1.png": png(noise(0))})
-    assert main(["image_folder", f"root={root}"]) == 0
+    assert main(["image_folder", f"--root={root}"]) == 0
     shown = {line[:14].strip(): line[14:] for line in capsys.readouterr().out.splitlines()}
     assert shown["per class"] == "1 to 2, in 30 classes"
     assert shown["classes"] == "00, 01, 02, 03, 04, 05, 06, 07, 08, 09 and 20 more"
