@@ -26,9 +26,10 @@ from fastdeq.data.epoch_loader import Normalization
 from fastdeq.data.module import data_module
 from fastdeq.data.published import (
     ImageSource,
-    SourceFile,
     StoredDataModule,
+    image_set,
     is_gzip,
+    md5_table,
 )
 from fastdeq.data.store import ImageSet, one_line, read_content
 from fastdeq.runs.files import sha256_of
@@ -48,17 +49,14 @@ class Cifar10Images(ImageSource):
         """Read the archive or the pickles into one set, its labels 0..9 (see ``ImageSource``)."""
         form = self.files if len(files) == 1 else self.unpacked
         if verify:  # before anything is unpickled
-            for path, file in zip(files, form, strict=True):
-                self.verify_md5(path, file)
+            self.verify_md5(files, form)
         if len(files) == 1:
             contents = _in_archive(files[0], [file.names[0] for file in self.unpacked])
         else:
             contents = {str(path): read_content(path) for path in files}
-        *batches, meta = (
-            (place, _read_dict(place, content)) for place, content in contents.items()
-        )
+        *batches, meta = ((place, _read_dict(place, one)) for place, one in contents.items())
         images, labels = zip(*(_read_batch(*batch) for batch in batches), strict=True)
-        return self.image_set(
+        return image_set(
             (torch.cat(images[:-1]), torch.cat(labels[:-1])),
             (images[-1], labels[-1]),
             {path: sha256_of(path) for path in files},
@@ -138,14 +136,11 @@ class _NumberType:
     __slots__ = ()
 
     def __call__(self, code: str | bytes, align: object = False, copy: object = False) -> Any:
-        """Return the type, a copy: the pickle sets its byte order next.
-
-        ``align`` and ``copy`` are 0 and 1 in old pickles, which NumPy itself warns about.
-        """
+        # align and copy are 0 and 1 in old pickles, which NumPy itself warns about.
         name = code.decode("latin-1") if isinstance(code, bytes) else code
         if not isinstance(name, str) or not re.fullmatch("[<>=|]?[biuf][0-9]+", name):
             raise PickleRefusedError(f"it holds an array of {name!r}")
-        return np.dtype(name, copy=True)
+        return np.dtype(name, copy=True)  # the pickle sets its byte order next
 
 
 @final
@@ -155,7 +150,6 @@ class _FromBuffer:
     __slots__ = ()
 
     def __call__(self, buffer: Any, dtype: Any, shape: Any, order: Any) -> Any:
-        """Return the array that the bytes of ``buffer`` are."""
         return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
 
 
@@ -188,7 +182,7 @@ def read_pickle(content: bytes) -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Return what an array is made with; anything else is refused unseen, never imported."""
+        # Anything else is refused unseen, never imported.
         try:
             return _ALLOWED[module, name]
         except KeyError:
@@ -206,16 +200,16 @@ CIFAR10 = Cifar10Images(
     "https://www.cs.toronto.edu/~kriz/cifar.html",
     licence="none stated; the author asks to be cited",
     split="the author's: 50,000 for training, 10,000 for test",
-    files=(SourceFile(names=("cifar-10-python.tar.gz",), md5="c58f30108f718f92721af3b95e74349a"),),
-    unpacked=(
-        SourceFile(names=("data_batch_1",), md5="c99cafc152244af753f735de768cd75f"),
-        SourceFile(names=("data_batch_2",), md5="d4bba439e000b95fd0a9bffe97cbabec"),
-        SourceFile(names=("data_batch_3",), md5="54ebc095f3ab1f0389bbae665268c751"),
-        SourceFile(names=("data_batch_4",), md5="634d18415352ddfa80567beed471001a"),
-        SourceFile(names=("data_batch_5",), md5="482c414d41f54cd18b22e5b47cb7c3cb"),
-        SourceFile(names=("test_batch",), md5="40351d587109b95175f43aff81a1287e"),
-        SourceFile(names=("batches.meta",), md5="5ff9c542aee3614f3951f8cda6e48888"),
-    ),
+    files=md5_table("c58f30108f718f92721af3b95e74349a  cifar-10-python.tar.gz"),
+    unpacked=md5_table("""
+        c99cafc152244af753f735de768cd75f  data_batch_1
+        d4bba439e000b95fd0a9bffe97cbabec  data_batch_2
+        54ebc095f3ab1f0389bbae665268c751  data_batch_3
+        634d18415352ddfa80567beed471001a  data_batch_4
+        482c414d41f54cd18b22e5b47cb7c3cb  data_batch_5
+        40351d587109b95175f43aff81a1287e  test_batch
+        5ff9c542aee3614f3951f8cda6e48888  batches.meta
+    """),
     folders=(f"cifar10/{_FOLDER}", _FOLDER),
     mirrors=(
         "https://www.cs.toronto.edu/~kriz/",

@@ -21,14 +21,23 @@ from typing import final
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastdeq.data.epoch_loader import Normalization
 from fastdeq.data.module import data_module
-from fastdeq.data.published import ImageSource, SourceFile, StoredDataModule, is_gzip
+from fastdeq.data.published import (
+    ImageSource,
+    SourceFile,
+    StoredDataModule,
+    image_set,
+    is_gzip,
+    md5_table,
+)
 from fastdeq.data.store import ImageSet, read_content
 
 _SIDE = 28  # pixels
 _CLASSES = 10
+_SPLIT = "the authors': 60,000 for training, 10,000 for test"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,17 +107,12 @@ class IdxImages(ImageSource):
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
         """Read the four files into one set, its labels 0..9 (see ``ImageSource``)."""
         arrays = [read_idx(path) for path in files]
+        sha256 = {path: array.sha256 for path, array in zip(files, arrays, strict=True)}
         if verify:
-            for number, path in enumerate(files):
-                self._verify(number, path, arrays[number].sha256)
-        for split in (0, 2):
-            _check_split(files[split:], arrays[split:])
-        images, labels, test_images, test_labels = (torch.from_numpy(a.values) for a in arrays)
-        return self.image_set(
-            (images.unsqueeze(1), labels.long()),
-            (test_images.unsqueeze(1), test_labels.long()),
-            {path: array.sha256 for path, array in zip(files, arrays, strict=True)},
-        )
+            for number, (path, found) in enumerate(sha256.items()):
+                self._verify(number, path, found)
+        train, test = (_split(files[first:], arrays[first:]) for first in (0, 2))
+        return image_set(train, test, sha256)
 
     def is_official(self, attributes: Mapping[str, str]) -> bool:
         """Return whether ``source_sha256`` lists official files (see ``ImageSource``).
@@ -127,7 +131,7 @@ class IdxImages(ImageSource):
             if found != self.sha256[number]:
                 raise self.not_official(path, "SHA-256 of the content", found)
         elif is_gzip(path):
-            self.verify_md5(path, self.files[number])
+            self.verify_md5([path], [self.files[number]])
         else:
             raise ValueError(
                 f"{path}: cannot be verified, for of {self.title} only the checksums of the .gz "
@@ -136,8 +140,8 @@ class IdxImages(ImageSource):
             )
 
 
-def _check_split(files: Sequence[Path], arrays: Sequence[IdxArray]) -> None:
-    """Check shapes and labels of the split whose images and labels come first in the lists."""
+def _split(files: Sequence[Path], arrays: Sequence[IdxArray]) -> tuple[Tensor, Tensor]:
+    """Return the split whose images and labels come first in the lists, checked."""
     images, labels = arrays[0].values, arrays[1].values
     if images.shape[1:] != (_SIDE, _SIDE):
         raise ValueError(f"{files[0]}: not images of {_SIDE} × {_SIDE}, but {images.shape}")
@@ -147,18 +151,20 @@ def _check_split(files: Sequence[Path], arrays: Sequence[IdxArray]) -> None:
         )
     if labels.max() >= _CLASSES:
         raise ValueError(f"{files[1]}: label {labels.max()} is not one of 0..{_CLASSES - 1}")
+    return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long()
 
 
-def _files(md5: Sequence[str]) -> tuple[SourceFile, ...]:
-    """Return the four files with the names they go by; the compressed ones come first."""
-    stems = ("train-images", "train-labels", "t10k-images", "t10k-labels")
-    kinds = ("idx3-ubyte", "idx1-ubyte") * 2
+def _files(table: str) -> tuple[SourceFile, ...]:
+    """Return the files of a table (see ``md5_table``), compressed or not, with "-" or "."."""
+    stems = [(file.names[0].removesuffix(".gz"), file.md5) for file in md5_table(table)]
     return tuple(
         SourceFile(
-            names=tuple(f"{stem}{dot}{kind}{end}" for end in (".gz", "") for dot in "-."),
-            md5=one,
+            names=tuple(
+                stem.replace("-idx", f"{dot}idx") + end for end in (".gz", "") for dot in "-."
+            ),
+            md5=md5,
         )
-        for stem, kind, one in zip(stems, kinds, md5, strict=True)
+        for stem, md5 in stems
     )
 
 
@@ -169,15 +175,13 @@ MNIST = IdxImages(
     source="Y. LeCun, C. Cortes, C. J. C. Burges, The MNIST Database of Handwritten Digits, "
     "http://yann.lecun.com/exdb/mnist/",
     licence="CC BY-SA 3.0 (Y. LeCun and C. Cortes)",
-    split="the authors': 60,000 for training, 10,000 for test",
-    files=_files(
-        (
-            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "d53e105ee54ea40749a09fcbcd1e9432",
-            "9fb629c4189551a2d022fa330f9573f3",
-            "ec29112dd5afa0611ce80d1b7f02629c",
-        )
-    ),
+    split=_SPLIT,
+    files=_files("""
+        f68b3c2dcbeaaa9fbdd348bbdeb94873  train-images-idx3-ubyte.gz
+        d53e105ee54ea40749a09fcbcd1e9432  train-labels-idx1-ubyte.gz
+        9fb629c4189551a2d022fa330f9573f3  t10k-images-idx3-ubyte.gz
+        ec29112dd5afa0611ce80d1b7f02629c  t10k-labels-idx1-ubyte.gz
+    """),
     folders=("MNIST/raw",),
     mirrors=(
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -199,15 +203,13 @@ FASHION_MNIST = IdxImages(
     source="H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv 1708.07747, "
     "https://github.com/zalandoresearch/fashion-mnist",
     licence="MIT (Zalando SE)",
-    split="the authors': 60,000 for training, 10,000 for test",
-    files=_files(
-        (
-            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "25c81989df183df01b3e8a0aad5dffbe",
-            "bef4ecab320f06d8554ea6380940ec79",
-            "bb300cfdad3c16e7a12a480ee83cd310",
-        )
-    ),
+    split=_SPLIT,
+    files=_files("""
+        8d4fb7e6c68d591d4c3dfef9ec88bf0d  train-images-idx3-ubyte.gz
+        25c81989df183df01b3e8a0aad5dffbe  train-labels-idx1-ubyte.gz
+        bef4ecab320f06d8554ea6380940ec79  t10k-images-idx3-ubyte.gz
+        bb300cfdad3c16e7a12a480ee83cd310  t10k-labels-idx1-ubyte.gz
+    """),
     folders=("FashionMNIST/raw",),
     mirrors=(
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",

@@ -17,7 +17,15 @@ import pooch  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fastdeq.data.module import InMemoryDataModule, NormalizationSetting, Samples, data_module
-from fastdeq.data.store import CURE, ImageSet, building, check_attributes, read_store, write_store
+from fastdeq.data.store import (
+    CURE,
+    REQUIRED_ATTRIBUTES,
+    ImageSet,
+    building,
+    check_attributes,
+    read_store,
+    write_store,
+)
 from fastdeq.runs.files import sha256_of
 from fastdeq.settings import setting
 
@@ -36,9 +44,15 @@ class SourceFile:
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
 
+def md5_table(table: str) -> tuple[SourceFile, ...]:
+    """Return the files of a table with a line for each: its MD5 and its name, as from md5sum."""
+    rows = (line.split() for line in table.strip().splitlines())
+    return tuple(SourceFile(names=(name,), md5=md5) for md5, name in rows)
+
+
 @dataclass(frozen=True, kw_only=True)
-class DatasetInfo:
-    """An image set as published.
+class ImageSource(ABC):
+    """A published image set: what it is, where its files are, and how they are read.
 
     ``name``: of its store. ``version``, ``source``, ``licence``, ``split``: attributes of the
     store. ``files``: the form in which the mirrors have it. ``unpacked``: the files in these where
@@ -57,10 +71,21 @@ class DatasetInfo:
     mirrors: tuple[str, ...]
     unpacked: tuple[SourceFile, ...] = ()
 
+    @abstractmethod
+    def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
+        """Read ``files``, one for each of a form and in their order.
+
+        With ``verify`` they must be the official ones. Raises ValueError naming the file and what
+        is wrong with it.
+        """
+
+    def is_official(self, attributes: Mapping[str, str]) -> bool:
+        """Return whether a store with these attributes was made from the official files."""
+        return True  # unless a source knows better: no store is made before they are verified
+
     def attributes(self, *, verify: bool = True) -> dict[str, str]:
         """Return the attributes of a store; of files that were not verified, it says so."""
-        keys = ("name", "version", "source", "licence", "split")
-        attributes = {key: getattr(self, key) for key in keys}
+        attributes = {key: getattr(self, key) for key in REQUIRED_ATTRIBUTES}
         if not verify:
             attributes |= {
                 "version": "not verified",
@@ -85,13 +110,14 @@ class DatasetInfo:
         folders = [root / self.name, *(root / folder for folder in self.folders), root]
         return min(folders, key=lambda folder: len(missing_in(folder, form)))
 
-    def verify_md5(self, path: Path, file: SourceFile) -> None:
-        """Raise ValueError, naming file and cure, unless ``path`` has the MD5 of ``file``."""
+    def verify_md5(self, paths: Sequence[Path], form: Sequence[SourceFile]) -> None:
+        """Raise ValueError, naming file and cure, unless each path has the MD5 of its file."""
         md5 = partial(hashlib.md5, usedforsecurity=False)  # where policy forbids MD5 for security
-        with path.open("rb") as content:
-            found = hashlib.file_digest(content, md5).hexdigest()
-        if found != file.md5:
-            raise self.not_official(path, "MD5 of the file", found)
+        for path, file in zip(paths, form, strict=True):
+            with path.open("rb") as content:
+                found = hashlib.file_digest(content, md5).hexdigest()
+            if found != file.md5:
+                raise self.not_official(path, "MD5 of the file", found)
 
     def not_official(self, path: Path, kind: str, found: str) -> ValueError:
         """Return the error for a file with another checksum, of this kind, than published."""
@@ -101,37 +127,21 @@ class DatasetInfo:
         )
 
 
-class ImageSource(DatasetInfo, ABC):
-    """A published image set that can be read: how its files are verified, and what is in them."""
-
-    @abstractmethod
-    def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
-        """Read ``files``, one for each of a form and in their order.
-
-        With ``verify`` they must be the official ones. Raises ValueError naming the file and what
-        is wrong with it.
-        """
-
-    def image_set(
-        self,
-        train: tuple[Tensor, Tensor],
-        test: tuple[Tensor, Tensor],
-        checksums: Mapping[Path, str],
-        **attributes: str,
-    ) -> ImageSet:
-        """Return images and labels of both splits with the attributes of the set."""
-        sources = ", ".join(f"{path.name} {checksum}" for path, checksum in checksums.items())
-        return ImageSet(
-            train_images=train[0],
-            train_labels=train[1],
-            test_images=test[0],
-            test_labels=test[1],
-            attributes={**self.attributes(), **attributes, "source_sha256": sources},
-        )
-
-    def is_official(self, attributes: Mapping[str, str]) -> bool:
-        """Return whether a store with these attributes was made from the official files."""
-        return True  # unless a source knows better: no store is made before they are verified
+def image_set(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    sha256: Mapping[Path, str],
+    **attributes: str,
+) -> ImageSet:
+    """Return images and labels of both splits, with the checksums of their files as attribute."""
+    attributes["source_sha256"] = ", ".join(f"{path.name} {one}" for path, one in sha256.items())
+    return ImageSet(
+        train_images=train[0],
+        train_labels=train[1],
+        test_images=test[0],
+        test_labels=test[1],
+        attributes=attributes,
+    )
 
 
 def missing_in(folder: Path, form: Sequence[SourceFile]) -> list[SourceFile]:
@@ -171,13 +181,12 @@ def download(files: Iterable[SourceFile], folder: Path, mirrors: Sequence[str]) 
 
 def _fetch(file: SourceFile, folder: Path, mirrors: Sequence[str]) -> dict[str, str]:
     """Fetch one file; return the failures of the mirrors that were tried in vain."""
-    name, failures = file.names[0], dict[str, str]()
+    name, md5, failures = file.names[0], f"md5:{file.md5}", dict[str, str]()
+    bar = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=_TIMEOUT)
     for mirror in mirrors:
-        bar = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=_TIMEOUT)
-        known_hash = f"md5:{file.md5}"
         try:
             # Writes aside and renames: a file under its own name is whole and has its MD5.
-            pooch.retrieve(mirror + name, known_hash, fname=name, path=folder, downloader=bar)
+            pooch.retrieve(mirror + name, md5, fname=name, path=folder, downloader=bar)
             (folder / name).chmod(0o644)  # it was a temporary file, for this user alone
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
             failures[mirror] = _reason(error)
@@ -209,9 +218,7 @@ def store_folder(store: str | Path | None) -> Path:
         return given_folder("store", store)
     if cache := os.environ.get("FASTDEQ_CACHE"):
         return Path(cache).expanduser()
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache).expanduser() / "fastdeq"
-    return Path.home() / ".cache" / "fastdeq"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastdeq"
 
 
 def given_folder(name: str, folder: str | Path) -> Path:
@@ -242,14 +249,12 @@ class StoredDataModule(InMemoryDataModule):
     name of the store has a checksum of their contents, so that different sets never mix.
     ``normalization``: see ``Normalization.configured``.
 
-    A subclass is final. It defines ``source`` and ``published`` beside what ``InMemoryDataModule``
-    needs.
+    A subclass is final and defines ``source`` and ``published`` too.
 
-    Raises ValueError for ``verify=False`` without a ``root`` or with ``download``, and what
-    ``InMemoryDataModule`` raises. ``prepare_data`` and ``setup`` raise FileNotFoundError or
-    NotADirectoryError for a ``root`` or source files that are missing; ValueError for source files
-    or a store that are damaged or not the official ones; OSError where the store or a download
-    cannot be written.
+    Raises ValueError for ``verify=False`` without a ``root`` or with ``download``. ``prepare_data``
+    and ``setup`` raise FileNotFoundError or NotADirectoryError for a ``root`` or source files that
+    are missing; ValueError for source files or a store that are damaged or not the official ones;
+    OSError where the store or a download cannot be written.
     """
 
     root: str | Path | None = None
@@ -300,7 +305,9 @@ class StoredDataModule(InMemoryDataModule):
         if not path.exists():
             images = self.source.read(files, verify=self.verify)
             own = self.source.attributes(verify=self.verify)
-            _build(path, replace(images, attributes={**images.attributes, **own}))
+            with building(path) as missing:
+                if missing:
+                    write_store(path, replace(images, attributes={**images.attributes, **own}))
         return path
 
     def _read(self, path: Path) -> ImageSet:
@@ -317,10 +324,11 @@ class StoredDataModule(InMemoryDataModule):
         """Return the source files in the order of their form, downloaded if necessary."""
         wanted = self.source
         form = wanted.files if self._root is None else wanted.form_in(self._root)
-        if missing_in(self._folder(form), form) and self.download:
-            form = wanted.files  # the form that the mirrors have
-            download(missing_in(self._folder(form), form), self._folder(form), wanted.mirrors)
         folder = self._folder(form)
+        if missing_in(folder, form) and self.download:
+            form = wanted.files  # the form that the mirrors have
+            folder = self._folder(form)
+            download(missing_in(folder, form), folder, wanted.mirrors)
         missing = missing_in(folder, form)
         if missing and self._root is None:
             raise FileNotFoundError(
@@ -340,9 +348,3 @@ class StoredDataModule(InMemoryDataModule):
         if self._root is None:
             return self._store / self.source.name
         return self.source.folder_in(self._root, form)
-
-
-def _build(path: Path, images: ImageSet) -> None:
-    with building(path) as missing:
-        if missing:
-            write_store(path, images)

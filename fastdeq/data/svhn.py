@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.module import data_module
-from fastdeq.data.published import ImageSource, SourceFile, StoredDataModule
+from fastdeq.data.published import ImageSource, StoredDataModule, image_set, md5_table
 from fastdeq.data.store import ImageSet, one_line, read_content
 from fastdeq.runs.files import sha256_of
 
@@ -35,9 +35,8 @@ class SvhnImages(ImageSource):
         """Read the two files into one set, its labels 0..9 (see ``ImageSource``)."""
         train, test = (read_cropped_digits(path) for path in files)
         if verify:
-            for path, file in zip(files, self.files, strict=True):
-                self.verify_md5(path, file)
-        return self.image_set(train, test, {path: sha256_of(path) for path in files})
+            self.verify_md5(files, self.files)
+        return image_set(train, test, {path: sha256_of(path) for path in files})
 
 
 def read_cropped_digits(path: str | Path) -> tuple[Tensor, Tensor]:
@@ -68,9 +67,9 @@ def read_cropped_digits(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    content = read_content(path)
+    content = io.BytesIO(read_content(path))
     try:
-        found: dict[str, Any] = loadmat(io.BytesIO(content), variable_names=("X", "y"))
+        found: dict[str, Any] = loadmat(content, variable_names=("X", "y"))
     except NotImplementedError as error:  # SciPy's for HDF5
         raise ValueError(f"{path}: of MATLAB 7.3, as the full images are: {_WANTED}") from error
     except Exception as error:  # damage makes SciPy raise anything: it has no error of its own
@@ -87,10 +86,10 @@ SVHN = SvhnImages(
     "Numbers Dataset, http://ufldl.stanford.edu/housenumbers/",
     licence="for non-commercial use only (Y. Netzer et al.)",
     split="the authors': 73,257 for training, 26,032 for test, without the extra ones",
-    files=(
-        SourceFile(names=("train_32x32.mat",), md5="e26dedcc434d2e4c54c9b2d4a06d8373"),
-        SourceFile(names=("test_32x32.mat",), md5="eb5a983be6a315427106f1b164d9cef3"),
-    ),
+    files=md5_table("""
+        e26dedcc434d2e4c54c9b2d4a06d8373  train_32x32.mat
+        eb5a983be6a315427106f1b164d9cef3  test_32x32.mat
+    """),
     folders=("SVHN",),
     mirrors=("http://ufldl.stanford.edu/housenumbers/",),
 )

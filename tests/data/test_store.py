@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from unittest.mock import patch
@@ -228,14 +229,12 @@ def build_and_wait(folder: Path, writing: Event, resume: Event) -> None:
 
 
 def build_second(folder: Path, at_the_lock: Event) -> None:
-    build = published_module._build
-
-    def announced(path: Path, images: ImageSet) -> None:
+    def announced(path: Path) -> AbstractContextManager[bool]:
         at_the_lock.set()
-        build(path, images)
+        return store_module.building(path)
 
     with (
-        patch.object(published_module, "_build", announced),
+        patch.object(published_module, "building", announced),
         patch.object(published_module, "write_store", side_effect=AssertionError("written twice")),
     ):
         assert holds_the_samples(stored(folder).load())
