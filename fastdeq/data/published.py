@@ -6,12 +6,14 @@
 import hashlib
 import os
 import sys
+import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import resources
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import pooch  # type: ignore[import-untyped]
 from torch import Tensor
@@ -30,6 +32,9 @@ from fastdeq.runs.files import sha256_of
 from fastdeq.settings import setting
 
 _TIMEOUT = 30  # seconds without an answer or without a byte
+_SOURCES = tomllib.loads(
+    resources.files("fastdeq.data").joinpath("sources.toml").read_text(encoding="utf-8")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +49,12 @@ class SourceFile:
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
 
-def md5_table(table: str) -> tuple[SourceFile, ...]:
-    """Return the files of a table with a line for each: its MD5 and its name, as from md5sum."""
-    rows = (line.split() for line in table.strip().splitlines())
-    return tuple(SourceFile(names=(name,), md5=md5) for md5, name in rows)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(ABC):
     """A published image set: what it is, where its files are, and how they are read.
 
-    ``name``: of its store. ``version``, ``source``, ``licence``, ``split``: attributes of the
-    store. ``files``: the form in which the mirrors have it. ``unpacked``: the files in these where
-    they are an archive, a second form of the set. ``folders``: where files of either form may lie
-    beneath a data folder. ``mirrors``: addresses that the first name of a file is appended to.
+    ``name``: of its store. ``files`` and ``unpacked``: the two forms in which a folder may have it.
+    sources.toml explains the rest.
     """
 
     name: str
@@ -70,6 +67,20 @@ class ImageSource(ABC):
     folders: tuple[str, ...]
     mirrors: tuple[str, ...]
     unpacked: tuple[SourceFile, ...] = ()
+
+    @classmethod
+    def from_table(
+        cls, name: str, spellings: Callable[[str], tuple[str, ...]] = lambda name: (name,)
+    ) -> Self:
+        """Return a set of sources.toml; ``spellings`` gives the names that a file goes by."""
+        values = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in _SOURCES[name].items()
+        }
+        for form in ("files", "unpacked"):
+            md5 = _SOURCES[name].get(form, {})
+            values[form] = tuple(SourceFile(names=spellings(key), md5=md5[key]) for key in md5)
+        return cls(name=name, **values)
 
     @abstractmethod
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:

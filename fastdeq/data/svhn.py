@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.module import data_module
-from fastdeq.data.published import ImageSource, StoredDataModule, image_set, md5_table
+from fastdeq.data.published import ImageSource, StoredDataModule, image_set
 from fastdeq.data.store import ImageSet, one_line, read_content
 from fastdeq.runs.files import sha256_of
 
@@ -78,21 +78,7 @@ def _load(path: Path) -> dict[str, Any]:
     return found
 
 
-SVHN = SvhnImages(
-    name="svhn",
-    title="SVHN",
-    version="2011",
-    source="Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu, A. Y. Ng, The Street View House "
-    "Numbers Dataset, http://ufldl.stanford.edu/housenumbers/",
-    licence="for non-commercial use only (Y. Netzer et al.)",
-    split="the authors': 73,257 for training, 26,032 for test, without the extra ones",
-    files=md5_table("""
-        e26dedcc434d2e4c54c9b2d4a06d8373  train_32x32.mat
-        eb5a983be6a315427106f1b164d9cef3  test_32x32.mat
-    """),
-    folders=("SVHN",),
-    mirrors=("http://ufldl.stanford.edu/housenumbers/",),
-)
+SVHN = SvhnImages.from_table("svhn")
 
 
 @final

@@ -53,7 +53,13 @@ def in_isolation(code: str, package: Path, cwd: Path) -> str:
 
 
 def test_the_wheel_holds_the_package_with_its_types_and_data(wheel):
-    for name in ("__init__.py", "py.typed", "data/digits.h5", "data/README.md"):
+    for name in (
+        "__init__.py",
+        "py.typed",
+        "data/digits.h5",
+        "data/sources.toml",
+        "data/README.md",
+    ):
         assert (wheel / "fastdeq" / name).is_file(), name
 
 
