@@ -38,11 +38,9 @@ class RandomFlip(Augmentation):
     share: float = setting(default=0.5, at_least=0, at_most=1)
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Return which samples are flipped, bool (N,)."""
         return torch.rand(samples, generator=generator) < self.share
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Return ``images``, flipped where ``drawn`` is true."""
         return torch.where(drawn.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
@@ -51,8 +49,8 @@ class RandomFlip(Augmentation):
 class ResizeCrop(Augmentation):
     """Resized to ``resize`` × ``resize``, bilinearly, then a random crop of ``size`` × ``size``.
 
-    All (resize − size + 1)² crops are equally likely. Raises ValueError for sizes below 1, and for
-    a ``size`` above ``resize``.
+    All (resize − size + 1)² crops are equally likely. Raises ValueError for a ``size`` above
+    ``resize``.
     """
 
     resize: int = setting(at_least=1)
@@ -63,14 +61,11 @@ class ResizeCrop(Augmentation):
             raise ValueError(f"ResizeCrop.resize is {self.resize}, but must be at least the size")
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Return the first row and column of each crop, int64 (N, 2)."""
         return torch.randint(self.resize - self.size + 1, (samples, 2), generator=generator)
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Return the crops (B, C, size, size) that begin where ``drawn`` says."""
-        square = (self.resize, self.resize)
         # align_corners=False: pixels are areas, as image libraries have it.
-        resized = F.interpolate(images, square, mode="bilinear", align_corners=False)
+        resized = F.interpolate(images, 2 * (self.resize,), mode="bilinear", align_corners=False)
         return _crop(resized, drawn, self.size, self.size)
 
 
@@ -85,13 +80,10 @@ class PadCrop(Augmentation):
     padding: int = setting(at_least=0)
 
     def draw(self, samples: int, generator: torch.Generator) -> Tensor:
-        """Return the first row and column of each crop, int64 (N, 2)."""
         return torch.randint(2 * self.padding + 1, (samples, 2), generator=generator)
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """Return the crops, of the shape of ``images``, that begin where ``drawn`` says."""
-        padded = F.pad(images, (self.padding,) * 4)
-        return _crop(padded, drawn, *images.shape[2:])
+        return _crop(F.pad(images, (self.padding,) * 4), drawn, *images.shape[2:])
 
 
 def _crop(images: Tensor, first: Tensor, height: int, width: int) -> Tensor:

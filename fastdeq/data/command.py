@@ -32,8 +32,6 @@ SETS: dict[str, type[InMemoryDataModule | ImageFolderDataModule]] = {
 """The data sets by their names in conf/data."""
 
 _SHOWN = 20  # classes, in one line
-
-
 _HELP = {
     "root": "folder with the source files (default: $FASTDEQ_DATA)",
     "store": "folder that keeps the prepared set (default: the user's cache)",

@@ -1,8 +1,4 @@
-"""From encoded images to batches, with Pillow (the extra `images`): RGB, upright, cropped.
-
-Crops for training are those of C. Szegedy et al., Going Deeper with Convolutions, 2014 (arXiv
-1409.4842, section 6); for evaluation, the centre.
-"""
+"""From encoded images to batches, with Pillow (the extra `images`): RGB, upright, cropped."""
 
 import io
 import math
@@ -56,13 +52,9 @@ def identify(content: bytes) -> None:
 
 
 def decode(content: bytes) -> "Image.Image":
-    """Return a JPEG or PNG image as RGB, 8 bits a channel.
+    """Return a JPEG or PNG image as upright RGB, 8 bits per channel, as docs/data.md describes.
 
-    Grey and palette images are expanded; CMYK is converted without a profile; transparent parts
-    are laid on white; of 16 bits the upper 8 are kept. A transparent colour of a PNG image is
-    compared in all bits of its samples (PNG, third edition, 11.3.1.1). The image is turned as its
-    EXIF orientation says, as viewers show it. Raises ValueError for what is not such an image, or
-    is damaged.
+    Raises ValueError for what is not such an image, or is damaged.
     """
     with _pillow(), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
         image.load()
@@ -91,7 +83,6 @@ class CentralCrop(Crop):
     share: float = setting(default=0.875, above=0, at_most=1)
 
     def apply(self, image: "Image.Image", random: np.random.Generator) -> "Image.Image":
-        """Return the centre of ``image``."""
         shorter = round(self.size / self.share)
         width, height = (shorter * side // min(image.size) for side in image.size)
         if image.size != (width, height):
@@ -107,7 +98,8 @@ class RandomCrop(Crop):
 
     The part's share of the area is uniform in ``area``, the logarithm of its width / height in that
     of ``ratio``, its place uniform. Parts that do not fit are drawn again; after ten, it is the
-    largest one in the centre whose ratio is in range. Raises ValueError for an ``area`` or a
+    largest one in the centre whose ratio is in range (C. Szegedy et al., Going Deeper with
+    Convolutions, 2014, arXiv 1409.4842, section 6). Raises ValueError for an ``area`` or a
     ``ratio`` that does not rise from above 0, and for an ``area`` above 1.
     """
 
@@ -123,7 +115,6 @@ class RandomCrop(Crop):
             raise ValueError(f"crop_area must be at most 1, not {list(self.area)}")
 
     def apply(self, image: "Image.Image", random: np.random.Generator) -> "Image.Image":
-        """Return a random part of ``image``, mirrored or not."""
         mirrored = random.random() < self.flip  # drawn first, whatever the size of the image
         part = image.crop(self.draw(*image.size, random))
         part = part.resize((self.size, self.size), Image.Resampling.BILINEAR)
@@ -158,7 +149,7 @@ def to_tensor(image: "Image.Image") -> Tensor:
 def _keyed(image: "Image.Image", content: bytes) -> "Image.Image":
     """Return a PNG image that has a transparent colour as RGBA, any other image as it is.
 
-    Pillow compares that colour, in the file's units, with samples that it scaled to 8 bits.
+    That colour is compared in all bits (PNG, third edition, 11.3.1.1), unlike in Pillow.
     """
     if image.format != "PNG" or image.mode == "P" or "transparency" not in image.info:
         return image  # a palette has an alpha for each of its colours
@@ -227,16 +218,15 @@ def _pillow() -> Iterator[None]:
 class DecodedBatches(EpochLoader):
     """Iterate over ``records`` in batches of float32 (B, 3, size, size), normalized, on ``device``.
 
-    The batches, their order and the part for this process are those of ``EpochLoader``. The random
-    numbers of ``crop`` depend on (``seed``, epoch) and the place of the sample in the order alone:
-    not on the number of workers or ranks, nor on where an epoch was resumed.
+    The random numbers of ``crop`` depend on (``seed``, epoch) and the place of the sample in the
+    order alone: not on the number of workers or ranks, nor on where an epoch was resumed. The
+    global random states do not change.
 
     ``workers`` processes decode, each a batch at a time and up to two ahead; they stay from epoch
-    to epoch until ``close``. With 0 this process decodes. The position counts the batches that were
-    yielded, not those decoded ahead. The global random states do not change.
+    to epoch until ``close``. With 0 this process decodes. ``settings``: those of ``EpochLoader``.
 
-    Raises TypeError or ValueError for ``workers`` that are not an integer ≥ 0, what ``EpochLoader``
-    raises; and, while iterating, ValueError naming an image that cannot be decoded.
+    Raises TypeError or ValueError for ``workers`` that are not an integer ≥ 0 and, while iterating,
+    ValueError naming an image that cannot be decoded.
     """
 
     def __init__(
@@ -259,7 +249,6 @@ class DecodedBatches(EpochLoader):
         self._running: Generator[Batch, None, None] | None = None
 
     def close(self) -> None:
-        """End the running epoch and the workers; the next epoch starts new ones."""
         if self._running is not None:
             self._running.close()
         self._running = self._loader = None
@@ -312,14 +301,11 @@ class _Decoder(Dataset[Tensor | str]):
         self.records, self.crop = records, crop
 
     def __getitem__(self, part: _Part) -> Tensor | str:
-        """Return the images, or what is wrong with one of them.
-
-        As a value: an error that leaves a worker becomes a text of its traceback.
-        """
+        """Return the images, or what is wrong with one of them."""
         try:
             return torch.stack([self._image(part, place) for place in range(len(part.indices))])
         except ValueError as error:
-            return str(error)
+            return str(error)  # an error that leaves a worker becomes a text of its traceback
 
     def _image(self, part: _Part, place: int) -> Tensor:
         index = int(part.indices[place])

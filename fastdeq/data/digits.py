@@ -30,7 +30,7 @@ def read_digits() -> ImageSet:
 class DigitsDataModule(InMemoryDataModule):
     """Batches of digits, float32 (B, 1, 8, 8) normalized, with labels int64 (B,) of 0..9.
 
-    ``normalization``: see ``Normalization.configured``. Raises what ``InMemoryDataModule`` raises.
+    ``normalization``: see ``Normalization.configured``.
     """
 
     batch_size: int = setting(default=64, at_least=1)
@@ -45,5 +45,4 @@ class DigitsDataModule(InMemoryDataModule):
     published = Normalization(scale=16.0, mean=(0.304982,), std=(0.375789,))
 
     def load(self) -> tuple[Samples, Samples]:
-        """Return the shipped training and test split, verified."""
         return self._from_images(read_digits(), "fastdeq/data/digits.h5")

@@ -32,16 +32,15 @@ class EpochLoader(ABC):
     """Iterate over ``samples`` samples in batches; a subclass defines how a batch is made.
 
     One iteration over this object is one epoch. It yields every sample once (with ``drop_last``,
-    all but the N mod ``batch_size`` samples that come last in the order of the epoch), in stored
-    order or, with ``shuffle``, in an order that depends on (``seed``, epoch) alone: not on the
-    device and not on other random numbers drawn. Iterations count the epochs up; ``set_epoch``
-    chooses one. After ``load_state_dict``, the next iteration yields exactly the batches that had
-    not been yielded yet when the state was saved.
+    all but the N mod ``batch_size`` samples that come last), in stored order or, with ``shuffle``,
+    in an order that depends on (``seed``, epoch) alone: not on the device or other random numbers.
+    Iterations count the epochs up; ``set_epoch`` chooses one. After ``load_state_dict``, the next
+    iteration yields exactly the batches that had not been yielded when the state was saved.
 
     Of several processes (``ranks``) that hold the same samples, each gets its contiguous part of
-    every batch; ``batch_size`` counts the samples of the whole batch, over all of them. The parts
-    differ by one sample at most, and ``Batch.weight`` evens that out. All ranks have equally many
-    batches, and their saved positions are the same.
+    every batch; ``batch_size`` counts the samples of all parts. These differ by one sample at most,
+    and ``Batch.weight`` evens that out. All ranks have the same number of batches and the same
+    position.
 
     Raises TypeError or ValueError for a ``batch_size``, ``seed`` or ``rank`` that is not an integer
     or out of range, ValueError where an epoch would have no batch.
@@ -58,22 +57,18 @@ class EpochLoader(ABC):
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("rank", rank, 0),
-            ("ranks", ranks, 1),
-        ):
-            check_value(name, value, int, {"at least": least})
+        given = {"batch_size": batch_size, "seed": seed, "rank": rank, "ranks": ranks}
+        for name, value in given.items():
+            check_value(name, value, int, {"at least": 0 if name in ("seed", "rank") else 1})
         if rank >= ranks:
             raise ValueError(f"rank {rank} is not one of {ranks} ranks: they count from 0")
         self._samples, self._batch_size, self._seed = samples, batch_size, seed
         self._shuffle, self._drop_last = shuffle, drop_last
         self._rank, self._ranks = rank, ranks
         if len(self) == 0:
+            reason = " (drop_last is set)" * drop_last
             raise ValueError(
-                f"batch_size {batch_size} leaves no batch of {samples} samples"
-                + (" (drop_last is set)" if drop_last else "")
+                f"batch_size {batch_size} leaves no batch of {samples} samples{reason}"
             )
         self._epoch = 0
         self._position = 0  # batches of this epoch yielded so far
@@ -90,7 +85,7 @@ class EpochLoader(ABC):
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch, wherever in it the position is."""
         whole, rest = divmod(self._samples, self._batch_size)
-        return whole if self._drop_last or not rest else whole + 1
+        return whole + (rest > 0 and not self._drop_last)
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: nothing changes before the first batch is requested. Lightning makes
@@ -128,8 +123,7 @@ class EpochLoader(ABC):
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue where ``state`` was saved: after the last batch of an epoch, with the next one.
 
-        Raises TypeError or ValueError for a state that is incomplete, damaged or of another data
-        size or batch size.
+        Raises TypeError or ValueError for a damaged state or one of another data or batch size.
         """
         own = self.state_dict()
         if missing := [key for key in own if key not in state]:
@@ -175,18 +169,14 @@ class EpochLoader(ABC):
 class Batches(EpochLoader):
     """Iterate over ``inputs`` (N, C, ...) and ``targets`` (N, ...) in batches, on their device.
 
-    The batches, their order and the part for this process are those of ``EpochLoader``: there are
-    no worker processes and no copies between devices.
-
-    A ``Batch`` has float32, normalized inputs if ``normalization`` is given. Without it and without
-    ``shuffle`` it is a view of the stored tensors: do not write to it.
-
-    ``augmentation`` changes images (N, C, H, W), as float32 and before the normalization. Its
-    random numbers depend on (``seed``, epoch) and the place of the sample in the order alone: they
-    are the same after ``load_state_dict``, with any number of ranks, and on every device.
+    ``normalization`` makes inputs float32. Without it and without ``shuffle`` a ``Batch`` is a view
+    of the stored tensors: do not write to it. ``augmentation`` changes images (N, C, H, W), as
+    float32 and before the normalization, by (``seed``, epoch) and the place of the sample in the
+    order alone: equally after ``load_state_dict``, with any number of ranks, on every device.
+    ``settings``: those of ``EpochLoader``.
 
     Raises ValueError for lengths or devices that differ, for a normalization of another channel
-    count, for an augmentation of inputs that are not images, and what ``EpochLoader`` raises.
+    count, and for an augmentation of inputs that are not images.
     """
 
     def __init__(
@@ -204,9 +194,7 @@ class Batches(EpochLoader):
             raise ValueError(f"inputs are on {inputs.device}, targets on {targets.device}")
         super().__init__(len(inputs), **settings)
         self._inputs, self._targets = inputs, targets
-        self._normalize = (
-            None if normalization is None else normalization.on(inputs.shape[1:], inputs.device)
-        )
+        self._normalize = normalization and normalization.on(inputs.shape[1:], inputs.device)
         self._augmentation = tuple(augmentation)
         if self._augmentation and inputs.ndim != 4:
             raise ValueError(f"augmentation needs images (N, C, H, W), not {tuple(inputs.shape)}")
@@ -248,10 +236,8 @@ class Normalization:
         """Return this normalization with the constants that ``setting`` chooses.
 
         "published": these constants. "none": mean 0 and std 1, so that x / scale is unchanged.
-        A mapping of ``mean`` and ``std``: each one number, or one for each channel.
-
-        Raises TypeError or ValueError, naming the key, for anything else and for a std that is not
-        positive.
+        A mapping of ``mean`` and ``std``: each one number, or one for each channel. Raises
+        TypeError or ValueError, naming the key, for anything else.
         """
         if setting == "published":
             return self

@@ -45,8 +45,8 @@ class AbstractDataModule(LightningDataModule, ABC):
 
     A subclass defines ``input_shape`` and ``outputs``, as attributes or properties, ``load`` and
     ``_loader``. ``normalization``, where it has one, is a ``Normalization``, or a setting that
-    chooses among those that ``published`` offers; ``normalizer`` is the result. ``metadata`` is
-    what it knows of the loaded set, for people to read: file, source, licence.
+    ``published`` resolves; ``normalizer`` is the result. ``metadata`` describes the loaded set to
+    people: file, source, licence.
 
     Raises TypeError or ValueError for arguments of another type or out of range, and at ``setup``
     for a ``validation`` that leaves no training samples.

@@ -24,10 +24,7 @@ class PolynomialDataModule(InMemoryDataModule):
     Training: ``samples`` points uniform at random in [``low``, ``high``), their targets with
     ``noise`` · N(0, 1) added. Test: ``test_samples`` equally spaced points from ``low`` to ``high``
     without noise. ``seed`` determines points and noise beside the order of the batches: runs with
-    other seeds have other samples. The global random state does not change.
-
-    Raises TypeError or ValueError for counts that are not integers ≥ 1, for ``low`` ≥ ``high``, for
-    ``noise`` < 0, and what ``InMemoryDataModule`` raises.
+    other seeds have other samples. Raises ValueError for ``low`` ≥ ``high``.
     """
 
     samples: int = setting(default=512, at_least=1)
@@ -48,7 +45,6 @@ class PolynomialDataModule(InMemoryDataModule):
             raise ValueError(f"low must be less than high: low is {self.low}, high is {self.high}")
 
     def load(self) -> tuple[Samples, Samples]:
-        """Draw the training points and compute all targets, in float64 until the end."""
         # Mixed: the order of an epoch is drawn from this seed too, and must not repeat the points.
         mixed = np.random.SeedSequence((self.seed,), spawn_key=(1,)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(mixed[0]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import pooch  # type: ignore[import-untyped]
 from torch import Tensor
@@ -73,14 +73,13 @@ class ImageSource(ABC):
         cls, name: str, spellings: Callable[[str], tuple[str, ...]] = lambda name: (name,)
     ) -> Self:
         """Return a set of sources.toml; ``spellings`` gives the names that a file goes by."""
-        values = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in _SOURCES[name].items()
-        }
-        for form in ("files", "unpacked"):
-            md5 = _SOURCES[name].get(form, {})
-            values[form] = tuple(SourceFile(names=spellings(key), md5=md5[key]) for key in md5)
-        return cls(name=name, **values)
+        values: dict[str, Any] = {"name": name}
+        for key, value in _SOURCES[name].items():
+            if key in ("files", "unpacked"):
+                pairs = value.items()
+                value = [SourceFile(names=spellings(file), md5=md5) for file, md5 in pairs]
+            values[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
 
     @abstractmethod
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
@@ -169,9 +168,9 @@ def is_gzip(path: Path) -> bool:
 def download(files: Iterable[SourceFile], folder: Path, mirrors: Sequence[str]) -> None:
     """Fetch ``files`` into ``folder``, each from the first of ``mirrors`` that gives the right one.
 
-    Several processes may do this at once: a file appears whole and verified by its MD5.
-    Raises OSError, in one line with the failure of every mirror, for a file that none of them
-    gives, or where the folder cannot be written.
+    Several processes may do this at once: a file appears whole and verified by its MD5. Raises
+    OSError, with the failure of every mirror, for a file that none of them gives, or where the
+    folder cannot be written.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
     try:
@@ -211,7 +210,7 @@ def _fetch(file: SourceFile, folder: Path, mirrors: Sequence[str]) -> dict[str, 
 
 
 def _reason(error: OSError | ValueError) -> str:
-    """Say why in a few words: requests' own messages name objects and run over several lines."""
+    # In a few words: requests' own messages name objects and run over several lines.
     response = getattr(error, "response", None)
     if response is not None:
         return f"{response.status_code} {response.reason}"
@@ -291,11 +290,9 @@ class StoredDataModule(InMemoryDataModule):
             )
 
     def prepare(self) -> None:
-        """Build the store if it is missing."""
         self._ensure()
 
     def load(self) -> tuple[Samples, Samples]:
-        """Read and verify the store; build it if it is missing."""
         path = self._ensure()
         return self._from_images(self._read(path), str(path))
 
