@@ -1,12 +1,7 @@
 """Data sets as Lightning data modules, and the store and batches beneath them.
 
-``digits.h5`` holds the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin and
-C. Kaynak, 1998, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49) as distributed
-with scikit-learn, under CC BY 4.0; the README in this folder says how it was made.
-
-``fastdeq data NAME`` prepares or verifies a set and shows what it holds.
-
-Needs the extra ``experiment``.
+``fastdeq data NAME`` prepares or verifies a set and shows what it holds. Needs the extra
+``experiment``. The README in this folder gives source and licence of ``digits.h5``.
 """
 
 from fastdeq.data.augmentation import Augmentation, PadCrop, RandomFlip, ResizeCrop

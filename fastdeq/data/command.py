@@ -47,7 +47,10 @@ def main(arguments: Sequence[str]) -> int:
 
 def _prepare(arguments: Sequence[str]) -> int:
     name, settings = parse(arguments)
-    data = _make(name, settings)
+    try:
+        data = SETS[name](**settings)
+    except (TypeError, ValueError) as error:  # wrong, out of range, or not to be combined
+        raise UsageError(str(error)) from None
     data.prepare_data()
     train, test = data.load()
     for title, text in describe(name, data, train, test):
@@ -91,23 +94,22 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 def _add_option(parser: argparse.ArgumentParser, key: str, parameter: inspect.Parameter) -> None:
     """Of a number, a text, a path or a switch; a range or a mapping is for training alone."""
-    flag, default = f"--{key.replace('_', '-')}", parameter.default
+    default, text = parameter.default, _HELP.get(key)
     if isinstance(default, bool):
-        parser.add_argument(
-            flag,
-            action=argparse.BooleanOptionalAction,
-            default=argparse.SUPPRESS,
-            help=f"{_HELP[key]} (default: {default})" if key in _HELP else None,
-        )
+        text = text and f"{text} (default: {default})"
+        options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     elif default is None or isinstance(default, int | float | str):
+        text = text or f"default: {default}"
         number = int if parameter.annotation == int | None else type(default)
-        parser.add_argument(
-            flag,
-            type=str if number is type(None) else number,
-            metavar={"root": "PATH", "store": "FOLDER"}.get(key, "VALUE"),
-            default=argparse.SUPPRESS,
-            help=_HELP.get(key, f"default: {default}"),
-        )
+        metavar = {"root": "PATH", "store": "FOLDER"}.get(key, "VALUE")
+        options = {
+            "type": str if default is None and number is not int else number,
+            "metavar": metavar,
+        }
+    else:
+        return
+    flag = f"--{key.replace('_', '-')}"
+    parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
 
 
 def _as_option(word: str) -> str:
@@ -166,13 +168,6 @@ def pixel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
         means.append(mean.item())
         stds.append((share * (values - mean).square()).sum().sqrt().item())
     return means, stds
-
-
-def _make(name: str, settings: dict[str, Any]) -> InMemoryDataModule | ImageFolderDataModule:
-    try:
-        return SETS[name](**settings)
-    except (TypeError, ValueError) as error:  # wrong, out of range, or not to be combined
-        raise UsageError(str(error)) from None
 
 
 def _counts(counts: Sequence[int]) -> str:

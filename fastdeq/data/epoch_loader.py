@@ -194,7 +194,9 @@ class Batches(EpochLoader):
             raise ValueError(f"inputs are on {inputs.device}, targets on {targets.device}")
         super().__init__(len(inputs), **settings)
         self._inputs, self._targets = inputs, targets
-        self._normalize = normalization and normalization.on(inputs.shape[1:], inputs.device)
+        self._normalize = None
+        if normalization is not None:
+            self._normalize = normalization.on(inputs.shape[1:], inputs.device)
         self._augmentation = tuple(augmentation)
         if self._augmentation and inputs.ndim != 4:
             raise ValueError(f"augmentation needs images (N, C, H, W), not {tuple(inputs.shape)}")

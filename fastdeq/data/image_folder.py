@@ -50,27 +50,20 @@ class ImageFolderDataModule(AbstractDataModule):
     """Batches of the images in a folder, float32 (B, 3, size, size) normalized, labels int64 (B,).
 
     Labels count the class folders in the order of their names. The test split is val/. The image
-    files, still encoded, become one HDF5 file, ``<store>/image_folder-<fingerprint>-<times>.h5``.
-    The fingerprint is that of the place of the folder and of the names and sizes of its files, the
-    times that of their mtime and ctime: a folder that changed has another store. Where only times
-    differ from an existing store, its contents are compared with the files; if they are equal, that
-    store gets the new name too (a hard link).
+    files, still encoded, become one HDF5 file in ``store`` (see ``store_folder``); docs/data.md
+    describes when it is built again.
 
-    ``root``: the folder, or a store that was made of one, to be used as it is. ``store``: the
-    folder of the store (see ``store_folder``). ``verify``: whether a build decodes every image;
-    without it, it reads their headers. ``classes``: how many there must be; None: any number, and
-    ``outputs`` is known once the set was loaded. ``workers`` processes of each rank decode (see
-    ``DecodedBatches``). RGB, turned upright: see ``decode``.
+    ``root``: the folder, or a store that was made of one, to be used as it is. ``verify``: whether
+    a build decodes every image; without it, it reads their headers. ``classes``: how many there
+    must be; None: any number, and ``outputs`` is known once the set was loaded. ``workers``: see
+    ``DecodedBatches``. ``normalization``: see ``Normalization.configured``. Training images are
+    random crops (``RandomCrop``: ``crop_area``, ``crop_ratio``, ``flip``), all others central ones
+    (``CentralCrop``: ``crop_share``).
 
-    Training images are random crops (``RandomCrop``: ``crop_area``, ``crop_ratio``, ``flip``), all
-    others central ones (``CentralCrop``: ``crop_share``). ``normalization``: see
-    ``Normalization.configured``.
-
-    Raises ImportError, with the cure, without Pillow; TypeError or ValueError for arguments of
-    another type or out of range. ``prepare_data`` and ``setup`` raise what ``list_folder`` raises;
-    FileNotFoundError without a root; ValueError for another number of classes, for a file that is
-    not an image, and for a store that is damaged, of another version or, with ``verify``, made
-    without decoding; OSError where the store cannot be written.
+    Raises ImportError, with the cure, without Pillow. ``prepare_data`` and ``setup`` raise what
+    ``list_folder`` raises; FileNotFoundError without a root; ValueError for another number of
+    classes, for a file that is not an image, and for a store that is damaged, of another version
+    or, with ``verify``, made without decoding; OSError where the store cannot be written.
     """
 
     root: str | Path | None = None
@@ -114,11 +107,9 @@ class ImageFolderDataModule(AbstractDataModule):
         return self._outputs
 
     def prepare(self) -> None:
-        """Build the store if it is missing."""
         self._path = self._ensure()
 
     def load(self) -> tuple[Records, Records]:
-        """Open and verify the store; build it if it is missing. Training and test records."""
         path = self._path or self._ensure()
         found = self._read(path)
         self._outputs = len(found.classes)
@@ -295,23 +286,23 @@ def _some(names: Sequence[str], shown: int = _NAMES_SHOWN) -> str:
 
 
 def _list_split(folder: Path, classes: Sequence[str]) -> FolderSplit:
-    names: list[str] = []
-    statuses: list[os.stat_result] = []
-    counts = []
-    for name in classes:
-        before = len(names)
-        for entry in _entries(folder / name):
-            names.append(f"{name}/{entry.name}")
-            statuses.append(_status(entry))
-        counts.append(len(names) - before)
-        if not counts[-1]:
-            raise ValueError(f"{folder / name}: has no images: add some, or remove this class")
+    found = [
+        (f"{name}/{entry.name}", label, _status(entry))
+        for label, name in enumerate(classes)
+        for entry in _entries(folder / name)
+    ]
+    labels = np.array([label for _, label, _ in found], dtype=np.int64)
+    for label, count in enumerate(np.bincount(labels, minlength=len(classes))):
+        if not count:
+            raise ValueError(
+                f"{folder / classes[label]}: has no images: add some, or remove this class"
+            )
     return FolderSplit(
         folder=folder,
-        names=names,
-        sizes=np.array([status.st_size for status in statuses], dtype=np.int64),
-        times=np.array([(s.st_mtime_ns, s.st_ctime_ns) for s in statuses], dtype=np.int64),
-        labels=np.repeat(np.arange(len(classes), dtype=np.int64), counts),
+        names=[name for name, _, _ in found],
+        sizes=np.array([status.st_size for _, _, status in found], dtype=np.int64),
+        times=np.array([(s.st_mtime_ns, s.st_ctime_ns) for _, _, s in found], dtype=np.int64),
+        labels=labels,
     )
 
 

@@ -145,13 +145,7 @@ def image_set(
 ) -> ImageSet:
     """Return images and labels of both splits, with the checksums of their files as attribute."""
     attributes["source_sha256"] = ", ".join(f"{path.name} {one}" for path, one in sha256.items())
-    return ImageSet(
-        train_images=train[0],
-        train_labels=train[1],
-        test_images=test[0],
-        test_labels=test[1],
-        attributes=attributes,
-    )
+    return ImageSet(*train, *test, attributes)
 
 
 def missing_in(folder: Path, form: Sequence[SourceFile]) -> list[SourceFile]:

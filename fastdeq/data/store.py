@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -52,7 +53,7 @@ _CHUNK = 1024  # samples
 # Image sets
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """An image set in memory: images uint8 (N, C, H, W), labels int64 (N,), and its attributes."""
 
@@ -86,20 +87,20 @@ def write_store(path: str | Path, images: ImageSet) -> str:
 def read_store(path: str | Path, *, cure: str = "delete it and make it again") -> ImageSet:
     """Read and verify an image set; ``cure`` ends the message where the file is damaged.
 
-    Raises FileNotFoundError where there is no file, ValueError where it cannot be opened or is not
-    HDF5, lacks a dataset or an attribute, holds other shapes or types, or does not match its
-    checksum.
+    Raises FileNotFoundError where there is no file, ValueError where it cannot be read, has another
+    layout or does not match its checksum.
     """
     attributes, arrays = _read_file(Path(path), IMAGES, cure)
     if problem := _size_problem(arrays):
         raise ValueError(f"{path}: {problem}: {cure}")
-    return ImageSet(
-        train_images=torch.from_numpy(arrays["train/images"]),
-        train_labels=torch.from_numpy(arrays["train/labels"].astype(np.int64)),
-        test_images=torch.from_numpy(arrays["test/images"]),
-        test_labels=torch.from_numpy(arrays["test/labels"].astype(np.int64)),
-        attributes=attributes,
+    train, test = (
+        (
+            torch.from_numpy(arrays[f"{split}/images"]),
+            torch.from_numpy(arrays[f"{split}/labels"].astype(np.int64)),
+        )
+        for split in ("train", "test")
     )
+    return ImageSet(*train, *test, attributes)
 
 
 def _to_arrays(images: ImageSet) -> dict[str, NDArray[Any]]:
@@ -168,28 +169,32 @@ class Records:
 
     Processes may share it, by fork or pickle: each opens the file itself when it first reads.
 
-    ``columns``, each (N,): where the content of an image starts, its length, its CRC-32, its label,
-    and its number in the file. ``source``: the folder that the images came from.
+    ``source``: the folder that the images came from. ``arrays``: the datasets of the store.
+    ``numbers`` (N,): those of the images among all of the split.
     """
 
-    def __init__(self, *, path: Path, split: str, source: str, columns: Arrays) -> None:
-        self._path, self._split, self._source, self._columns = path, split, source, columns
+    def __init__(
+        self, *, path: Path, split: str, source: str, arrays: Arrays, numbers: NDArray[np.int64]
+    ) -> None:
+        self._path, self._split, self._source = path, split, source
+        self._arrays, self._numbers = arrays, numbers
         self._file: h5py.File | None = None
         self._process: int | None = None  # which has opened the file
 
     def __len__(self) -> int:
         """Return N."""
-        return len(self._columns["label"])
+        return len(self._numbers)
 
     @property
     def targets(self) -> Tensor:
         """The labels, int64 (N,)."""
-        return torch.from_numpy(self._columns["label"].astype(np.int64))
+        return torch.from_numpy(self._arrays[f"{self._split}/labels"][self._numbers])
 
     def __getitem__(self, mask: Tensor) -> Self:
         """Return the records where ``mask``, bool (N,), is true."""
-        columns = {name: column[mask.numpy()] for name, column in self._columns.items()}
-        return type(self)(path=self._path, split=self._split, source=self._source, columns=columns)
+        chosen = copy(self)
+        chosen._numbers = self._numbers[mask.numpy()]
+        return chosen
 
     def to(self, device: torch.device) -> Self:
         """Return these records, as ``Samples.to`` does: they are read on the CPU."""
@@ -197,15 +202,14 @@ class Records:
 
     def read(self, index: int) -> bytes:
         """Return the content of an image file; raises ValueError naming it where it is damaged."""
-        start, length, crc32, number = (
-            int(self._columns[name][index]) for name in ("start", "length", "crc32", "number")
-        )
+        number = self._numbers[index]
+        start, stop = self._arrays[f"{self._split}/offsets"][number : number + 2]
         try:
-            found: bytes = self._open()[f"{self._split}/bytes"][start : start + length].tobytes()
+            found: bytes = self._open()[f"{self._split}/bytes"][start:stop].tobytes()
         except _DAMAGE as error:
             place = f"{self._path}: {self._split} image {number}"
             raise ValueError(f"{place} cannot be read ({one_line(error)}): {CURE}") from error
-        if zlib.crc32(found) != crc32:
+        if zlib.crc32(found) != self._arrays[f"{self._split}/crc32"][number]:
             raise ValueError(f"{self._path}: its copy of {self.file(index)} is damaged: {CURE}")
         return found
 
@@ -216,7 +220,7 @@ class Records:
     def names(self) -> list[str]:
         """Return the names of the images, "class/file"."""
         names = _parted(np.asarray(self._open()[f"{self._split}/names"]))
-        return [names[number] for number in self._columns["number"]]
+        return [names[number] for number in self._numbers]
 
     def holds(self, split: FolderSplit, watch: Watch) -> bool:
         """Return whether these are exactly the files of ``split``: names and contents.
@@ -303,21 +307,19 @@ def write_records(
 def read_records(path: Path, *, cure: str = CURE) -> RecordFile:
     """Open a store of image files and verify all but the contents; raises as ``read_store``."""
     attributes, arrays = _read_file(path, INDEX, cure)
-    splits = {}
-    for split in SPLITS:
-        offsets, labels, crc32 = (
-            arrays[f"{split}/{name}"] for name in ("offsets", "labels", "crc32")
+    classes = _parted(arrays["classes"])
+    kept = {name: array for name, array in arrays.items() if not name.endswith("names")}
+    splits = {
+        split: Records(
+            path=path,
+            split=split,
+            source=f"{attributes['source']}/{split}",
+            arrays=kept,
+            numbers=np.arange(len(arrays[f"{split}/labels"])),
         )
-        columns = {
-            "start": offsets[:-1],
-            "length": np.diff(offsets),
-            "crc32": crc32,
-            "label": labels,
-            "number": np.arange(len(labels)),
-        }
-        source = f"{attributes['source']}/{split}"
-        splits[split] = Records(path=path, split=split, source=source, columns=columns)
-    return RecordFile(**splits, classes=_parted(arrays["classes"]), attributes=attributes)
+        for split in SPLITS
+    }
+    return RecordFile(**splits, classes=classes, attributes=attributes)
 
 
 def _joined(names: Iterable[str]) -> NDArray[Any]:
