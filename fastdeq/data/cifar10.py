@@ -40,7 +40,6 @@ class Cifar10Images(ImageSource):
     """The official archive, or the pickles in it, verified by their published MD5."""
 
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
-        """Read the archive or the pickles into one set, its labels 0..9 (see ``ImageSource``)."""
         form = self.files if len(files) == 1 else self.unpacked
         if verify:  # before anything is unpickled
             self.verify_md5(files, form)

@@ -164,7 +164,7 @@ def _keyed(image: "Image.Image", content: bytes) -> "Image.Image":
 
 
 def _samples(image: "Image.Image", content: bytes, bits: int) -> NDArray[np.int64]:
-    """Return the samples as the file has them, of this many bits, (H, W, 1 or 3)."""
+    """Return the samples as the file has them, (H, W, 1 or 3)."""
     samples: NDArray[np.int64] = np.asarray(image).astype(np.int64)
     if samples.ndim == 2:
         # Pillow spreads 2 and 4 bits over 0..255; of 1 bit it makes bool, and keeps 16.
@@ -179,7 +179,6 @@ def _samples(image: "Image.Image", content: bytes, bits: int) -> NDArray[np.int6
 
 
 def _opaque(image: "Image.Image") -> "Image.Image":
-    """Return an image without transparency as RGB."""
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip instead of scaling
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     """The part of a batch for one process: ``inputs`` (B, ...), ``targets`` (B, ...), ``weight``.
 
     The mean over processes of ``weight`` × (mean over the part) is the mean over the whole batch.
-    A part of weight 0 stands in where there are fewer samples than processes: it does not count.
+    A part of weight 0 stands in where there are fewer samples than processes.
     """
 
     inputs: Tensor
@@ -112,13 +112,8 @@ class EpochLoader(ABC):
 
     def state_dict(self) -> dict[str, int]:
         """Return seed, epoch and position (batches yielded), and the sizes they are valid for."""
-        return {
-            "seed": self._seed,
-            "epoch": self._epoch,
-            "position": self._position,
-            "batch_size": self._batch_size,
-            "samples": self._samples,
-        }
+        names = ("seed", "epoch", "position", "batch_size", "samples")
+        return {name: getattr(self, f"_{name}") for name in names}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue where ``state`` was saved: after the last batch of an epoch, with the next one.
@@ -162,7 +157,7 @@ class EpochLoader(ABC):
         start, stop = (rank * size // self._ranks for rank in (self._rank, self._rank + 1))
         weight = (stop - start) * self._ranks / size
         # An empty part would leave this rank a batch short, and the others waiting for it: a sample
-        # of a neighbour stands in. start < size, because rank < ranks.
+        # of a neighbour stands in.
         return slice(first + start, first + max(stop, start + 1)), weight
 
 

@@ -2,15 +2,11 @@
 
 import hashlib
 import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from fastdeq.data.decode import (
     CentralCrop,
@@ -31,7 +27,6 @@ from fastdeq.data.store import (
     RecordFile,
     Records,
     building,
-    check_attributes,
     read_records,
     write_records,
 )
@@ -133,8 +128,9 @@ class ImageFolderDataModule(AbstractDataModule):
             return self._root
         folder = list_folder(self._root, _ATTRIBUTES["name"])
         self._check_classes(folder.root, len(folder.classes))
-        stem = f"{_ATTRIBUTES['name']}-{fingerprint(folder)[:12]}"
-        path = self._store / f"{stem}-{time_fingerprint(folder)[:12]}.h5"
+        files, times = fingerprints(folder)
+        stem = f"{_ATTRIBUTES['name']}-{files[:12]}"
+        path = self._store / f"{stem}-{times[:12]}.h5"
         if not path.exists():
             with building(path) as missing:
                 if missing:
@@ -148,8 +144,7 @@ class ImageFolderDataModule(AbstractDataModule):
 
     def _read(self, path: Path) -> RecordFile:
         cure = "give the folder that it was made from" if path == self._root else CURE
-        found = read_records(path, cure=cure)
-        check_attributes(path, found.attributes, _ATTRIBUTES, cure)
+        found = read_records(path, cure=cure, wanted=_ATTRIBUTES)
         self._check_classes(path, len(found.classes))
         if self.verify and found.attributes.get("checked") != _CHECKED[True]:
             raise ValueError(
@@ -163,9 +158,8 @@ class ImageFolderDataModule(AbstractDataModule):
             found = self._read(path)
         except (OSError, ValueError):
             return False
-        watch = partial(_watch, task="comparing the store with its files")
         records = {"train": found.train, "val": found.val}
-        return all(records[name].holds(split, watch) for name, split in folder.splits.items())
+        return all(records[name].holds(split) for name, split in folder.splits.items())
 
     def _write(self, path: Path, folder: ImageFolder) -> None:
         attributes = {
@@ -175,9 +169,7 @@ class ImageFolderDataModule(AbstractDataModule):
             "split": "the folder's: train for training, val for validation and test",
             "checked": _CHECKED[self.verify],
         }
-        check = decode if self.verify else identify
-        watch = partial(_watch, task="building the store")
-        write_records(path, folder, attributes, check=check, watch=watch)
+        write_records(path, folder, attributes, check=decode if self.verify else identify)
 
     def _check_classes(self, place: Path, found: int) -> None:
         if self.classes is not None and found != self.classes:
@@ -193,48 +185,25 @@ def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def _watch(numbers: range, *, task: str) -> Iterable[int]:
-    """Pass the numbers on, with a progress bar on a terminal."""
-    return track(
-        numbers,
-        description=task,
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-
-
-def fingerprint(folder: ImageFolder) -> str:
-    """Return the SHA-256 of the place of a folder and of the names and sizes of its files."""
-    digest = hashlib.sha256(os.fsencode(folder.root.resolve()) + b"\0")
-    for name, split in folder.splits.items():
-        for file, size in zip(split.names, split.sizes.tolist(), strict=True):
-            digest.update(os.fsencode(f"{name}/{file}\0{size}\n"))
-    return digest.hexdigest()
-
-
-def time_fingerprint(folder: ImageFolder) -> str:
-    """Return the SHA-256 of the times of the files; equal ones mean that no file was written since.
+def fingerprints(folder: ImageFolder) -> tuple[str, str]:
+    """Return two SHA-256: of place, names and sizes of the files, and of their times.
 
     A content can change and keep its size, and even its mtime (archives with fixed times, a copy
     that preserves them); the system sets ctime whenever anything of a file changes.
     """
-    digest = hashlib.sha256()
-    for split in folder.splits.values():
-        digest.update(split.times.astype("<i8").tobytes())
-    return digest.hexdigest()
+    files, times = hashlib.sha256(os.fsencode(folder.root.resolve()) + b"\0"), hashlib.sha256()
+    for name, split in folder.splits.items():
+        for file, size in zip(split.names, split.sizes.tolist(), strict=True):
+            files.update(os.fsencode(f"{name}/{file}\0{size}\n"))
+        times.update(split.times.astype("<i8").tobytes())
+    return files.hexdigest(), times.hexdigest()
 
 
 def list_folder(root: Path, name: str) -> ImageFolder:
     """List the images in ``root``, or in its folder of this ``name`` if that has the splits.
 
-    Below train/ and val/ each folder is a class, each file in it an image by its ending (.jpg,
-    .jpeg or .png, of either case). Names that begin with a dot are ignored everywhere, and beside
-    the class folders files that are not images by their ending (archives that these came from).
-
-    Raises FileNotFoundError or NotADirectoryError where ``root``, train/ or val/ is missing or not
-    a folder. ValueError where a split has no classes, or images outside of them; where the classes
-    of the two splits differ; where a class has no images, or anything else in it.
+    docs/data.md says what counts as an image. Raises FileNotFoundError or NotADirectoryError where
+    ``root``, train/ or val/ is missing or not a folder, ValueError for a folder of another form.
     """
     root = _find(existing_folder(root, "train/ and val/"), name)
     classes = {split: _classes(root / split) for split in SPLITS}

@@ -1,8 +1,5 @@
 """MNIST and Fashion-MNIST: 28 × 28 images of ten classes, 60,000 for training and 10,000 for test.
 
-MNIST: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Gradient-Based Learning Applied to Document
-Recognition, 1998. Fashion-MNIST: H. Xiao, K. Rasul, R. Vollgraf, arXiv 1708.07747.
-
 Both are published as IDX files (http://yann.lecun.com/exdb/mnist/), often compressed with gzip: two
 zero bytes, a type code (0x08: uint8), the number of axes, a big-endian uint32 size for each axis,
 then the values in C order.
@@ -89,15 +86,13 @@ def _parse_idx(content: bytes) -> NDArray[np.uint8]:
 class IdxImages(ImageSource):
     """Four IDX files, of images and labels for training, then of images and labels for test.
 
-    Each file is verified by its checksum, since other sets agree in everything else (names, sizes,
-    class counts): by the ``sha256`` of its content where known, else by the published MD5 of the
-    compressed file. Without ``sha256`` an unpacked file cannot be verified and is refused.
+    A file is verified by the ``sha256`` of its content where known, else by the published MD5 of
+    the compressed file. Without ``sha256`` an unpacked file cannot be verified and is refused.
     """
 
     sha256: tuple[str, ...] = ()
 
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
-        """Read the four files into one set, its labels 0..9 (see ``ImageSource``)."""
         arrays = [read_idx(path) for path in files]
         sha256 = {path: array.sha256 for path, array in zip(files, arrays, strict=True)}
         if verify:
@@ -107,18 +102,14 @@ class IdxImages(ImageSource):
         return image_set(train, test, sha256)
 
     def is_official(self, attributes: Mapping[str, str]) -> bool:
-        """Return whether ``source_sha256`` lists official files (see ``ImageSource``).
-
-        Without known ``sha256`` these are the compressed ones: fastdeq once took unpacked files of
-        Fashion-MNIST for verified.
-        """
+        # Without known sha256 the official files are the compressed ones: fastdeq once took
+        # unpacked files of Fashion-MNIST for verified.
         entries = [entry.split() for entry in attributes.get("source_sha256", "").split(", ")]
         if self.sha256:
             return tuple(entry[-1] for entry in entries if entry) == self.sha256
         return all(entry and entry[0].endswith(".gz") for entry in entries)
 
     def _verify(self, number: int, path: Path, found: str) -> None:
-        """Raise ValueError, naming file and cure, unless the file is the official one."""
         if self.sha256:
             if found != self.sha256[number]:
                 raise self.not_official(path, "SHA-256 of the content", found)

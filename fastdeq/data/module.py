@@ -38,10 +38,9 @@ class AbstractDataModule(LightningDataModule, ABC):
     Training batches are shuffled in each epoch, by ``seed`` and the epoch alone. Batch sizes count
     the samples of all processes together: each gets its part (see ``EpochLoader``).
 
-    ``validation`` training samples are held out for validation, for every seed the same (see
-    ``hold_out``). With 0, validation is the test split (``validates_on_test``), as in the published
-    tables: these evaluate the test set in every epoch and select nothing on it. Then nothing must
-    be selected on these metrics here either (no early stopping, no best checkpoint).
+    ``validation`` training samples are held out, for every seed the same (see ``hold_out``). With
+    0, validation is the test split, as in the published tables, which select nothing on it. Then
+    nothing must be selected on its metrics (no early stopping, no best checkpoint).
 
     A subclass defines ``input_shape`` and ``outputs``, as attributes or properties, ``load`` and
     ``_loader``. ``normalization``, where it has one, is a ``Normalization``, or a setting that
@@ -120,7 +119,8 @@ class AbstractDataModule(LightningDataModule, ABC):
         if self.trainer is not None:
             self._device = self.trainer.strategy.root_device
             self._rank, self._ranks = self.trainer.global_rank, self.trainer.world_size
-        self._load_once()
+        if not self._splits:
+            self._load_splits()
 
     def sample_batch(self, n: int = 2) -> Batch:
         """Return the first ``n`` (≥ 1) training samples on the CPU, as in evaluation.
@@ -130,7 +130,7 @@ class AbstractDataModule(LightningDataModule, ABC):
         """
         check_value("n", n, int, {"at least": 1})
         self.prepare_data()
-        self._load_once()
+        self.setup()
         train, cpu = self._splits["train"], torch.device("cpu")
         first = train[torch.arange(len(train)) < n]
         loader = self._loader(first, device=cpu, random=False, workers=0, batch_size=n)
@@ -196,10 +196,7 @@ class AbstractDataModule(LightningDataModule, ABC):
         self._loaders.append(loader)
         return loader
 
-    def _load_once(self) -> None:
-        """Load the set if that is not done, and hold out samples for validation."""
-        if self._splits:
-            return
+    def _load_splits(self) -> None:
         train, test = self.load()
         self._splits = {"train": train, "test": test}
         if self.validation >= len(train):

@@ -1,7 +1,4 @@
-"""Published image sets: description, search, download and verification of their files.
-
-``StoredDataModule`` builds a store from the files of a set once, and reads it from then on.
-"""
+"""Published image sets: description, search, download and verification of their files."""
 
 import hashlib
 import os
@@ -24,7 +21,6 @@ from fastdeq.data.store import (
     REQUIRED_ATTRIBUTES,
     ImageSet,
     building,
-    check_attributes,
     read_store,
     write_store,
 )
@@ -83,10 +79,9 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
-        """Read ``files``, one for each of a form and in their order.
+        """Read ``files``, those of a form in order; with ``verify`` they must be the official ones.
 
-        With ``verify`` they must be the official ones. Raises ValueError naming the file and what
-        is wrong with it.
+        Raises ValueError naming the file and what is wrong with it.
         """
 
     def is_official(self, attributes: Mapping[str, str]) -> bool:
@@ -112,11 +107,8 @@ class ImageSource(ABC):
         )
 
     def folder_in(self, root: Path, form: Sequence[SourceFile]) -> Path:
-        """Return the folder at or beneath ``root`` that holds the most files of a form.
-
-        Where none holds any, that is ``root/<name>``. Sets share file names. Therefore the folders
-        named after the set come first, and a data folder that has them is not taken for the set.
-        """
+        """Return the folder at or beneath ``root`` with the most files; ``root/<name>`` without."""
+        # Sets share file names: folders named after the set come before the data folder itself.
         folders = [root / self.name, *(root / folder for folder in self.folders), root]
         return min(folders, key=lambda folder: len(missing_in(folder, form)))
 
@@ -291,10 +283,7 @@ class StoredDataModule(InMemoryDataModule):
         return self._from_images(self._read(path), str(path))
 
     def _ensure(self) -> Path:
-        """Return the path of the store, built if it was missing.
-
-        Building is exclusive, other processes wait for it; it leaves a whole store or none.
-        """
+        """Return the path of the store, built if it was missing (see ``building``)."""
         if self._root is not None:
             existing_folder(self._root, "the files")
         path = self._store / f"{self.source.name}.h5"
@@ -313,8 +302,7 @@ class StoredDataModule(InMemoryDataModule):
         return path
 
     def _read(self, path: Path) -> ImageSet:
-        images = read_store(path, cure=CURE)
-        check_attributes(path, images.attributes, self.source.attributes(verify=self.verify), CURE)
+        images = read_store(path, cure=CURE, wanted=self.source.attributes(verify=self.verify))
         if self.verify and not self.source.is_official(images.attributes):
             raise ValueError(
                 f"{path}: nothing shows that its files were the official ones of "

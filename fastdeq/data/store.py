@@ -5,6 +5,7 @@ docs/data.md describes both layouts and how they are verified.
 
 import hashlib
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from fastdeq.runs.files import atomic_path, remove_leftovers
@@ -25,8 +28,6 @@ from fastdeq.runs.files import atomic_path, remove_leftovers
 Arrays = Mapping[str, NDArray[Any]]
 Layout = Mapping[str, tuple[str, int]]
 """Type and number of axes of the datasets that are read whole, in the order of the checksum."""
-Watch = Callable[[range], Iterable[int]]
-"""Passes on the numbers of the images that are worked on; it can show a progress bar."""
 
 CURE = "delete it and it is built again"
 SPLITS = ("train", "val")
@@ -84,23 +85,27 @@ def write_store(path: str | Path, images: ImageSet) -> str:
     return checksum
 
 
-def read_store(path: str | Path, *, cure: str = "delete it and make it again") -> ImageSet:
+def read_store(
+    path: str | Path,
+    *,
+    cure: str = "delete it and make it again",
+    wanted: Mapping[str, str] | None = None,
+) -> ImageSet:
     """Read and verify an image set; ``cure`` ends the message where the file is damaged.
+
+    ``wanted``: the attributes whose name and version it must have.
 
     Raises FileNotFoundError where there is no file, ValueError where it cannot be read, has another
     layout or does not match its checksum.
     """
-    attributes, arrays = _read_file(Path(path), IMAGES, cure)
+    attributes, arrays = _read_file(Path(path), IMAGES, cure, wanted or {})
     if problem := _size_problem(arrays):
         raise ValueError(f"{path}: {problem}: {cure}")
-    train, test = (
-        (
-            torch.from_numpy(arrays[f"{split}/images"]),
-            torch.from_numpy(arrays[f"{split}/labels"].astype(np.int64)),
-        )
-        for split in ("train", "test")
+    train_images, train_labels, test_images, test_labels = (
+        torch.from_numpy(array.astype(np.int64) if name.endswith("labels") else array)
+        for name, array in arrays.items()
     )
-    return ImageSet(*train, *test, attributes)
+    return ImageSet(train_images, train_labels, test_images, test_labels, attributes)
 
 
 def _to_arrays(images: ImageSet) -> dict[str, NDArray[Any]]:
@@ -128,23 +133,16 @@ def _size_problem(arrays: Arrays) -> str | None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FolderSplit:
-    """The image files of one split, sorted by class and name: ``names`` are "class/file".
-
-    ``sizes`` int64 (N,), in bytes; ``times`` int64 (N, 2), mtime and ctime in nanoseconds;
-    ``labels`` int64 (N,).
-    """
+    """The image files of one split, sorted by class and name."""
 
     folder: Path
-    names: Sequence[str]
-    sizes: NDArray[np.int64]
-    times: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    names: Sequence[str]  # "class/file"
+    sizes: NDArray[np.int64]  # (N,), in bytes
+    times: NDArray[np.int64]  # (N, 2), mtime and ctime in nanoseconds
+    labels: NDArray[np.int64]  # (N,)
 
     def read(self, index: int) -> bytes:
-        """Return the content of a file.
-
-        Raises ValueError where it cannot be read or has another size than when it was listed.
-        """
+        """Return the content of a file; raises ValueError where that fails or its size changed."""
         path = self.folder / self.names[index]
         content = read_content(path)
         if len(content) != self.sizes[index]:
@@ -169,15 +167,13 @@ class Records:
 
     Processes may share it, by fork or pickle: each opens the file itself when it first reads.
 
-    ``source``: the folder that the images came from. ``arrays``: the datasets of the store.
-    ``numbers`` (N,): those of the images among all of the split.
+    ``source``: the folder that the images came from. ``arrays``: offsets, labels and crc32 of all
+    images of the split.
     """
 
-    def __init__(
-        self, *, path: Path, split: str, source: str, arrays: Arrays, numbers: NDArray[np.int64]
-    ) -> None:
-        self._path, self._split, self._source = path, split, source
-        self._arrays, self._numbers = arrays, numbers
+    def __init__(self, *, path: Path, split: str, source: str, arrays: Arrays) -> None:
+        self._path, self._split, self._source, self._arrays = path, split, source, arrays
+        self._numbers = np.arange(len(arrays["labels"]))  # of these images in the split
         self._file: h5py.File | None = None
         self._process: int | None = None  # which has opened the file
 
@@ -188,7 +184,7 @@ class Records:
     @property
     def targets(self) -> Tensor:
         """The labels, int64 (N,)."""
-        return torch.from_numpy(self._arrays[f"{self._split}/labels"][self._numbers])
+        return torch.from_numpy(self._arrays["labels"][self._numbers])
 
     def __getitem__(self, mask: Tensor) -> Self:
         """Return the records where ``mask``, bool (N,), is true."""
@@ -203,13 +199,13 @@ class Records:
     def read(self, index: int) -> bytes:
         """Return the content of an image file; raises ValueError naming it where it is damaged."""
         number = self._numbers[index]
-        start, stop = self._arrays[f"{self._split}/offsets"][number : number + 2]
+        start, stop = self._arrays["offsets"][number : number + 2]
         try:
             found: bytes = self._open()[f"{self._split}/bytes"][start:stop].tobytes()
         except _DAMAGE as error:
             place = f"{self._path}: {self._split} image {number}"
             raise ValueError(f"{place} cannot be read ({one_line(error)}): {CURE}") from error
-        if zlib.crc32(found) != self._arrays[f"{self._split}/crc32"][number]:
+        if zlib.crc32(found) != self._arrays["crc32"][number]:
             raise ValueError(f"{self._path}: its copy of {self.file(index)} is damaged: {CURE}")
         return found
 
@@ -222,14 +218,12 @@ class Records:
         names = _parted(np.asarray(self._open()[f"{self._split}/names"]))
         return [names[number] for number in self._numbers]
 
-    def holds(self, split: FolderSplit, watch: Watch) -> bool:
-        """Return whether these are exactly the files of ``split``: names and contents.
-
-        Raises ValueError where one of those cannot be read.
-        """
+    def holds(self, split: FolderSplit) -> bool:
+        """Return whether these are exactly the files of ``split``; raises as ``split.read``."""
         try:
             return self.names() == list(split.names) and all(
-                self._reads_as(number, split.read(number)) for number in watch(range(len(self)))
+                self._reads_as(number, split.read(number))
+                for number in _shown(len(self), "comparing the store with its files")
             )
         finally:
             self.close()
@@ -271,13 +265,11 @@ def write_records(
     attributes: Mapping[str, str],
     *,
     check: Callable[[bytes], object],
-    watch: Watch,
 ) -> None:
     """Write image files to a new file, which appears whole or not at all; one is in memory at once.
 
     ``check`` raises ValueError for a content that is not an image. Raises ValueError naming a file
-    that is wrong, FileExistsError where ``path`` exists, and what h5py does where it cannot be
-    written.
+    that is wrong, FileExistsError where ``path`` exists, and what h5py raises.
     """
     arrays: dict[str, NDArray[Any]] = {"classes": _joined(folder.classes)}
     with _new_file(path) as file:
@@ -289,7 +281,7 @@ def write_records(
             contents = file.create_dataset(
                 f"{name}/bytes", (offsets[-1],), "|u1", track_times=False
             )
-            for number in watch(range(len(split.names))):
+            for number in _shown(len(split.names), "building the store"):
                 content = split.read(number)
                 try:
                     check(content)
@@ -304,22 +296,17 @@ def write_records(
         _write_attributes(file, {**attributes, "sha256": _checksum(arrays, INDEX)})
 
 
-def read_records(path: Path, *, cure: str = CURE) -> RecordFile:
-    """Open a store of image files and verify all but the contents; raises as ``read_store``."""
-    attributes, arrays = _read_file(path, INDEX, cure)
-    classes = _parted(arrays["classes"])
-    kept = {name: array for name, array in arrays.items() if not name.endswith("names")}
-    splits = {
-        split: Records(
-            path=path,
-            split=split,
-            source=f"{attributes['source']}/{split}",
-            arrays=kept,
-            numbers=np.arange(len(arrays[f"{split}/labels"])),
-        )
-        for split in SPLITS
-    }
-    return RecordFile(**splits, classes=classes, attributes=attributes)
+def read_records(
+    path: Path, *, cure: str = CURE, wanted: Mapping[str, str] | None = None
+) -> RecordFile:
+    """Open a store of image files and verify all but the contents, as ``read_store`` does."""
+    attributes, arrays = _read_file(path, INDEX, cure, wanted or {})
+    splits = {}
+    for split in SPLITS:
+        kept = {name: arrays[f"{split}/{name}"] for name in ("offsets", "labels", "crc32")}
+        source = f"{attributes['source']}/{split}"
+        splits[split] = Records(path=path, split=split, source=source, arrays=kept)
+    return RecordFile(**splits, classes=_parted(arrays["classes"]), attributes=attributes)
 
 
 def _joined(names: Iterable[str]) -> NDArray[Any]:
@@ -330,6 +317,13 @@ def _joined(names: Iterable[str]) -> NDArray[Any]:
 
 def _parted(names: NDArray[Any]) -> list[str]:
     return [os.fsdecode(name) for name in names.tobytes().split(b"\0")[:-1]]
+
+
+def _shown(count: int, task: str) -> Iterable[int]:
+    """Return the numbers below ``count``, with a progress bar on a terminal."""
+    console = Console(stderr=True)
+    hidden = not sys.stderr.isatty()
+    return track(range(count), task, console=console, transient=True, disable=hidden)
 
 
 # Files of either layout
@@ -346,15 +340,6 @@ def read_content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def check_attributes(
-    path: Path, found: Mapping[str, str], wanted: Mapping[str, str], cure: str
-) -> None:
-    """Raise ValueError, naming file and ``cure``, for a store of another name or version."""
-    for key in ("name", "version"):
-        if found[key] != wanted[key]:
-            raise ValueError(f"{path}: its {key} is {found[key]!r}, not {wanted[key]!r}: {cure}")
 
 
 @contextmanager
@@ -394,7 +379,7 @@ def _write_attributes(file: h5py.File, attributes: Mapping[str, str]) -> None:
 
 
 def _read_file(
-    path: Path, layout: Layout, cure: str
+    path: Path, layout: Layout, cure: str, wanted: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
     """Return the attributes and the datasets of a layout, verified; raises as `read_store`."""
     if not path.is_file():
@@ -413,6 +398,9 @@ def _read_file(
     problem = _layout_problem(arrays, layout, attributes)
     if problem is None and attributes.get("sha256") != _checksum(arrays, layout):
         problem = "the data do not match their sha256"
+    for key in ("name", "version"):
+        if problem is None and attributes[key] != wanted.get(key, attributes[key]):
+            problem = f"its {key} is {attributes[key]!r}, not {wanted[key]!r}"
     if problem:
         raise ValueError(f"{path}: {problem}: {cure}")
     return attributes, arrays

@@ -32,7 +32,6 @@ class SvhnImages(ImageSource):
     """The files of the cropped digits, for training and for test, verified by their MD5."""
 
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
-        """Read the two files into one set, its labels 0..9 (see ``ImageSource``)."""
         train, test = (read_cropped_digits(path) for path in files)
         if verify:
             self.verify_md5(files, self.files)

@@ -320,7 +320,7 @@ def test_one_image_at_a_time_is_in_memory_while_the_store_is_built(tmp_path):
     said = dict.fromkeys(("name", "version", "source", "licence", "split"), "x")
     tracemalloc.start()
     try:
-        write_records(tmp_path / "x.h5", listed, said, check=lambda _: None, watch=iter)
+        write_records(tmp_path / "x.h5", listed, said, check=lambda _: None)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
