@@ -161,13 +161,11 @@ def pixel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     From counts of the 256 values: exact, and without the pixels in float64.
     """
     values = torch.arange(256, dtype=torch.float64)
-    means, stds = [], []
-    for channel in images.unbind(1):
-        share = channel.flatten().bincount(minlength=256).double() / channel.numel()
-        mean = (share * values).sum()
-        means.append(mean.item())
-        stds.append((share * (values - mean).square()).sum().sqrt().item())
-    return means, stds
+    counts = [channel.flatten().bincount(minlength=256) for channel in images.unbind(1)]
+    shares = torch.stack(counts).double() / images[:, 0].numel()  # (C, 256)
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
+    return mean.tolist(), std.tolist()
 
 
 def _counts(counts: Sequence[int]) -> str:

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -263,7 +262,7 @@ class Normalization:
             torch.tensor(values, dtype=torch.float32, device=device).view(-1, *[1] * len(shape[1:]))
             for values in (self.mean, self.std)
         )
-        return partial(_normalize, scale=self.scale, mean=mean, std=std)
+        return lambda inputs: (inputs.float() / self.scale - mean) / std
 
     def _by_channel(self, name: str, value: Any, bounds: dict[str, float]) -> tuple[float, ...]:
         channels = len(self.mean)
@@ -277,7 +276,3 @@ class Normalization:
         for one in values:
             check_value(name, one, float, bounds)
         return tuple(float(one) for one in values)
-
-
-def _normalize(inputs: Tensor, scale: float, mean: Tensor, std: Tensor) -> Tensor:
-    return (inputs.float() / scale - mean) / std

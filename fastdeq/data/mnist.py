@@ -1,5 +1,8 @@
 """MNIST and Fashion-MNIST: 28 × 28 images of ten classes, 60,000 for training and 10,000 for test.
 
+MNIST: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, Gradient-Based Learning Applied to Document
+Recognition, 1998. Fashion-MNIST: H. Xiao, K. Rasul, R. Vollgraf, arXiv 1708.07747.
+
 Both are published as IDX files (http://yann.lecun.com/exdb/mnist/), often compressed with gzip: two
 zero bytes, a type code (0x08: uint8), the number of axes, a big-endian uint32 size for each axis,
 then the values in C order.

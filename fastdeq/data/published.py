@@ -280,7 +280,13 @@ class StoredDataModule(InMemoryDataModule):
 
     def load(self) -> tuple[Samples, Samples]:
         path = self._ensure()
-        return self._from_images(self._read(path), str(path))
+        images = read_store(path, cure=CURE, wanted=self.source.attributes(verify=self.verify))
+        if self.verify and not self.source.is_official(images.attributes):
+            raise ValueError(
+                f"{path}: nothing shows that its files were the official ones of "
+                f"{self.source.title}: {CURE}"
+            )
+        return self._from_images(images, str(path))
 
     def _ensure(self) -> Path:
         """Return the path of the store, built if it was missing (see ``building``)."""
@@ -300,15 +306,6 @@ class StoredDataModule(InMemoryDataModule):
                 if missing:
                     write_store(path, replace(images, attributes={**images.attributes, **own}))
         return path
-
-    def _read(self, path: Path) -> ImageSet:
-        images = read_store(path, cure=CURE, wanted=self.source.attributes(verify=self.verify))
-        if self.verify and not self.source.is_official(images.attributes):
-            raise ValueError(
-                f"{path}: nothing shows that its files were the official ones of "
-                f"{self.source.title}: {CURE}"
-            )
-        return images
 
     def _find_files(self) -> list[Path]:
         """Return the source files in the order of their form, downloaded if necessary."""
