@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdeq.experiment.signals import ASKED
+from fastdeq.experiment.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).parents[1]
 SHORT = (
@@ -70,7 +70,7 @@ class CommandLine:
 
 def default_signals() -> None:
     """In a child process: as a terminal starts it, whatever the tests run under (`nohup`, `&`)."""
-    for number in ASKED:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 

@@ -14,7 +14,7 @@ from fastdeq.runs.folder import FAILURE
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """Of metrics.csv, without what a clock says."""
+    """Of metrics.csv, without times."""
     with (folder / "metrics.csv").open() as lines:
         return [
             {name: text for name, text in row.items() if "seconds" not in name}

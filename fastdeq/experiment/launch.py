@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessRaisedException, 
 
 from fastdeq.experiment.job import Job, work
 from fastdeq.experiment.rendezvous import RankFailed, Rendezvous, rendezvous
-from fastdeq.experiment.signals import ASKED, listening, received
+from fastdeq.experiment.signals import STOP_SIGNALS, listening, received
 from fastdeq.runs.folder import log_file
 from fastdeq.runs.log import logging_to
 from fastdeq.runs.reading import is_done
@@ -140,7 +140,7 @@ def _rank(rank: int, job: Job, port: int) -> None:
     log = log_file(job.folder, job.config["mode"])
     log_output = logging_to(log) if rank == 0 else nullcontext()
     # A cluster may signal all processes, and the parent passes it on: two signals, one request.
-    stops = [number for number in ASKED if number != signal.SIGINT]
+    stops = [number for number in STOP_SIGNALS if number != signal.SIGINT]
     with listening(stops, patient=True):
         with suppress(Interrupted), log_output:
             work(job)

@@ -13,7 +13,7 @@ both send it (Lightning issue 1455). SIGXCPU: a limit of CPU seconds (`ulimit -S
 comes every second until the hard limit kills the process.
 """
 
-ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, *REPEATED)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, *REPEATED)
 """Stop requests: of a cluster or container, Ctrl-C, of batch systems and submitit before the time
 limit, and the two above. SIGQUIT (Ctrl-\\) still ends a run at once.
 """
@@ -28,7 +28,7 @@ def received() -> str | None:
 
 @contextmanager
 def listening(
-    signals: Sequence[signal.Signals] = ASKED, *, patient: bool = False
+    signals: Sequence[signal.Signals] = STOP_SIGNALS, *, patient: bool = False
 ) -> Iterator[None]:
     """Record the first of these signals, so that the run stops after its step; a second one has its
     default effect and ends the process at once. Those of `REPEATED` never count as a second one.

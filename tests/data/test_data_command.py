@@ -102,7 +102,7 @@ def test_digits_and_polynomial_need_nothing(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_set_is_downloaded_where_that_is_asked_for(capsys, monkeypatch, tmp_path):
+def test_the_set_is_downloaded_on_request(capsys, monkeypatch, tmp_path):
     files = dict(zip(names(), (zipped(idx(array)) for array in samples()), strict=True))
     with mirror(files) as (address, _):
         monkeypatch.setattr(MnistDataModule, "source", small_mnist(mirrors=[address]))

@@ -22,7 +22,7 @@ def summary(folder: Path) -> dict[str, object]:
 
 
 def metrics(folder: Path) -> dict[str, float]:
-    """Of the final test, without what a clock says."""
+    """Of the final test, without times."""
     found = summary(folder)["metrics"]
     assert isinstance(found, dict)
     return {

@@ -35,7 +35,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def metrics(logged: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows without what a clock says."""
+    """The rows without times."""
     return [{name: value for name, value in row.items() if "seconds" not in name} for row in logged]
 
 
@@ -125,7 +125,7 @@ def test_the_explicit_accuracy_is_that_of_the_prediction_and_not_of_the_solve(
     assert metrics["test/explicit_accuracy"] == pytest.approx(threes, abs=1e-6)
 
 
-def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_incompatible_settings_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     for overrides, cure in (
         (("solver=newton_krylov", "adjoint=unrolled"), "use the Implicit adjoint"),
         (("model=deq", "loss.skip=5"), "loss.skip is 5, but model=deq"),

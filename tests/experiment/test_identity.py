@@ -155,7 +155,7 @@ def test_a_folder_is_refused_for_one_batch_in_place_of_all(tmp_path: Path) -> No
         check_same(tmp_path, changed(cfg, "trainer.limit_train_batches", 1))
 
 
-def test_a_run_that_an_earlier_version_has_called_otherwise_is_found(tmp_path: Path) -> None:
+def test_a_run_that_an_earlier_version_named_differently_is_found(tmp_path: Path) -> None:
     cfg = composed("model=skip_deq", "seed=3")
     for number, seed in (("0123456789ab", 2), ("ba9876543210", 3), ("not_a_sweeps_run", 3)):
         (tmp_path / number).mkdir()

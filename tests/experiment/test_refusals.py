@@ -125,7 +125,7 @@ def test_values_of_a_wrong_type_or_out_of_range_are_named(command: CommandLine, 
     ],
     ids=" ".join,
 )
-def test_what_does_not_go_together_is_refused(
+def test_incompatible_settings_are_refused(
     command: CommandLine, typed: tuple[str, ...], parts: tuple[str, ...]
 ) -> None:
     refused(command("trainer.accelerator=cpu", *typed), *parts)

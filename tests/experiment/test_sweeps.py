@@ -43,7 +43,9 @@ def test_a_sweep_over_models_and_seeds_ends_with_their_means(command: CommandLin
     assert f"{50 * sum(accuracies):.2f} ±" in row["test accuracy %"]
 
 
-def test_a_failing_job_stops_no_other_and_is_named_at_the_end(command: CommandLine) -> None:
+def test_a_failing_job_is_named_at_the_end_and_does_not_stop_others(
+    command: CommandLine,
+) -> None:
     answer = command("-m", *SHORT, "solver=lbroyden,newton_krylov,anderson", "adjoint=unrolled")
     assert answer.status == 1
     assert len(folders(answer)) == 2
@@ -57,7 +59,7 @@ def test_a_failing_job_stops_no_other_and_is_named_at_the_end(command: CommandLi
     assert "Implicit adjoint" in failed["error"]
 
 
-def test_after_a_failing_job_none_starts_if_that_is_asked_for(command: CommandLine) -> None:
+def test_with_stop_at_failure_no_job_starts_after_a_failed_one(command: CommandLine) -> None:
     grid = ("solver=lbroyden,newton_krylov,anderson", "adjoint=unrolled")
     answer = command("-m", *SHORT, *grid, "stop_at_failure=true")
     assert answer.status == 1

@@ -71,7 +71,7 @@ def table(answer: Answer) -> list[str]:
     return [line for line in answer.out.splitlines() if line.startswith("|")]
 
 
-def test_new_runs_are_made_where_that_is_wanted(command: CommandLine) -> None:
+def test_with_resume_never_a_sweep_makes_new_runs(command: CommandLine) -> None:
     for _ in range(2):
         assert command(*SWEEP, "resume=never").status == 0
     assert len(runs(command)) == 8

@@ -33,12 +33,12 @@ def accuracy(value: float, reference: dict[str, Any] | None = PUBLISHED) -> dict
 # The margin
 
 
-def test_a_single_seed_is_held_against_the_interval_of_one_more_published_run():
+def test_a_single_seed_is_compared_with_the_interval_of_one_more_published_run():
     assert margin(3.0, 3, None, 1) == pytest.approx(2 * 3 * math.sqrt(4 / 3), rel=1e-15)
     assert margin(0.5, 1, None, 1) == pytest.approx(math.sqrt(2), rel=1e-15)
 
 
-def test_several_seeds_are_held_against_two_standard_errors_of_the_difference():
+def test_several_seeds_are_compared_with_two_standard_errors_of_the_difference():
     assert margin(3.0, 9, 4.0, 16) == 2 * math.sqrt(1 + 1)  # 2·√(9/9 + 16/16)
     assert margin(1.0, 3, 0.0, 3) == pytest.approx(2 / math.sqrt(3), rel=1e-15)
 
@@ -80,13 +80,13 @@ def test_a_seed_that_was_run_twice_is_one_seed(tmp_path):
     assert found.verdict.margin == ALLOWED
 
 
-def test_a_loss_is_judged_where_no_accuracy_is_published(tmp_path):
+def test_a_loss_is_judged_if_no_accuracy_is_published(tmp_path):
     published = {"metrics": {"test/loss": 0.5}, "deviations": {"test/loss": 0.0625}}
     run = {"metrics": {"test/loss": 0.53125}, "reference": {**MNIST, **published}}
     assert row(tmp_path, run).verdict.text == "within: +0.0312 of ±0.144"
 
 
-def test_top_5_is_judged_where_it_alone_is_published(tmp_path):
+def test_top_5_is_judged_if_only_it_is_published(tmp_path):
     name = "test/accuracy_top5"
     published = {"metrics": {name: 0.5}, "deviations": {name: 0.0625}}
     run = {"metrics": {name: 0.75}, "reference": {**MNIST, **published}}

@@ -73,7 +73,7 @@ def test_several_nodes_need_a_cluster() -> None:
         count_ranks({"devices": 2, "num_nodes": 2, **SEVERAL})
 
 
-def test_gpus_that_are_elsewhere_are_counted_but_not_guessed() -> None:
+def test_gpus_of_a_submission_are_counted_but_not_guessed() -> None:
     gpus = {"accelerator": "gpu", "strategy": {}}
     assert count_ranks({"devices": 4, "num_nodes": 2, **gpus}, for_submission=True) == 8
     with pytest.raises(ValueError, match="not known before the job starts"):

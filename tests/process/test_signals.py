@@ -1,4 +1,4 @@
-"""Which signals ask a run to stop, which end it at once, and which it leaves ignored.
+"""Which signals request a stop, which end it at once, and which it leaves ignored.
 
 Real processes are in test_survival.py; here the handlers are called in this one.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from fastdeq.experiment import signals
-from fastdeq.experiment.signals import ASKED, REPEATED, listening, received
+from fastdeq.experiment.signals import REPEATED, STOP_SIGNALS, listening, received
 from tests.commands import default_signals
 
 
@@ -19,13 +19,13 @@ from tests.commands import default_signals
 def _none_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a new process: none has come, and each has its usual effect."""
     monkeypatch.setattr(signals, "_received", [])
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in ASKED}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", ASKED)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_noted_and_ends_nothing(number: signal.Signals) -> None:
     with listening():
         signal.raise_signal(number)
@@ -34,12 +34,12 @@ def test_a_signal_is_noted_and_ends_nothing(number: signal.Signals) -> None:
 
 
 def test_the_signals_are_those_that_would_end_a_run_and_can_be_caught() -> None:
-    assert {number.name for number in ASKED} == {
+    assert {number.name for number in STOP_SIGNALS} == {
         *("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     }
 
 
-@pytest.mark.parametrize("number", ASKED)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_what_is_ignored_at_the_start_stays_ignored(number: signal.Signals) -> None:
     # `nohup` ignores SIGHUP, a shell script's background job SIGINT.
     signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to stop, or started twice: real processes and real signals."""
+"""Runs that are killed, stopped by a request, or started twice: real processes and real signals."""
 
 import json
 import os

@@ -29,6 +29,7 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (r"(?-i:CarryingDDP|Meeting)", "a name that says what it does, rendezvous", "a Meeting"),
     (r"(?-i:(?:class|raise|except|import) Refused)", "ConfigError", "raise Refused"),
     (r"(?:check together|evolves?|blamed on)\b", "validate, solve, error context", "def evolve"),
+    (r"(?-i:ASKED)\b", "STOP_SIGNALS", "ASKED"),
     (r"dismiss(?:es|ed)?\b", "release", "the leader dismisses them"),
     (r"calm\b", "cooldown", "a calm period"),
     (r"facts?\b", "metadata", "its facts"),

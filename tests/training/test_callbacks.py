@@ -1,4 +1,4 @@
-"""What watches a run: phases, clocks, lines, checkpoints and the bar."""
+"""Callbacks: phases, timers, lines, checkpoints and the bar."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,7 +113,7 @@ def test_a_resumed_run_is_in_the_phase_of_its_step(tmp_path):
     trainer = fit(make_task(), tmp_path, Pretraining(steps=3))
     saved = tmp_path / "saved.ckpt"
     trainer.save_checkpoint(saved)
-    # Another task and callback, which know nothing of the two steps that were made.
+    # Another task and callback, without the state of the two completed steps.
     task = make_task()
     seen = phases(task)
     fit(task, tmp_path, Pretraining(steps=3), max_epochs=2, resume=saved)
@@ -134,7 +134,7 @@ def test_pretraining_refuses_anything_but_counts(wrong, cure):
         Pretraining(**wrong)
 
 
-# Clocks
+# Timers
 
 
 def test_the_timer_leaves_the_warm_up_out_of_its_median(tmp_path):
@@ -232,7 +232,7 @@ class Scripted(ClassificationTask):
 
 
 class ScriptedLoss(RegressionTask):
-    """Likewise its losses."""
+    """Its losses in evaluation follow a script too."""
 
     script: Iterator[float]
 

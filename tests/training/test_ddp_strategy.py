@@ -140,7 +140,7 @@ def test_gradients_are_the_mean_of_those_of_the_parts(ranks: list[Any], case: st
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
-def test_what_is_sent_arrives_as_it_was_in_the_order_of_ranks(ranks: list[Any]) -> None:
+def test_payloads_are_gathered_unchanged_in_the_order_of_ranks(ranks: list[Any]) -> None:
     sent = torch.tensor([[1.0, 2.0], [257.0, torch.inf]])
     for case, options in CASES.items():
         for rank in ranks:
@@ -163,7 +163,7 @@ def test_running_statistics_are_the_mean_over_all_samples(ranks: list[Any]) -> N
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_batch_that_stands_in_leaves_no_trace_in_them(ranks: list[Any]) -> None:
+def test_a_placeholder_batch_does_not_change_running_statistics(ranks: list[Any]) -> None:
     _, whole = alone(WHOLE)
     for rank in ranks:
         found = rank["standing in"]["statistics"][0]
@@ -171,7 +171,7 @@ def test_a_batch_that_stands_in_leaves_no_trace_in_them(ranks: list[Any]) -> Non
             torch.testing.assert_close(found[name], statistic, rtol=1e-6, atol=1e-7)
 
 
-def test_of_accumulated_batches_one_that_fails_anywhere_takes_the_step_with_it(
+def test_a_failing_accumulated_batch_on_any_process_skips_the_step(
     ranks: list[Any],
 ) -> None:
     # What is left is the second step: the same batch, twice on each process.
@@ -185,7 +185,7 @@ def test_of_accumulated_batches_one_that_fails_anywhere_takes_the_step_with_it(
             torch.testing.assert_close(weight, mine.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_process_alone_carries_nothing(tmp_path: Path) -> None:
+def test_a_single_process_sends_no_payload(tmp_path: Path) -> None:
     assert payload_strategy(make_trainer(tmp_path)) is None
 
 
@@ -202,5 +202,5 @@ def test_another_strategy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         plugins=[LightningEnvironment()],
         devices=WORLD,
     )
-    with pytest.raises(TypeError, match=r"trainer\.strategy\._target_=fastdeq\.callbacks\.Carry"):
+    with pytest.raises(TypeError, match=r"trainer\.strategy\._target_=fastdeq\.training\.Payload"):
         payload_strategy(trainer)

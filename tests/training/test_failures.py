@@ -103,7 +103,7 @@ def test_the_first_failing_step_is_kept_with_all_it_began_with(tmp_path, on_fail
 
 
 class Breaking(Listed):
-    """Something else goes wrong when the third batch is asked for."""
+    """Raises another error at the third batch."""
 
     def __iter__(self) -> Iterator[Batch]:
         yield from self.batches[:2]
@@ -247,7 +247,7 @@ def test_good_steps_between_begin_the_row_anew_and_null_never_ends(tmp_path):
         trained(task_of(), [NAN] * 120, tmp_path, callbacks=[skip()])
 
 
-def test_unconverged_steps_end_a_run_only_where_they_are_skipped(tmp_path):
+def test_unconverged_steps_end_a_run_only_if_they_are_skipped(tmp_path):
     batches = [GOOD] * 5
     trained(task_of(EARLY), batches, tmp_path, callbacks=[Failures(in_a_row=2)])
     watch = Failures(in_a_row=2, on_failure="skip_step")

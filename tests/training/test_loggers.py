@@ -102,7 +102,7 @@ def kept(folder: Path) -> Path:
     return file
 
 
-def test_without_a_login_each_run_is_kept_in_its_folder_and_nothing_is_sent_or_asked(
+def test_without_a_login_each_run_is_kept_in_its_folder_without_prompt_or_network(
     tmp_path, stranger, runs, monkeypatch, capfd
 ):
     from fastdeq.training.loggers.weights_and_biases import WeightsAndBiases
@@ -172,7 +172,7 @@ def test_a_run_that_fails_is_closed_too(tmp_path, stranger, runs, monkeypatch):
         ("online", "offline", "k" * 40, "offline"),  # the environment comes first
     ],
 )
-def test_the_mode_is_online_only_where_a_login_is_known_or_where_it_is_asked_for(
+def test_the_mode_is_online_only_with_a_login_or_on_request(
     chosen, variable, key, mode, tmp_path, stranger, monkeypatch
 ):
     from fastdeq.training.loggers.weights_and_biases import WeightsAndBiases

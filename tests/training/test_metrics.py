@@ -112,7 +112,7 @@ class Watch:
         return self.value
 
 
-def test_a_stopwatch_is_read_once_when_the_means_are_wanted_or_much_later():
+def test_a_stopwatch_is_read_once_when_the_means_are_computed_or_much_later():
     means, watches = MeanMetrics(("seconds",)), [Watch(float(k)) for k in range(300)]
     for watch in watches:
         means.update({"seconds": watch}, 1)

@@ -112,10 +112,10 @@ def test_the_state_is_saved_every_so_many_steps_and_the_one_before_is_kept(tmp_p
     assert is_sealed(folder / BEFORE)
 
 
-def test_a_state_by_the_clock(tmp_path: Path) -> None:
+def test_saving_by_minutes_does_not_change_the_run(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", "model=deq")
-    clocked = run(tmp_path / "clocked", "model=deq", "callbacks.resumption.minutes=1e-9")
-    assert_same(whole, clocked)
+    saved_often = run(tmp_path / "saved_often", "model=deq", "callbacks.resumption.minutes=1e-9")
+    assert_same(whole, saved_often)
 
 
 def flip(path: Path) -> None:
@@ -163,7 +163,7 @@ def test_with_no_state_that_is_whole_the_run_begins_again(
     assert_same(whole, folder)
 
 
-def test_a_run_that_is_done_is_not_done_again(
+def test_a_finished_run_is_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run(tmp_path / "run", "model=deq")

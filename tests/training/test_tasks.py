@@ -90,7 +90,7 @@ def test_the_weight_of_a_batch_scales_its_loss():
 
 
 @pytest.mark.parametrize("adjoint", [None, JacobianFree()])
-def test_a_batch_that_stands_in_gives_zero_gradients_to_all_parameters(adjoint):
+def test_a_placeholder_batch_gives_zero_gradients_to_all_parameters(adjoint):
     # All parameters, and not none: DistributedDataParallel waits for each of them.
     x, targets, _ = samples(5)
     model = network(adjoint=adjoint)
@@ -101,7 +101,7 @@ def test_a_batch_that_stands_in_gives_zero_gradients_to_all_parameters(adjoint):
         assert not parameter.grad.any(), name
 
 
-def test_a_batch_that_stands_in_adds_nothing_to_the_metrics(tmp_path):
+def test_a_placeholder_batch_adds_nothing_to_the_metrics(tmp_path):
     batch, other = samples(5), samples(6)
     task = make_task(skip=0.5, jacobian=0.25)
     alone = train_metrics(task, [batch], tmp_path)
