@@ -12,7 +12,7 @@ from typing import Any
 Leaf = str | int | float | bool | None
 
 FREE = (
-    *("paths", "logger", "reference", "from_run", "debug"),
+    *("paths", "logger", "from_run", "debug"),
     *("resume", "stop_after", "stop_at_failure", "callbacks.resumption"),
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
     *("trainer.detect_anomaly", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
@@ -23,13 +23,13 @@ stops, and what it logs.
 """
 
 COPIES = {"optimizer": "optimizer", "model": "model", "weights": "loss", "schedule": "scheduler"}
-"""Arguments of the task that configurations of earlier versions repeat, and where they stand."""
+"""Arguments of the task that configurations of earlier versions repeat, and the repeated keys."""
 
 RENAMED = {
     "fastdeq.tasks.": "fastdeq.training.",
     "fastdeq.callbacks.": "fastdeq.training.",
 }
-"""Prefixes of `_target_` in configurations of earlier versions, and what they are now."""
+"""Prefixes of `_target_` in configurations of earlier versions, and their replacements."""
 
 COUNTED = ("trainer.limit_", "trainer.overfit_batches", "trainer.val_check_interval")
 """Prefixes of keys for which 1 means one batch, and 1.0 all batches."""
@@ -56,12 +56,13 @@ def identity(config: Mapping[str, Any]) -> dict[str, Leaf]:
 
 
 def current(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as this version writes it, whatever version has written it.
+    """The configuration in the form of this version.
 
-    Earlier ones repeat the parts of the model and of the task as whole nodes, where this one has
-    their keys (`model.deq.solver: solver`), and have λ_skip in `skip_weight` and in `loss.skip`.
+    Earlier versions repeat the parts of the model and of the task as whole nodes instead of keys
+    (`model.deq.solver: solver`), have λ_skip in `skip_weight` and in `loss.skip`, and the published
+    row in `reference`.
     """
-    new = dict(config)
+    new = {key: value for key, value in config.items() if key != "reference"}
     if isinstance(task := config.get("task"), Mapping):
         new["task"] = {
             name: value
@@ -78,14 +79,14 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model may be made of, by its keys."""
+    """The possible parts of a model, by key."""
     arch = config.get("arch") or {}
     layers = {f"arch.{name}": node for name, node in arch.items() if isinstance(node, Mapping)}
     return {**layers, **{key: config[key] for key in ("solver", "adjoint") if key in config}}
 
 
 def _by_key(name: str, node: Any, parts: Mapping[str, Any]) -> Any:
-    """A node of the model, in which each part is its key; of equal parts the one with its name."""
+    """A node of the model with each part replaced by its key; of equal parts, that of its name."""
     if not isinstance(node, Mapping):
         return node
     for key in (f"arch.{name}", *parts):
