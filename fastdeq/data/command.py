@@ -15,12 +15,11 @@ from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.digits import DigitsDataModule
 from fastdeq.data.image_folder import ImageFolderDataModule
 from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule
-from fastdeq.data.module import InMemoryDataModule, Samples
+from fastdeq.data.module import AbstractDataModule, Samples
 from fastdeq.data.polynomial import PolynomialDataModule
-from fastdeq.data.store import Records
 from fastdeq.data.svhn import SvhnDataModule
 
-SETS: dict[str, type[InMemoryDataModule | ImageFolderDataModule]] = {
+SETS: dict[str, type[AbstractDataModule]] = {
     "cifar10": Cifar10DataModule,
     "digits": DigitsDataModule,
     "fashion_mnist": FashionMnistDataModule,
@@ -100,12 +99,9 @@ def _add_option(parser: argparse.ArgumentParser, key: str, parameter: inspect.Pa
         options: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     elif default is None or isinstance(default, int | float | str):
         text = text or f"default: {default}"
-        number = int if parameter.annotation == int | None else type(default)
+        of_none = int if parameter.annotation == int | None else str
         metavar = {"root": "PATH", "store": "FOLDER"}.get(key, "VALUE")
-        options = {
-            "type": str if default is None and number is not int else number,
-            "metavar": metavar,
-        }
+        options = {"type": of_none if default is None else type(default), "metavar": metavar}
     else:
         return
     flag = f"--{key.replace('_', '-')}"
@@ -124,12 +120,9 @@ def _as_option(word: str) -> str:
 
 
 def describe(
-    name: str,
-    data: InMemoryDataModule | ImageFolderDataModule,
-    train: Samples | Records,
-    test: Samples | Records,
+    name: str, data: AbstractDataModule, train: Any, test: Any
 ) -> Iterable[tuple[str, str]]:
-    """Yield lines, as title and text, of what a set holds."""
+    """Yield lines, as title and text, of what a set holds; ``train``, ``test`` as from ``load``."""
     yield "set", name
     metadata = dict(data.metadata)
     if file := metadata.pop("file", None):

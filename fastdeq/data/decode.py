@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -25,9 +25,6 @@ except ImportError:  # reported where it is needed: only image folders need it
     _HAS_PILLOW = False
 else:
     _HAS_PILLOW = True
-
-Box: TypeAlias = tuple[int, int, int, int]
-"""Left, top, right, bottom, in pixels; right and bottom are just outside."""
 
 _FORMATS = ("JPEG", "PNG")
 _BIT_DEPTH = 24  # place of this byte in a PNG file, whose header comes first
@@ -116,12 +113,13 @@ class RandomCrop(Crop):
 
     def apply(self, image: "Image.Image", random: np.random.Generator) -> "Image.Image":
         mirrored = random.random() < self.flip  # drawn first, whatever the size of the image
-        part = image.crop(self.draw(*image.size, random))
+        left, top, right, bottom = self.draw(*image.size, random)
+        part = image.crop((left, top, right, bottom))
         part = part.resize((self.size, self.size), Image.Resampling.BILINEAR)
         return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
 
-    def draw(self, width: int, height: int, random: np.random.Generator) -> Box:
-        """Return a random part of an image of this size."""
+    def draw(self, width: int, height: int, random: np.random.Generator) -> tuple[int, ...]:
+        """Return a random part of an image of this size: left, top, right, bottom in pixels."""
         low, high = (math.log(value) for value in self.ratio)
         for _ in range(_ATTEMPTS):
             area = width * height * random.uniform(*self.area)
@@ -133,7 +131,7 @@ class RandomCrop(Crop):
                 return left, top, left + wide, top + tall
         return self._central(width, height)
 
-    def _central(self, width: int, height: int) -> Box:
+    def _central(self, width: int, height: int) -> tuple[int, ...]:
         lowest, highest = self.ratio
         wide = min(width, max(1, round(height * highest)))
         tall = min(height, max(1, round(width / lowest)))
