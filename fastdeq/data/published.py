@@ -45,6 +45,10 @@ class SourceFile:
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
 
+Form = tuple[SourceFile, ...]
+"""All files of a set, one way in which it is published."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(ABC):
     """A published image set: what it is, where its files are, and how they are read.
@@ -59,10 +63,10 @@ class ImageSource(ABC):
     source: str
     licence: str
     split: str
-    files: tuple[SourceFile, ...]
+    files: Form
     folders: tuple[str, ...]
     mirrors: tuple[str, ...]
-    unpacked: tuple[SourceFile, ...] = ()
+    unpacked: Form = ()
 
     @classmethod
     def from_table(
@@ -99,18 +103,15 @@ class ImageSource(ABC):
             }
         return attributes
 
-    def form_in(self, root: Path) -> tuple[SourceFile, ...]:
-        """Return the form that is at or beneath ``root``: the more complete one, else ``files``."""
-        forms = [form for form in (self.files, self.unpacked) if form]
-        return min(
-            forms, key=lambda form: len(missing_in(self.folder_in(root, form), form)) / len(form)
-        )
+    def find(self, root: Path, *forms: Form) -> tuple[Path, Form]:
+        """Return folder and form at or beneath ``root`` that are the most complete.
 
-    def folder_in(self, root: Path, form: Sequence[SourceFile]) -> Path:
-        """Return the folder at or beneath ``root`` with the most files; ``root/<name>`` without."""
+        Where no file is there, these are ``root/<name>`` and the first form.
+        """
         # Sets share file names: folders named after the set come before the data folder itself.
         folders = [root / self.name, *(root / folder for folder in self.folders), root]
-        return min(folders, key=lambda folder: len(missing_in(folder, form)))
+        places = [(folder, form) for form in forms if form for folder in folders]
+        return min(places, key=lambda place: len(missing_in(*place)) / len(place[1]))
 
     def verify_md5(self, paths: Sequence[Path], form: Sequence[SourceFile]) -> None:
         """Raise ValueError, naming file and cure, unless each path has the MD5 of its file."""
@@ -310,11 +311,9 @@ class StoredDataModule(InMemoryDataModule):
     def _find_files(self) -> list[Path]:
         """Return the source files in the order of their form, downloaded if necessary."""
         wanted = self.source
-        form = wanted.files if self._root is None else wanted.form_in(self._root)
-        folder = self._folder(form)
+        folder, form = self._find(wanted.files, wanted.unpacked)
         if missing_in(folder, form) and self.download:
-            form = wanted.files  # the form that the mirrors have
-            folder = self._folder(form)
+            folder, form = self._find(wanted.files)  # the form that the mirrors have
             download(missing_in(folder, form), folder, wanted.mirrors)
         missing = missing_in(folder, form)
         if missing and self._root is None:
@@ -330,8 +329,7 @@ class StoredDataModule(InMemoryDataModule):
             )
         return [file for file in (file.find(folder) for file in form) if file is not None]
 
-    def _folder(self, form: Sequence[SourceFile]) -> Path:
-        """Return the folder in which files of this form are, or belong."""
+    def _find(self, *forms: Form) -> tuple[Path, Form]:
         if self._root is None:
-            return self._store / self.source.name
-        return self.source.folder_in(self._root, form)
+            return self._store / self.source.name, self.source.files
+        return self.source.find(self._root, *forms)

@@ -284,8 +284,8 @@ def test_every_published_file_has_its_checksum():
 
 def _has_cifar() -> bool:
     root = Path(os.environ.get("FASTDEQ_DATA") or "/nowhere")
-    form = CIFAR10.form_in(root)
-    return all(file.find(CIFAR10.folder_in(root, form)) for file in form)
+    folder, form = CIFAR10.find(root, CIFAR10.files, CIFAR10.unpacked)
+    return all(file.find(folder) for file in form)
 
 
 @pytest.mark.slow

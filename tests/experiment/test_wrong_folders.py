@@ -207,7 +207,7 @@ def test_asking_for_batches_before_setup_says_what_to_do(root):
 
 def test_without_pillow_the_cure_is_named(monkeypatch, capsys, root):
     monkeypatch.setattr(decode_module, "_HAS_PILLOW", False)
-    with pytest.raises(ImportError, match="need Pillow: pip install pillow$"):
+    with pytest.raises(ImportError, match=r"need Pillow: pip install pillow$"):
         folder(root)
     assert main(["image_folder", f"--root={root}"]) == 1
     assert capsys.readouterr().err.startswith("error: image folders need Pillow: pip install")
