@@ -44,7 +44,8 @@ def parser() -> Parser:
     made = Parser(
         prog=command,
         description="Run a sweep as one array of Slurm jobs, without waiting for it.",
-        examples=f"  {command} submit sweep=mnist_fc data.root=PATH hydra.launcher.timeout_min=60\n"
+        examples=f"  {command} submit sweep=single_scale experiment=mnist_fc data.root=PATH "
+        "hydra.launcher.timeout_min=60\n"
         f"  {command} status\n  {command} logs 3\n  {command} collect --sweep FOLDER",
     )
     overrides = Parser(add_help=False)

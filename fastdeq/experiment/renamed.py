@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fastdeq.experiment.build import TASK
 
 _GRID = "sweep=multiscale experiment={}"
+_ONE_SCALE = "sweep=single_scale experiment={}"
 _RELEASE = " solver=lbroyden seed=6171,3859,2961"
 _TSIT5 = "solver=tsit5 data.batch_size=64 data.eval_batch_size=64"
 
@@ -19,6 +20,8 @@ CHOICES = {
     "experiment=svhn_tsit5": f"experiment=svhn {_TSIT5}",
     "experiment=cifar10_mdeq_tsit5": f"experiment=cifar10_mdeq {_TSIT5}",
     **{f"sweep={name}": _GRID.format(name) for name in ("cifar10_tiny", "cifar10_large")},
+    "sweep=mnist_fc": _ONE_SCALE.format("mnist_fc"),
+    "sweep=polynomial_fitting": f"{_ONE_SCALE.format('polynomial_fitting')} seed=1,11,1111",
     "sweep=imagenet_small": _GRID.format("imagenet_small"),
     "sweep=mnist_mdeq": f"{_GRID.format('mnist_mdeq')} solver=lbroyden,tsit5 seed=6171,3859,2961",
     **{f"sweep={name}": _GRID.format(name) + _RELEASE for name in ("svhn", "cifar10_mdeq")},
@@ -45,9 +48,18 @@ def current(word: str) -> list[str]:
 
 
 def current_all(words: Sequence[str]) -> list[str]:
-    """The current form of a saved run's overrides. Without a skip loss λ_skip had no effect."""
+    """The current form of a saved run's overrides.
+
+    Without a skip loss λ_skip had no effect. A job of a sweep has values in place of its lists.
+    """
     weights = [word for word in words if "loss=plain" in words and word.startswith("skip_weight=")]
-    return [new for word in words if word not in weights for new in current(word)]
+    return [
+        new
+        for word in words
+        if word not in weights
+        for new in current(word)
+        if not (word.startswith("sweep=") and "," in new)
+    ]
 
 
 def check_renamed(words: Sequence[str]) -> None:

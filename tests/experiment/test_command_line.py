@@ -158,6 +158,10 @@ def test_overrides_of_an_earlier_version_are_run_in_todays_words(
         (["loss=skip", "skip_weight=0.1"], ["loss.skip=0.1"]),
         (["+experiment=a", "logger=all"], ["+experiment=a", "logger=[tensorboard,wandb]"]),
         (
+            ["sweep=polynomial_fitting", "model=deq", "seed=11"],
+            ["sweep=single_scale", "experiment=polynomial_fitting", "model=deq", "seed=11"],
+        ),
+        (
             ["experiment=svhn_tsit5", "data.batch_size=8"],
             [
                 *("experiment=svhn", "solver=tsit5", "data.batch_size=64"),

@@ -99,7 +99,7 @@ def test_what_is_listed_is_what_a_sweep_runs(
 
 
 def test_a_shipped_grid_is_listed_and_can_be_narrowed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "sweep=polynomial_fitting", "seed=1"]) == 0
+    assert main(["list", "sweep=single_scale", "experiment=polynomial_fitting", "seed=1"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 6
 
 
@@ -107,7 +107,7 @@ def test_a_shipped_grid_is_listed_and_can_be_narrowed(capsys: pytest.CaptureFixt
     ("arguments", "status", "text"),
     [
         ([], 2, "required: ACTION (see "),
-        (["--help"], 0, "fastdeq jobs submit sweep=mnist_fc"),
+        (["--help"], 0, "fastdeq jobs submit sweep=single_scale experiment=mnist_fc"),
         (["statu"], 2, "unknown action 'statu': did you mean status?"),
         (["status", "--sweeps=x"], 2, "unknown option '--sweeps': did you mean --sweep?"),
         (["status", "--sweep"], 2, "--sweep: expected one argument"),
