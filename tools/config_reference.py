@@ -38,8 +38,9 @@ class Key:
 class File:
     """What one file of conf/ sets.
 
-    about: its first comment. keys: its own and those of the files that it includes, with the keys
-    that Hydra reads (`_target_`). chosen: what it chooses from other groups, by group.
+    about: its first comment. keys: its own, those of the files that it includes, and those of
+    train.yaml below its group, with the keys that Hydra reads (`_target_`). chosen: what it chooses
+    from other groups, by group.
     """
 
     path: Path
@@ -96,6 +97,9 @@ def read(path: Path, prefix: str | None = None) -> File:
     prefix = _prefix(path, package) if prefix is None else prefix
     included, chosen = _defaults(path, (yaml.safe_load(body) or {}).get("defaults", []))
     keys = {key.name: key for name in included for key in read(_file(path, name), prefix).keys}
+    if prefix and path.parent != CONF:
+        shared = read(CONF / "train.yaml").keys
+        keys |= {key.name: key for key in shared if key.name.startswith(f"{prefix}.")}
     tree = yaml.compose(body)
     for key in _Source(body).keys(tree, prefix) if tree and tree.value else []:
         meaning = key.meaning or (keys[key.name].meaning if key.name in keys else "")
@@ -122,7 +126,7 @@ def _defaults(path: Path, listed: list[Any]) -> tuple[list[str], dict[str, str]]
     for entry in listed:
         if isinstance(entry, str):
             if entry != "_self_":
-                included.append(entry.removesuffix("@_here_"))
+                included.append(entry)
             continue
         ((name, choice),) = entry.items()
         group = name.removeprefix("override ").removeprefix("optional ").lstrip("/")
