@@ -16,6 +16,7 @@ CHOICES = {
     "augmentation=none": "augmentation=[]",
     "paths=default": "",
     "callbacks=default": "",
+    "trainer=default": "trainer=[]",
     "logger=csv": "logger=[]",
     "experiment=svhn_tsit5": f"experiment=svhn {_TSIT5}",
     "experiment=cifar10_mdeq_tsit5": f"experiment=cifar10_mdeq {_TSIT5}",
