@@ -388,7 +388,8 @@ class AbstractTask(LightningModule):
         metrics = {f"{stage}/{name}": mean.float() for name, mean in means.compute().items()}
         means.reset()
         # The means are the same on all processes already: nothing is left to synchronize.
-        self.log_dict(metrics, logger=stage == "test")
-        if stage != "test" and not self.trainer.sanity_checking:
+        self.log_dict(metrics, logger=False)
+        if not self.trainer.sanity_checking:
             row = {name: float(mean) for name, mean in metrics.items()}
-            self._write({"epoch": self.current_epoch, **row}, self.global_step - 1)
+            number = self.global_step if stage == "test" else self.global_step - 1
+            self._write({"epoch": self.current_epoch, **row}, number)

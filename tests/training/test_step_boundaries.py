@@ -132,6 +132,9 @@ def test_an_optimizer_step_is_one_row_with_the_metrics_of_all_its_batches(tmp_pa
     assert (
         [row["step"] for row in found] == [row["step"] for row in expected] == ["0", "1", "2", "3"]
     )
+    # So are the rows of the epoch and of the test.
+    for name, step in (("train/loss", "3"), ("val/loss", "3"), ("test/loss", "4")):
+        assert [row["step"] for row in rows(small) if row.get(name)] == [step], name
     names = [name for name in expected[0] if name.startswith("step/")]
     assert {"step/loss", "step/accuracy", "step/nfe", "step/lr"} <= set(names)
     for one, other in zip(found, expected, strict=True):
