@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hydra.utils import get_object
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fastdeq.experiment.arguments import check_node, named, unknown
 from fastdeq.experiment.build import TASK, link
@@ -27,6 +27,10 @@ def check_values(cfg: DictConfig) -> RunSettings:
     for name, key in TASK.items():
         if name in (cfg.get("task") or {}):
             raise ValueError(f"task.{name} is built from {key}: set {key} instead")
+    if not OmegaConf.select(cfg, "task._target_"):
+        raise ValueError(
+            "task has no class: set task._target_, such as fastdeq.training.ClassificationTask"
+        )
     cfg = link(cfg)
     values = {key: check_node(_node(cfg, key), key, Any) for key in own}
     try:

@@ -50,7 +50,7 @@ class RunSettings:
 
 @settings
 class Paths(Record):
-    """conf/paths."""
+    """Where runs are written; see conf/train.yaml."""
 
     outputs: str = setting()
     run: str | None = setting()

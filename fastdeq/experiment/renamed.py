@@ -6,6 +6,7 @@ from fastdeq.experiment.build import TASK
 
 _GRID = "sweep=multiscale experiment={}"
 _ONE_SCALE = "sweep=single_scale experiment={}"
+_TASK = "task._target_=fastdeq.training.{}Task"
 _RELEASE = " solver=lbroyden seed=6171,3859,2961"
 _TSIT5 = "solver=tsit5 data.batch_size=64 data.eval_batch_size=64"
 
@@ -16,6 +17,7 @@ CHOICES = {
     "augmentation=none": "augmentation=[]",
     "paths=default": "",
     "callbacks=default": "",
+    **{f"task={name.lower()}": _TASK.format(name) for name in ("Classification", "Regression")},
     "trainer=default": "trainer=[]",
     "logger=csv": "logger=[]",
     "experiment=svhn_tsit5": f"experiment=svhn {_TSIT5}",

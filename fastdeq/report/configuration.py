@@ -102,7 +102,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
 _ORDER = ("data", "sizes", "loss", "arch", "solver", "adjoint")
 _LAST = ("model", "task", "name")  # these follow from the others
 
-_FROM = {"sizes": "data"}
+_FROM = {"sizes": "data", "task": "data"}
 """Nodes that the choice of another group sets."""
 
 

@@ -64,7 +64,8 @@ class ClassificationTask(AbstractTask):
         if targets.is_floating_point() or targets.ndim != 1:
             raise ValueError(
                 f"classification takes one class number per sample, but the targets are "
-                f"{targets.dtype} {tuple(targets.shape)}: use task=regression for this data"
+                f"{targets.dtype} {tuple(targets.shape)}: use RegressionTask for this "
+                "data (task._target_=fastdeq.training.RegressionTask)"
             )
         if targets.dtype not in (torch.int64, torch.uint8):
             raise ValueError(

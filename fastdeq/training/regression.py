@@ -26,7 +26,8 @@ class RegressionTask(AbstractTask):
         if not targets.is_floating_point():
             raise ValueError(
                 f"regression takes floating-point targets, but these are {targets.dtype}: use "
-                "task=classification for this data"
+                "ClassificationTask for this data "
+                "(task._target_=fastdeq.training.ClassificationTask)"
             )
         if prediction.shape != targets.shape:
             raise ValueError(

@@ -34,7 +34,6 @@ REQUIRED = {
     ],
     "arch=dynamics": ["data=polynomial"],
     "arch=polynomial": ["data=polynomial"],
-    "task=regression": ["data=polynomial"],
     "arch=fc": ["model=skip_deq"],
     "adjoint=implicit_fixed_point": ["model=skip_deq"],  # fails on an untrained multiscale cell
     # At its own size a step takes many seconds.
@@ -268,9 +267,9 @@ def test_the_words_that_replace_earlier_ones_compose() -> None:
             composed(*new.split())
 
 
-def test_a_data_set_brings_nothing_but_samples_and_their_sizes() -> None:
+def test_a_data_set_brings_nothing_but_samples_their_sizes_and_the_task() -> None:
     for path in (CONF / "data").glob("*.yaml"):
-        assert set(OmegaConf.load(path)) == {"defaults", "data", "sizes"}, path
+        assert set(OmegaConf.load(path)) == {"defaults", "data", "sizes", "task"}, path
 
 
 def test_every_part_stands_once_in_the_resolved_configuration() -> None:

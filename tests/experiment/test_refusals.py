@@ -109,15 +109,22 @@ def test_values_of_a_wrong_type_or_out_of_range_are_named(command: CommandLine, 
     refused(command("trainer.accelerator=cpu", typed), *VALUES[typed])
 
 
+CLASSIFICATION, REGRESSION = (
+    f"task._target_=fastdeq.training.{name}Task" for name in ("Classification", "Regression")
+)
+
+
 @pytest.mark.parametrize(
     ("typed", "parts"),
     [
-        (("data=polynomial", "task=classification"), ("task=regression",)),
-        (("task=regression",), ("task=classification",)),
+        (("data=polynomial", CLASSIFICATION), (REGRESSION,)),
+        ((REGRESSION, "~task.top5"), (CLASSIFICATION,)),
+        ((REGRESSION,), ("task.top5",)),
+        (("~task._target_",), ("task has no class: set task._target_",)),
         (("model=deq", "arch=polynomial"), ("(1, 8, 8)", "choose the arch")),
         (("arch=fc",), ("DenseCell", "arch=digits_conv", "model=deq")),
         (("model=residual", "arch=fc"), ("no 'plain'", "leave arch= out")),
-        (("task.top5=true", "data=polynomial", "task=classification"), ("task=regression",)),
+        (("+task.top5=true", "data=polynomial", CLASSIFICATION), (REGRESSION,)),
         (("sizes.outputs=7",), ("sizes.outputs is 7", "leave sizes to the data group")),
         (("model=deq", "sizes.features=60"), ("64", "60")),
         (("model=deq", "loss.skip=5"), ("model=deq does not predict z₀", "model=skip_deq")),
