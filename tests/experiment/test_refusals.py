@@ -89,6 +89,7 @@ VALUES = {
     "loss=plain": ("loss=plain", "write loss.skip=0.0"),
     "sweep=svhn": ("sweep=svhn", "write sweep=multiscale experiment=svhn solver=lbroyden"),
     "experiment=svhn_tsit5": ("write experiment=svhn solver=tsit5 data.batch_size=64",),
+    "task=regression": ("write task._target_=fastdeq.training.RegressionTask",),
     "reference=null": ("reference=null", "leave it out"),
     "task.optimizer.lr=1": ("task.optimizer.lr=1", "write optimizer.lr=1"),
     "model.deq.cell=arch.cel": ("model.deq.cell", "this arch has no 'cel'"),
