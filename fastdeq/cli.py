@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from fastdeq import __version__
 from fastdeq.commands import Parser, exit_status, typed
-from fastdeq.streams import run_command
+from fastdeq.streams import keep_streams, run_command
 
 COMMANDS = {
     "train": ("fastdeq.experiment.train", "train and test one model, or a sweep of them (-m)"),
@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # These signals request a stop. While torch is being imported they would end the process, so
         # they are blocked until the run handles them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
+        # A run has its train.log: what stdout cannot take does not end it.
+        keep_streams()
+        sys.exit(dispatch(words))
     run_command(dispatch, words)
 
 

@@ -6,19 +6,26 @@ A file of the group `model` names parts by their keys: `cell: arch.cell`, `solve
 import copy
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, open_dict
 
 from fastdeq.nn import DEQChain
+from fastdeq.settings import check_value
 from fastdeq.training import AbstractTask, LossWeights
 
 TASK = {"model": "model", "optimizer": "optimizer", "weights": "loss", "schedule": "scheduler"}
 """Arguments of the task, and the keys that they are built from."""
 
-STEP = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-"""Arguments of the task that are keys of the trainer, as in Lightning."""
+STEP: dict[str, tuple[Any, dict[str, float]]] = {
+    "accumulate_grad_batches": (int, {"at least": 1}),
+    "gradient_clip_val": (float, {"at least": 0}),
+    "gradient_clip_algorithm": (Literal["norm", "value"], {}),
+}
+"""Arguments of the task that are keys of the trainer, where users of Lightning look for them: the
+type and the bounds of each.
+"""
 
 _PART = re.compile(r"solver|adjoint|arch(\.\w+)+")
 
@@ -39,9 +46,20 @@ def build_task(cfg: DictConfig, model: DEQChain | None = None) -> AbstractTask:
         optimizer=instantiate(cfg.optimizer, _convert_="all"),
         weights=weights,
         schedule=instantiate(cfg.scheduler, _convert_="all"),
-        **{name: cfg.trainer[name] for name in STEP if cfg.trainer.get(name) is not None},
+        **step_settings(cfg.trainer),
     )
     return task
+
+
+def step_settings(trainer: DictConfig) -> dict[str, Any]:
+    """What the trainer's keys say about the training step.
+
+    Raises: TypeError or ValueError that names the key.
+    """
+    given = {name: trainer[name] for name in STEP if trainer.get(name) is not None}
+    for name, value in given.items():
+        check_value(f"trainer.{name}", value, *STEP[name])
+    return given
 
 
 def build_model(cfg: DictConfig) -> DEQChain:

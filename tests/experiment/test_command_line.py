@@ -285,7 +285,7 @@ REFUSED = {
     "trainer.num_nodes=0": "trainer.num_nodes is 0,",
     "+trainer.val_check_interval=1.5": "trainer.val_check_interval=1.5",
     "+trainer.max_time=soon": "trainer.max_time=soon",
-    "+trainer.gradient_clip_algorithm=none": "trainer.gradient_clip_algorithm=none",
+    "+trainer.gradient_clip_algorithm=none": "trainer.gradient_clip_algorithm is 'none'",
     "trainer.check_val_every_n_epoch=0": "trainer.check_val_every_n_epoch is 0,",
     "+trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches is 0,",
 }

@@ -253,8 +253,7 @@ def test_a_bar_in_a_setting_does_not_end_its_cell(capsys, tmp_path):
 
 
 def test_older_references_are_shown_and_not_judged(capsys, tmp_path):
-    older = {key: MNIST[key] for key in ("source", "where", "training_minutes")}
-    older["figures"] = MNIST["metrics"]
+    older = {key: MNIST[key] for key in ("source", "where", "metrics", "training_minutes")}
     write_run(tmp_path / "a", reference=older)
     out = printed(capsys, str(tmp_path))[0]
     assert "| 98.00 [97.93]   |" in out

@@ -8,6 +8,7 @@ interrupted is known; then it must end as the run that was not.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,6 +177,14 @@ def processes_of(number: str) -> list[int]:
     return found
 
 
+def blocks_usr2(pid: int) -> bool:
+    """Whether the process has reached `patient.py`, which a signal before would end."""
+    with suppress(OSError):
+        mask = re.search(r"^SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        return mask is not None and bool(int(mask[1], 16) >> (signal.SIGUSR2 - 1) & 1)
+    return False
+
+
 def run_of(sweep: Path, number: int = 0) -> Path:
     jobs = json.loads((sweep / "submission.json").read_text())["jobs"]
     return Path(jobs[number]["run"])
@@ -224,7 +233,7 @@ def test_a_preempted_run_resumes_and_ends_as_the_one_that_was_not(
 def test_a_signal_in_the_first_second_is_not_lost(cluster: Cluster) -> None:
     folder, number = cluster.submit("seed=8", "name=early")
     wait_for(lambda: cluster.slurm.states(number) == ["RUNNING"], "the job's start")
-    wait_for(lambda: processes_of(number), "its process")
+    wait_for(lambda: any(map(blocks_usr2, processes_of(number))), "its process")
     cluster("scancel", "--signal=USR2", number)
     assert not run_of(folder).exists()  # torch is being imported
     assert cluster.wait_until_ended(number) == ["COMPLETED"]

@@ -121,7 +121,7 @@ def opened_without_encoding(source: str) -> list[str]:
         words = [ast.unparse(each) for each in node.args]
         modes = "".join(word for word in words if word.strip("'rwaxbt+") == "")
         text = (
-            name in ("read_text", "write_text")
+            (owner and name in ("read_text", "write_text"))  # not those of fastdeq.runs.files
             or (name == "open" and owner not in [[each] for each in BYTES] and "b" not in modes)
             or given.get("text") == "True"
         )
