@@ -183,6 +183,6 @@ def test_a_run_augments_the_training_images_of_a_stored_set(
     settings = ("data=cifar10", *places, "data.batch_size=8", "model=skip_reg_deq")
     plain, augmented = (
         metrics(rows(run(tmp_path, *settings, f"augmentation={choice}")))
-        for choice in ("none", "flip_resize_crop")
+        for choice in ("[]", "flip_resize_crop")
     )
     assert plain != augmented
