@@ -199,6 +199,7 @@ def test_every_configured_set_is_known_to_the_command():
     assert set(SETS) == {path.stem for path in CONF.glob("*.yaml")}
 
 
+@pytest.mark.slow
 def test_it_runs_as_a_module_with_its_exit_status():
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fastdeq.data", *arguments]

@@ -501,6 +501,7 @@ def metrics(run: Path) -> dict[str, float]:
     return {name: value for name, value in found.items() if "seconds" not in name}
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_metrics_whoever_decodes(root, command):
     alone, helped = (
         a_run(command, *RUN, f"data.root={root}", w) for w in ("seed=0", "data.workers=2")

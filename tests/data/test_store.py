@@ -160,6 +160,7 @@ def die_after_naming(folder: Path) -> None:
         stored(folder).prepare()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_killed_build_leaves_no_store_and_the_next_one_cleans_up(ready, tmp_path, place):
     run_until_killed(build_until_killed, place, tmp_path)

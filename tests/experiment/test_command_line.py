@@ -204,6 +204,7 @@ def test_the_summary_says_how_the_metrics_were_made(command: CommandLine) -> Non
         assert word in (folder / "train.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["one_batch", "overfit"])
 def test_the_settings_for_debugging_train(command: CommandLine, chosen: str) -> None:
     folder = newest(
@@ -292,6 +293,7 @@ REFUSED = {
 """By others (PyTorch, NumPy, Lightning), in words of their own: the line has what was typed."""
 
 
+@pytest.mark.slow
 def test_values_that_other_libraries_refuse_are_named_with_their_key(command: CommandLine) -> None:
     for typed, wanted in REFUSED.items():
         answer = command(*SHORT, *typed.split())

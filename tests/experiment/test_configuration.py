@@ -100,6 +100,7 @@ def test_every_choice_of_every_group_composes_and_resolves(choice: str) -> None:
     check_values(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_trains_for_a_step(choice: str) -> None:
     one_step(composed(choice, *REQUIRED.get(choice, ())))

@@ -17,9 +17,10 @@ from fastdeq.runs.folder import make_folder
 from tests.configurations import composed
 from tests.data.cifar_svhn_files import cifar_files, small_cifar, write_folder
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning"),
+]
 
 SHORT = ("trainer.max_epochs=2", "trainer.limit_train_batches=2", "trainer.accelerator=cpu")
 

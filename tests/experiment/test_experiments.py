@@ -192,6 +192,7 @@ def data(command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return ["trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.accelerator=cpu"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("experiment", "model"), TRAINED)
 def test_every_experiment_trains_with_every_model(
     command: CommandLine, data: list[str], experiment: str, model: str
@@ -257,6 +258,7 @@ def choices_of_the_last_configuration() -> dict[str, str]:
     return {str(key): str(value) for key, value in HydraConfig.get().runtime.choices.items()}
 
 
+@pytest.mark.slow
 def test_every_row_of_a_reference_can_be_reached_and_names_its_source() -> None:
     for experiment in EXPERIMENTS:
         reference = read_table(experiment)

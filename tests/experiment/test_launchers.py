@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 from fastdeq.experiment import sweep
 from tests.commands import ROOT, SHORT, Answer, CommandLine
 
+pytestmark = pytest.mark.slow
+
 FILES = sorted((ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
 PLUGINS = {
     "joblib": "hydra_plugins.hydra_joblib_launcher",

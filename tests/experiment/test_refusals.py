@@ -328,6 +328,7 @@ def test_with_debug_the_traceback_comes_before_the_line(command: CommandLine) ->
     assert answer.err.splitlines()[-1] == "error: solver.tol is 'abc', but must be a number"
 
 
+@pytest.mark.slow
 def test_a_shell_sees_the_line_and_the_status(command: CommandLine) -> None:
     refused(command.process("solver.tole=1"), "did you mean 'solver.tol'")
 

@@ -24,7 +24,7 @@ KEEP = "+callbacks.gradients._target_=tests.process.faults.Gradients"
 NEVER = ("solver.max_steps=2", "solver.tol=1e-9", "callbacks.failures.patience=1")
 """Four steps, none of which converges; the first is kept."""
 
-pytestmark = pytest.mark.filterwarnings("ignore:f is not finite:RuntimeWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:f is not finite:RuntimeWarning")]
 
 NETWORKS = {
     "dense": ("model=skip_deq",),

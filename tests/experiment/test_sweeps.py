@@ -4,9 +4,12 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 from omegaconf import OmegaConf
 
 from tests.commands import SHORT, Answer, CommandLine
+
+pytestmark = pytest.mark.slow
 
 
 def folders(answer: Answer) -> list[Path]:

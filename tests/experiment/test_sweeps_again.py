@@ -12,6 +12,8 @@ from fastdeq.experiment.sweep import RESUMABLE
 from tests.commands import ROOT, Answer, CommandLine
 from tests.comparisons import assert_same
 
+pytestmark = pytest.mark.slow
+
 SWEEP = (
     *("-m", "model=deq,skip_deq", "seed=1,2", "trainer.accelerator=cpu"),
     *("trainer.max_epochs=2", "data.batch_size=720"),

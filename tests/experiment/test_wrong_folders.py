@@ -220,6 +220,7 @@ def test_without_pillow_the_other_sets_are_there():
     assert answer.returncode == 0, answer.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_comes_to_a_bad_image_ends_with_its_name(root, command):
     for name in ("cat", "dog", "eel"):
         put(f"train/{name}/9.png", CUT)(root)  # after those that are tried before the run

@@ -22,7 +22,10 @@ from fastdeq.solvers import Anderson, LimitedMemoryBroydenSolver
 
 WORLD, HALF, WIDTH = 2, 4, 5
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
+]
 
 
 class Cell(nn.Module):

@@ -230,12 +230,14 @@ def test_a_configuration_that_a_full_disk_has_not_taken_has_status_1(
 COMMAND = [sys.executable, "-m", "fastdeq.data", "digits"]
 
 
+@pytest.mark.slow
 def test_a_printing_command_ends_quietly_when_its_reader_has_left() -> None:
     # The interpreter itself writes what is left at its end ("Exception ignored in …", status 120).
     answer = subprocess.run(COMMAND, cwd=ROOT, stdout=unread(), stderr=subprocess.PIPE, check=False)
     assert (answer.returncode, answer.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_a_printing_command_on_a_full_disk_says_so_with_status_1() -> None:
     with open("/dev/full", "wb") as full:
         answer = subprocess.run(COMMAND, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False)

@@ -124,6 +124,7 @@ _TRAIN = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_the_train_commands_compose(
     command: CommandLine, packages: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -105,6 +105,7 @@ def test_the_wheel_holds_the_configuration(wheel):
     assert names(wheel / "fastdeq" / "conf") == names(ROOT / "conf")
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_from_the_wheel_alone(wheel, tmp_path):
     pytest.importorskip("pytorch_lightning")
     words = ["train", "trainer=one_batch", "trainer.accelerator=cpu", "model=skip_deq"]

@@ -129,6 +129,7 @@ def alone(batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {name: p.grad for name, p in named if p.grad is not None}, statistics_of(task)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["one bucket", "many buckets"])
 def test_gradients_are_the_mean_of_those_of_the_parts(ranks: list[Any], case: str) -> None:
     first, second = (alone(part)[0] for part in PARTS)

@@ -28,6 +28,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+@pytest.mark.slow
 def test_tensorboard_writes_the_metrics_into_the_run_folder(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = experiment.run(composed(*SHORT, f"paths.outputs={tmp_path}", "logger=tensorboard"))
@@ -136,6 +137,7 @@ def test_a_resumed_run_keeps_its_id(tmp_path, stranger, runs):
     assert not stranger
 
 
+@pytest.mark.slow
 def test_an_experiment_with_weights_and_biases_keeps_its_run_beside_metrics_csv(
     tmp_path, stranger, runs
 ):

@@ -20,6 +20,8 @@ from tests.comparisons import assert_same, failure_lines, kept_step, summary
 from tests.configurations import composed
 from tests.runs import AT_ONCE, SHORT, run, run_in_pieces
 
+pytestmark = pytest.mark.slow
+
 NOT_FINITE = ("optimizer.lr=1e30", "callbacks.pretraining.steps=99")
 """Every step but the first."""
 NETWORKS = {

@@ -25,9 +25,12 @@ from tests.runs import AT_ONCE, SHORT, run, run_in_pieces
 from tests.training.failing import EARLY, GOOD, NAN, OTHER, kept, task_of
 from tests.training.tasks import make_task, metrics_of, samples, trained
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:f is not finite:RuntimeWarning", "ignore:backward solve failed:RuntimeWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore:f is not finite:RuntimeWarning", "ignore:backward solve failed:RuntimeWarning"
+    ),
+]
 
 EMA = "+callbacks.ema={_target_: pytorch_lightning.callbacks.EMAWeightAveraging, decay: 0.9}"
 COUNT = "+callbacks.count._target_=tests.process.faults.StepCount"

@@ -108,6 +108,7 @@ def test_on_a_read_only_disk_the_checkpoint_before_stays(disk: Path) -> None:
     assert is_sealed(path)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_disk_that_fills_up_ends_in_a_line_and_resumes_later(
     command: CommandLine, disk: Path
 ) -> None:
