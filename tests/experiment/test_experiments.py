@@ -26,6 +26,8 @@ from tests.data.cifar_svhn_files import (
 from tests.data.idx_files import samples, small_mnist, write_files
 from tests.data.image_folders import images, write_images
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENTS = GROUPS["experiment"]
 FULLY_CONNECTED = ["deq", "skip_deq", "skip_reg_deq"]
 MULTISCALE = ["mdeq", "skip_mdeq", "skip_reg_mdeq"]

@@ -17,6 +17,8 @@ from fastdeq.experiment.explain import explain
 from fastdeq.experiment.run import check
 from tests.configurations import composed
 
+pytestmark = pytest.mark.slow
+
 CONFIGURATIONS = (
     ("model=skip_deq", "trainer.accelerator=cpu"),
     ("experiment=polynomial_fitting", "trainer.accelerator=cpu", "optimizer=sgd"),
