@@ -46,7 +46,7 @@ from tests.data.image_folders import (
 )
 from tests.data.processes import die, run_until_killed
 
-pytestmark = pytest.mark.usefixtures("cache_aside")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache_aside")]
 
 
 # What is read

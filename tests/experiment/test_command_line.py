@@ -15,6 +15,8 @@ from fastdeq.experiment.renamed import current_all
 from tests.commands import ROOT, SHORT, CommandLine, a_run
 from tests.configurations import GROUPS
 
+pytestmark = pytest.mark.slow
+
 
 def summary(folder: Path) -> dict[str, object]:
     content: dict[str, object] = json.loads((folder / "summary.json").read_text())

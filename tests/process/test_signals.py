@@ -14,6 +14,8 @@ from fastdeq.experiment import signals
 from fastdeq.experiment.signals import REPEATED, STOP_SIGNALS, listening, received
 from tests.commands import default_signals
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _none_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -18,6 +18,8 @@ import pytest
 from fastdeq.streams import check_written, keep_streams
 from tests.commands import ROOT, SHORT, CommandLine
 
+pytestmark = pytest.mark.slow
+
 StdoutTo = Callable[..., None]
 
 
