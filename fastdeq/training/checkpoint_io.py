@@ -29,8 +29,8 @@ class SealedCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk by a RuntimeError
             raise OSError(
-                f"no checkpoint can be written to {target} ({str(error).splitlines()[0]}): make "
-                "room, or choose another place (paths.outputs); the one before it is intact"
+                f"no checkpoint can be written to {target} ({str(error).splitlines()[0]}): free "
+                "some space, or choose another place (paths.outputs); the one before it is intact"
             ) from error
 
     def load_checkpoint(

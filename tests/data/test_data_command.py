@@ -202,7 +202,7 @@ def test_every_configured_set_is_known_to_the_command():
 @pytest.mark.slow
 def test_it_runs_as_a_module_with_its_exit_status():
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fastdeq.data", *arguments]
+        command = [sys.executable, "-m", "fastdeq", "data", *arguments]
         return subprocess.run(
             command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False
         )

@@ -379,7 +379,7 @@ def test_help_names_keys_and_formats(capsys, arguments):
 
 def test_it_runs_as_a_module_with_its_exit_status(runs):
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fastdeq.report", *arguments]
+        command = [sys.executable, "-m", "fastdeq", "report", *arguments]
         path = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(command, env=path, capture_output=True, text=True, check=False)
 

@@ -74,7 +74,7 @@ C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 )
 def test_the_data_command_prints_in_every_encoding(settings: dict[str, str]) -> None:
     answer = subprocess.run(
-        [sys.executable, "-m", "fastdeq.data", "digits"],
+        [sys.executable, "-m", "fastdeq", "data", "digits"],
         cwd=ROOT,
         env={**os.environ, **settings},
         capture_output=True,
@@ -229,7 +229,7 @@ def test_a_configuration_that_a_full_disk_has_not_taken_has_status_1(
     )
 
 
-COMMAND = [sys.executable, "-m", "fastdeq.data", "digits"]
+COMMAND = [sys.executable, "-m", "fastdeq", "data", "digits"]
 
 
 @pytest.mark.slow

@@ -40,7 +40,6 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.regularizers": 3,
     "fastdeq.nn": 4,
     "fastdeq.data.command": 7,  # around the data sets
-    "fastdeq.data.__main__": 7,
     "fastdeq.data": DATA,
     "fastdeq.runs.files": 0,  # atomic writing, of data sets too
     "fastdeq.runs": 5,

@@ -92,7 +92,7 @@ def test_on_a_full_disk_the_checkpoint_before_stays(disk: Path) -> None:
     path = disk / "state.ckpt"
     SealedCheckpointIO().save_checkpoint(CONTENT, path)
     before = path.read_bytes()
-    with pytest.raises(OSError, match="make room"):
+    with pytest.raises(OSError, match="free some space"):
         SealedCheckpointIO().save_checkpoint({"weights": torch.zeros(1 << 22)}, path)
     assert path.read_bytes() == before
     assert is_sealed(path)
