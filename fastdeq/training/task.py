@@ -333,13 +333,13 @@ class AbstractTask(LightningModule):
 
     def _count_steps(self) -> int:
         """The number of optimizer steps of the whole run."""
-        batches = self.trainer.estimated_stepping_batches
-        if self.accumulate_grad_batches == 1 or batches == self.trainer.max_steps:
+        trainer = self.trainer
+        batches = trainer.estimated_stepping_batches  # Lightning knows of no accumulation here
+        if self.accumulate_grad_batches == 1 or trainer.max_epochs in (None, -1):
             return int(batches)
-        per_epoch = math.ceil(self.trainer.num_training_batches / self.accumulate_grad_batches)
-        epochs, limit = self.trainer.max_epochs, self.trainer.max_steps
-        steps = per_epoch * (epochs or 1)
-        return steps if limit == -1 else min(steps, limit)
+        per_epoch = math.ceil(trainer.num_training_batches / self.accumulate_grad_batches)
+        steps = per_epoch * trainer.max_epochs
+        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
     def _record_step(self, step: StepResult) -> None:
         """Add the step's metrics to the epoch's means; log every n-th step."""

@@ -100,6 +100,9 @@ def test_in_a_run_the_shares_are_of_its_optimizer_steps(tmp_path):
     assert run(max_epochs=9, max_steps=2) == [LR, LR / 2]
     # Two batches make a step, so that two epochs have four.
     assert run(max_epochs=2, accumulate_grad_batches=2) == [LR] * 4 + [LR / 2] * 4
+    # A limit between the number of steps and that of batches.
+    options = {"max_steps": 7, "accumulate_grad_batches": 2}
+    assert run(max_epochs=2, **options) == [LR] * 4 + [LR / 2] * 4
 
 
 def test_in_a_run_the_cosine_moves_at_every_step(tmp_path):
