@@ -4,11 +4,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from fastdeq.commands import typed
@@ -19,7 +21,7 @@ from fastdeq.solution import Status
 from fastdeq.training import Failures, Pretraining, TrainingFailed
 from tests.comparisons import assert_equal
 from tests.training.failing import EARLY, GOOD, NAN, OTHER, kept, task_of
-from tests.training.tasks import WIDTH, Listed, make_trainer, trained
+from tests.training.tasks import WIDTH, Listed, make_task, make_trainer, trained
 
 # For a batch of NaN the solver and the adjoint warn once each.
 pytestmark = pytest.mark.filterwarnings(
@@ -174,6 +176,30 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, clip):
     for place in states[0]:
         assert_equal(states[0][place], states[1][place])
     assert second.global_step == 5
+
+
+def test_with_a_gradient_scaler_clipping_and_skipping_do_what_they_do_without(tmp_path):
+    """Gradients are clipped while they are still multiplied by the scale."""
+    found = {}
+    for clip, scale in product((0.3, None), (None, 64.0, 1024.0)):
+        torch.manual_seed(0)
+        task = make_task(lr=0.5)
+        options: dict[str, Any] = {"precision": "32-true"}
+        if scale is not None:
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            options = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+        trained(
+            *(task, [GOOD, NAN, OTHER, GOOD], tmp_path),
+            callbacks=[Failures(on_failure="skip_step")],
+            gradient_clip_val=clip,
+            **options,
+        )
+        if scale is not None:
+            assert scaler.get_scale() == scale  # a skipped step does not lower it
+        found[clip, scale] = torch.cat([p.detach().flatten() for p in task.parameters()])
+    for clip, scale in product((0.3, None), (64.0, 1024.0)):  # float16 rounds to 5e-4
+        torch.testing.assert_close(found[clip, scale], found[clip, None], rtol=0, atol=5e-3)
+    assert (found[0.3, None] - found[None, None]).abs().max() > 0.05
 
 
 def test_a_skipped_step_counts_for_schedules(tmp_path):
