@@ -87,6 +87,7 @@ class Resumption(Callback):
         self._restored: dict[str, Any] | None = None  # until the first step
         self._requests: Reading | None = None  # of all processes, from the previous step
         self._due: _Position | None = None  # the position of a state that is due to be saved
+        self._saving: _Position | None = None  # that of the state that is being saved
         self._stop = 0  # the reason to stop after saving; 0: none
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -150,8 +151,12 @@ class Resumption(Callback):
             newest.replace(before)
             if seal_of(newest).exists():
                 seal_of(newest).replace(seal_of(before))
-        trainer.save_checkpoint(folder / RESUME)
-        self._saved, self._due = time.monotonic(), None
+        self._saving, self._due = self._due, None
+        try:
+            trainer.save_checkpoint(folder / RESUME)
+        finally:
+            self._saving = None
+        self._saved = time.monotonic()
         if self._stop:
             count = trainer.global_step
             steps = "1 step" if count == 1 else f"{count:,} steps"
@@ -178,8 +183,8 @@ class Resumption(Callback):
             "metrics": {**self.metrics, **metrics},
             "seconds": self.seconds_before + time.monotonic() - self._began,
         }
-        if self._due is not None:
-            self._due.put_into(checkpoint)
+        if self._saving is not None:  # not into the other checkpoints of the run
+            self._saving.put_into(checkpoint)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -99,6 +99,17 @@ def test_saving_often_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None
         assert is_sealed(often / name)
 
 
+def test_a_state_that_is_due_leaves_the_other_checkpoints_as_they_are(tmp_path: Path) -> None:
+    """Their loops are where they were saved, at the end of an epoch."""
+    never, always = (
+        run(tmp_path / name, "model=deq", f"callbacks.resumption.steps={steps}")
+        for name, steps in (("never", "null"), ("always", "1"))
+    )
+    for name in ("last.ckpt", "best.ckpt"):
+        one, other = (torch.load(folder / name, weights_only=True) for folder in (never, always))
+        assert one["loops"] == other["loops"], name
+
+
 def test_the_state_is_saved_every_so_many_steps_and_the_one_before_is_kept(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
