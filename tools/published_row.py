@@ -33,7 +33,7 @@ def main() -> int:
         command.append(f"stop_after={60 * given.minutes}")
     status = run(command)
     if status == 0:
-        status = subprocess.run([sys.executable, "-m", "fastdeq.report", str(rows)]).returncode
+        status = subprocess.run([sys.executable, "-m", "fastdeq", "report", str(rows)]).returncode
     return status
 
 
