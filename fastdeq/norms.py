@@ -25,8 +25,11 @@ def finite(values: Tensor) -> Tensor:
 class Pooling(Protocol):
     """Maps per-sample norms, (B,) → (B,), before they are compared with a tolerance.
 
-    `alive` (B,) leaves diverged samples out of a shared norm.
+    `alive` (B,) leaves diverged samples out of a shared norm, and so is a norm that is not finite.
     """
+
+    shared: bool
+    """Whether all samples get the same norm."""
 
     def norm(self, norms: Tensor, alive: Tensor) -> Tensor:
         """Pool Euclidean norms."""
@@ -41,6 +44,8 @@ class Pooling(Protocol):
 class PerSample:
     """Every sample keeps its own norm: no sample depends on the others."""
 
+    shared = False
+
     def norm(self, norms: Tensor, alive: Tensor) -> Tensor:
         return norms
 
@@ -54,15 +59,21 @@ class PerSample:
 class WholeBatch:
     """One norm for the batch vector, repeated B times, as published: samples stop together."""
 
+    shared = True
+
     def norm(self, norms: Tensor, alive: Tensor) -> Tensor:
-        whole: Tensor = torch.linalg.vector_norm(torch.where(alive, norms, 0.0))
+        whole: Tensor = torch.linalg.vector_norm(_of_the_living(norms, alive))
         return whole.expand(len(norms))
 
     def largest(self, largest: Tensor, alive: Tensor) -> Tensor:
-        return torch.where(alive, largest, 0.0).amax().expand(len(largest))
+        return _of_the_living(largest, alive).amax().expand(len(largest))
 
     def length(self, z: Tensor) -> int:
         return z.numel()
+
+
+def _of_the_living(norms: Tensor, alive: Tensor) -> Tensor:
+    return torch.where(alive & finite(norms), norms, 0.0)
 
 
 def pooling(per_sample: bool) -> Pooling:

@@ -129,6 +129,8 @@ class Scripted(AbstractSolver):
     gives_up_at: the step at which it reports that no sample can continue.
     """
 
+    takes_one_evaluation = True
+
     script: tuple[tuple[float, ...], ...]
     gives_up_at: int | None = None
 

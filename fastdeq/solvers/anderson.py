@@ -40,6 +40,8 @@ class Anderson(AbstractSolver):
        rounding of the Gram matrix, else the coefficients of dependent columns are noise.
     """
 
+    takes_one_evaluation = True
+
     memory: int = setting(default=5, at_least=1)
     ridge: float = setting(default=1e-6, at_least=0)
     damping: float = setting(default=1.0, above=0, at_most=1)

@@ -1,8 +1,7 @@
 """The interface of a solver: settings, a state, and a step. The loop is in `loop.py`."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +13,7 @@ from fastdeq.settings import setting, settings
 from fastdeq.solvers.termination import Iterate, Termination, TerminationMode
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """The result of a step: the new iterate, and (B,) which samples cannot continue."""
 
     iterate: Iterate
@@ -27,26 +25,46 @@ class Problem:
 
     A finished or failed sample is evaluated at its frozen state instead of the proposed one, so
     that it cannot disturb the batch through f (through a batch norm, for example).
+
+    guarded: evaluate f at the frozen state also where a proposed state is not finite.
     """
 
-    def __init__(self, f: FlatMap, z0: Tensor, pooling: Pooling) -> None:
+    def __init__(self, f: FlatMap, z0: Tensor, pooling: Pooling, *, guarded: bool = True) -> None:
         self.f = f
         self.pooling = pooling
-        self.hold = z0  # (B, D): the last accepted state of every sample
+        self.guarded = guarded
+        self.hold = z0  # (B, D): the state at which a finished sample is evaluated
         self.active = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
         self.alive = self.active  # (B,): all but the diverged ones
-        self.nfe = torch.zeros(len(z0), dtype=torch.int64, device=z0.device)
+        self._all_active = True
+        self._count: int | Tensor = 0
 
-    def evaluate(self, z: Tensor, rows: Tensor | None = None) -> Iterate:
+    def freeze(self, hold: Tensor, active: Tensor, alive: Tensor) -> None:
+        """From now on, evaluate at `hold` (B, D) the samples that are not in `active` (B,)."""
+        self.hold, self.active, self.alive = hold, active, alive
+        self._all_active = False
+
+    def evaluate(
+        self, z: Tensor, rows: Tensor | None = None, *, guarded: bool | None = None
+    ) -> Iterate:
         """f at z, (B, D), for the active samples, or for those of them in `rows` (B,).
 
-        f is not evaluated at a proposed state that is not finite; its residual is returned as NaN,
-        which the loop treats as divergence. Other rows are returned at their frozen state.
+        guarded: by default as this problem. f is then not evaluated at a proposed state that is not
+        finite; its residual is returned as NaN, which the loop treats as divergence. Other rows are
+        returned at their frozen state.
         """
-        rows = self.active if rows is None else self.active & rows
-        with torch.no_grad():  # one pass: a sum is finite only if every entry is
-            usable = finite(z.sum(dim=1))
-        shown = torch.where((rows & usable)[:, None], z, self.hold)
+        self.count(1 if rows is None else rows)
+        if rows is None and not self._all_active:
+            rows = self.active
+        elif rows is not None and not self._all_active:
+            rows = self.active & rows
+        lost = None
+        if self.guarded if guarded is None else guarded:
+            with torch.no_grad():  # one pass: a sum is finite only if every entry is
+                usable = finite(z.sum(dim=1))
+            lost = ~usable if rows is None else rows & ~usable
+            rows = usable if rows is None else rows & usable
+        shown = z if rows is None else torch.where(rows[:, None], z, self.hold)
         output = self.f(shown)
         if output.shape != shown.shape:
             raise ValueError(
@@ -54,13 +72,17 @@ class Problem:
                 "let f restore the shape of z"
             )
         check_floating(output, "f(z)")
-        self.count(rows)
         g = output.to(shown.dtype) - shown
-        return Iterate(shown, g.masked_fill((rows & ~usable)[:, None], torch.nan))
+        return Iterate(shown, g if lost is None else g.masked_fill(lost[:, None], torch.nan))
 
-    def count(self, evaluations: Tensor) -> None:
-        """Add evaluations, (B,): how many, or a mask for one each."""
-        self.nfe = self.nfe + evaluations
+    def count(self, evaluations: int | Tensor) -> None:
+        """Add evaluations: a number for all samples, or (B,) numbers, or a mask for one each."""
+        self._count = self._count + evaluations
+
+    def take_count(self) -> int | Tensor:
+        """The evaluations since the last call, to be counted for the active samples."""
+        count, self._count = self._count, 0
+        return count
 
     def residual(self, at: Iterate) -> Tensor:
         """Norm of an iterate's residual, (B,): per sample or shared, by the solver's setting."""
@@ -88,6 +110,8 @@ class AbstractSolver(ABC):
 
     differentiable: ClassVar[bool] = True
     """Whether autograd may run through the steps (needed by the unrolled adjoint)."""
+    takes_one_evaluation: ClassVar[bool] = False
+    """Whether each step evaluates f once, at the iterate that it returns."""
 
     tol: float = setting(default=1e-3, above=0)
     abstol: float | None = setting(default=None, at_least=0)
@@ -115,6 +139,12 @@ class AbstractSolver(ABC):
             abstol=self.tol if self.abstol is None else self.abstol,
             reltol=self.tol if self.reltol is None else self.reltol,
         )
+
+    @property
+    def guarded(self) -> bool:
+        """Whether f must not see states that are not finite: where it may couple the samples, one
+        would reach the others before the host looks."""
+        return not self.per_sample and not (self.takes_one_evaluation and self.check_every == 1)
 
     @property
     def pooling(self) -> Pooling:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdeq.history import safe_inverse
+from fastdeq.history import project, safe_inverse
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.line_search import norm_descent
@@ -50,7 +50,7 @@ class BroydenSolver(AbstractSolver):
         return _Inverse(_minus_identity(first.z), 0)
 
     def step(self, problem: Problem, current: Iterate, memory: _Inverse) -> tuple[Step, _Inverse]:
-        direction = -_apply(memory.matrix, current.g)
+        direction = -project(memory.matrix, current.g)
         slack = 1.0 / (1 + memory.count) ** 2  # summable, as the theory of the search requires
         new = norm_descent(problem, current, direction, slack, self.line_search_steps)
         matrix = _update(memory.matrix, new.z - current.z, new.g - current.g)
@@ -62,14 +62,10 @@ def _minus_identity(z: Tensor) -> Tensor:
     return -eye.expand(len(z), -1, -1)
 
 
-def _apply(matrix: Tensor, v: Tensor) -> Tensor:
-    return torch.bmm(matrix, v[:, :, None])[:, :, 0]
-
-
 def _update(matrix: Tensor, dz: Tensor, dg: Tensor) -> Tensor:
     """The rank-one update that makes B dg = dz, (B, D, D)."""
-    left = dz - _apply(matrix, dg)
-    right = _apply(matrix.mT, dz)
+    left = dz - project(matrix, dg)
+    right = project(matrix.mT, dz)
     u = left * safe_inverse(right, dg)[:, None]
     add = (
         matrix.baddbmm if torch.is_grad_enabled() else matrix.baddbmm_

@@ -59,6 +59,8 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
     2. An update whose denominator vanishes to rounding is skipped for that sample.
     """
 
+    takes_one_evaluation = True
+
     memory: int = setting(default=20, at_least=1)
 
     def init(self, problem: Problem, first: Iterate) -> _LowRank:

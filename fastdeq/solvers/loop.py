@@ -1,4 +1,8 @@
-"""The loop of all solvers. It counts, tests, freezes and keeps the best iterate; methods only step.
+"""The loop of all solvers: it counts, tests, freezes and keeps the best iterate; methods only step.
+
+A step computes an iterate and its norms. It decides nothing, so it needs no masks, and several
+steps can run before the host looks. Every `check_every` steps the norms are read, and the host goes
+through these steps one by one: which samples ended, and which iterate is the best.
 
 Departures from a plain `while residual > tol`:
 1. Every sample ends on its own and its state is frozen from then on, so a batch gives the results
@@ -6,11 +10,12 @@ Departures from a plain `while residual > tol`:
 2. A sample that becomes non-finite, grows past the protective factor, or runs away while its
    residual does not fall (see `termination.py`) is set back to its last good iterate and marked;
    the others are not affected.
-3. Whether all samples are done is read from the device only every `check_every` steps; until then
-   the loop continues, which changes nothing for frozen samples.
+3. Steps that a sample makes after its end, before the host looks, are neither used nor counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +24,10 @@ from fastdeq.autocast import full_precision
 from fastdeq.flatten import check_floating
 from fastdeq.norms import finite
 from fastdeq.notation import FlatMap
-from fastdeq.solution import SolveResult, Status, Trace, TraceKind
-from fastdeq.solvers.base import AbstractSolver, Problem
+from fastdeq.solution import SolveResult, Trace, TraceKind
+from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.termination import Iterate, Measures, Progress, ratio
 from fastdeq.timer import Stopwatch
-
-_RUNNING = -1  # a status that no finished sample has
 
 
 def solve(
@@ -49,112 +52,147 @@ def solve(
 def _iterated(
     solver: AbstractSolver, f: FlatMap, z0: Tensor, trace: TraceKind | None
 ) -> SolveResult:
-    startable = finite(z0.sum(dim=1))
-    problem = Problem(f, z0.masked_fill(~startable[:, None], 0.0), solver.pooling)
-    problem.active = problem.alive = startable
-    run = _Run(solver, problem)
-    history = [run.snapshot(trace)] if trace else []
-    memory = solver.init(problem, run.current)
-    for k in range(solver.max_steps):
-        # The loop's only wait for the device (methods document their own).
-        if k % solver.check_every == 0 and not bool(problem.active.any()):
-            break
-        step, memory = solver.step(problem, run.current, memory)
-        run.steps = run.steps + problem.active
-        run.take(step.iterate, step.stalled)
-        if trace:
-            history.append(run.snapshot(trace))
-    return run.result(_as_trace(history))
+    run = _Run(solver, f, z0, trace)
+    memory = solver.init(run.problem, run.current)
+    left = solver.max_steps
+    while left and run.unfinished:
+        steps, at = [], run.current
+        for _ in range(min(solver.check_every, left)):
+            step, memory = solver.step(run.problem, at, memory)
+            at = step.iterate
+            steps.append((step, run.problem.take_count()))
+        left -= len(steps)
+        run.take(steps)
+    return run.result()
 
 
 class _Run:
-    """The bookkeeping of one solve: where every sample is, how it ended, and its best iterate."""
+    """The state of one solve: the progress of every sample, its counts, and its best iterate."""
 
-    def __init__(self, solver: AbstractSolver, problem: Problem) -> None:
-        self.rule = solver.rule
-        self.problem = problem
-        self.steps = torch.zeros_like(problem.nfe)
-        self.status = torch.where(problem.active, _RUNNING, int(Status.DIVERGED))
-        self.current = Iterate(problem.hold, torch.zeros_like(problem.hold))
-        self.best_z = problem.hold
-        unknown = problem.hold.detach()[:, 0].new_full((len(problem.hold),), torch.inf)
-        self.best = unknown.expand(3, -1)  # residual, ‖f(z)‖ and pooled ‖du‖ of best_z
-        self.residual = unknown  # at `current`; infinite where f was never good
-        self.ran_away = torch.zeros_like(problem.active)
-        self.progress: Progress | None = None
-        self.take(problem.evaluate(problem.hold))
+    def __init__(
+        self, solver: AbstractSolver, f: FlatMap, z0: Tensor, trace: TraceKind | None
+    ) -> None:
+        lost = ~finite(z0.detach().sum(dim=1))[:, None]
+        z0 = z0.masked_fill(lost, 0.0)
+        self.rule, self.trace = solver.rule, trace
+        self.problem = Problem(f, z0, solver.pooling, guarded=solver.guarded)
+        self.progress = Progress(solver.rule, solver.pooling, z0)
+        # A shared norm says that f may couple the samples.
+        self._may_spread = solver.pooling.shared and not solver.guarded
+        self.best_z = z0
+        self.nfe = torch.zeros_like(self.progress.status)
+        self.steps = self.nfe - 1  # the first evaluation is not a step
+        # For the trace: residual and state of the last good iterate.
+        self.last = self.progress.residual, z0
+        self.history: list[tuple[Tensor, Tensor | None]] = []
+        self.unfinished = True
+        first = self.problem.evaluate(z0)
+        self.current = Iterate(z0, first.g.masked_fill(lost, torch.nan))
+        self.take([(Step(self.current), self.problem.take_count())])
 
-    def take(self, proposed: Iterate, stuck: Tensor | None = None) -> None:
-        """Test the new iterate of every active sample, freeze the finished, keep the best."""
-        problem = self.problem
-        with torch.no_grad():
-            # Before anything is pooled: one bad sample must not spoil a norm that all share.
-            good = problem.active & finite(proposed.residual)
-            problem.alive = problem.alive & (good | ~problem.active)
-            measures = self._measured(proposed)
-            assert self.progress is not None
-            good = good & ~self.progress.diverged(measures)
-            self.ran_away = self.progress.ran_away(measures)
-            passed = good & (measures.objective <= self.rule.threshold)
-            ended = (  # of several reasons, the last one is reported
-                (self.progress.stalled(measures), Status.STALLED),
-                (stuck, Status.STALLED),
-                (passed, Status.CONVERGED),
-                (~good, Status.DIVERGED),
-            )
-            for here, status in ended:
-                if here is not None:
-                    self.status = self.status.masked_fill(problem.active & here, int(status))
-            self.progress.update(measures)
-        rows = good[:, None]
-        self.current = Iterate(
-            torch.where(rows, proposed.z, self.current.z),
-            torch.where(rows, proposed.g, self.current.g),
-        )
-        self.residual = torch.where(good, measures.residual, self.residual)
-        self._keep_best(good, passed, measures)
-        problem.hold = self.current.z
-        problem.alive = self.status != Status.DIVERGED
-        problem.active = self.status == _RUNNING
+    def take(self, steps: Sequence[tuple[Step, int | Tensor]]) -> None:
+        """Test the iterates of some steps, in their order, and freeze the samples that ended.
 
-    def _measured(self, proposed: Iterate) -> Measures:
-        pooling, alive = self.problem.pooling, self.problem.alive
-        if self.progress is not None:
-            return self.rule.measure(proposed, pooling, alive, self.progress.bound)
-        first = self.rule.measure(proposed, pooling, alive)
-        eps = torch.finfo(proposed.z.dtype).eps
-        self.progress = Progress(self.rule, first, pooling.length(proposed.z), eps)
-        return first
+        steps: with the evaluations of f that each took, one number for all samples or (B,).
+        The loop's only wait for the device (methods document their own).
+        """
+        progress, before = self.progress, self.progress.active
+        read = self._read(steps)
+        if self._may_spread and not bool(finite(read[0][0].residual).all()):
+            steps = [(self._again(step), count) for step, count in steps]
+            read = self._read(steps)
+        for (step, _), (measures, stuck, count) in zip(steps, read, strict=True):
+            self.steps = self.steps + progress.active
+            self.nfe = self.nfe + progress.active * count
+            self._keep(step.iterate, progress.test(step.iterate, measures, stuck))
+            if self.trace:
+                self._record(step.iterate, measures.residual)
+            if progress.active is not before and not bool(progress.active.any()):
+                self.unfinished = False
+                return
+        at = steps[-1][0].iterate
+        self.problem.hold = self.best_z
+        if progress.active is not before:
+            at = self._frozen(at)
+        self.current = at
 
-    def _keep_best(self, good: Tensor, passed: Tensor, new: Measures) -> None:
-        better = good & ~self.ran_away
-        if self.rule.returns_best:
-            # The later of two equal ones. A ratio, as in the relative tests, would not show
-            # progress towards a solution at 0.
-            better = better & (new.du <= self.best[2])
-        better = better | passed
-        self.best_z = torch.where(better[:, None], self.current.z, self.best_z)
-        measured = torch.stack((new.residual, new.f_norm, new.du))
-        self.best = torch.where(better, measured, self.best)
+    def _read(
+        self, steps: Sequence[tuple[Step, int | Tensor]]
+    ) -> list[tuple[Measures, Tensor | None, int | Tensor]]:
+        """The norms of the iterates, who is stuck, and the evaluations, on the host."""
+        read = []
+        for step, count in steps:
+            m = self.rule.measure(step.iterate)
+            read += [m.residual, m.f_norm, m.du, m.size, step.stalled, count]
+        values = on_host(read)
+        return [
+            (Measures(*values[i : i + 4]), values[i + 4], values[i + 5])
+            for i in range(0, len(values), 6)
+        ]
 
-    def snapshot(self, kind: TraceKind) -> tuple[Tensor, Tensor | None]:
-        """One row of the trace."""
-        return self.residual, self.current.z.detach() if kind == "states" else None
+    def _again(self, step: Step) -> Step:
+        """The step without the states that are not finite, whose effect on others f may have
+        spread. This second evaluation is not counted."""
+        at = self.problem.evaluate(step.iterate.z, guarded=True)
+        self.problem.take_count()
+        return step._replace(iterate=at)
 
-    def result(self, trace: Trace | None) -> SolveResult:
+    def _keep(self, at: Iterate, better: Tensor | None) -> None:
+        """Make `at` the best iterate of the samples in `better`, (B,); None: of all."""
+        if better is None:
+            self.best_z = at.z
+        elif bool(better.any()):
+            rows = better.to(at.z.device)[:, None]
+            self.best_z = torch.where(rows, at.z, self.best_z)
+
+    def _record(self, at: Iterate, residual: Tensor) -> None:
+        good, (last, z) = self.progress.good, self.last
+        rows = good.to(z.device)[:, None]
+        self.last = torch.where(good, residual, last), torch.where(rows, at.z.detach(), z.detach())
+        last, z = self.last
+        self.history.append((last, z if self.trace == "states" else None))
+
+    def _frozen(self, at: Iterate) -> Iterate:
+        """Freeze the samples that have ended; returns `at` with their frozen states."""
+        device = at.z.device
+        active, alive = self.progress.active.to(device), self.progress.alive.to(device)
+        self.problem.freeze(self.best_z, active, alive)
+        rows = active[:, None]
+        return Iterate(torch.where(rows, at.z, self.best_z), at.g.masked_fill(~rows, 0.0))
+
+    def result(self) -> SolveResult:
         """The record of the finished solve."""
-        residual, f_norm, _ = self.best
-        limit = torch.where(self.ran_away, int(Status.DIVERGED), int(Status.STEP_LIMIT))
+        progress, device = self.progress, self.best_z.device
+        unknown = progress.residual == torch.inf  # f was never good
+        relative = ratio(progress.residual, progress.f_norm).masked_fill(unknown, torch.inf)
         return SolveResult(
             value=self.best_z,
-            residual=residual,
-            # Also infinite where f was never good.
-            relative_residual=ratio(residual, f_norm).masked_fill(residual == torch.inf, torch.inf),
-            steps=self.steps,
-            nfe=self.problem.nfe,
-            status=torch.where(self.problem.active, limit, self.status),
-            trace=trace,
+            residual=progress.residual.to(device),
+            relative_residual=relative.to(device),
+            steps=self.steps.to(device),
+            nfe=self.nfe.to(device),
+            status=progress.ended().to(device),
+            trace=self._traced(),
         )
+
+    def _traced(self) -> Trace | None:
+        if not self.trace:
+            return None
+        states = [z for _, z in self.history if z is not None]
+        return Trace(
+            residuals=torch.stack([last for last, _ in self.history]).to(self.best_z.device),
+            states=torch.stack(states) if states else None,
+        )
+
+
+def on_host(values: Sequence[Any]) -> list[Any]:
+    """The values with their tensors, each (B,), on the CPU: one copy for all of them."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors or tensors[0].device.type == "cpu":
+        return list(values)
+    wide = torch.stack([tensor.to(torch.float64) for tensor in tensors])
+    read = iter(wide.cpu())
+    return [next(read).to(value.dtype) if isinstance(value, Tensor) else value for value in values]
 
 
 def _check_start(z0: Tensor) -> None:
@@ -166,13 +204,3 @@ def _check_start(z0: Tensor) -> None:
             f"z0 has shape {tuple(z0.shape)}: a solver takes a non-empty (B, D) tensor; "
             "fixed_point takes any (B, ...) state"
         )
-
-
-def _as_trace(history: list[tuple[Tensor, Tensor | None]]) -> Trace | None:
-    if not history:
-        return None
-    states = [state for _, state in history if state is not None]
-    return Trace(
-        residuals=torch.stack([residual for residual, _ in history]),
-        states=torch.stack(states) if states else None,
-    )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastdeq.autodiff import jvp, unfused_attention
 from fastdeq.krylov import GMRES
+from fastdeq.norms import finite
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.line_search import norm_descent
@@ -56,15 +57,16 @@ class NewtonKrylov(AbstractSolver):
         )
 
         def matvec(v: Tensor) -> Tensor:
-            product = v - jvp(problem.f, problem.hold, v)
+            product = v - jvp(problem.f, at, v)
             # NaN of a diverged sample would spread through a Krylov space that the batch shares.
-            return torch.where(problem.active[:, None], product, v)
+            return torch.where(here, product, v)
 
         # A frozen sample has nothing to solve: with a zero right-hand side it costs no iteration.
-        right = current.g.masked_fill(~problem.active[:, None], 0.0)
+        here = (problem.active & finite(current.residual))[:, None]
+        at, right = torch.where(here, current.z, problem.hold), current.g.masked_fill(~here, 0.0)
         with unfused_attention():
             solved = linear.solve(matvec, right)
-        problem.count(solved.nfe * problem.active)
+        problem.count(solved.nfe)
         slack = 1.0 / (1 + memory) ** 2
         new = norm_descent(problem, current, solved.value, slack, self.line_search_steps)
         return Step(new), memory + 1

@@ -15,6 +15,8 @@ class Picard(AbstractSolver):
     One evaluation per step.
     """
 
+    takes_one_evaluation = True
+
     damping: float = setting(default=1.0, above=0, at_most=1)
 
     def init(self, problem: Problem, first: Iterate) -> None:

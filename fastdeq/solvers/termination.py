@@ -26,14 +26,16 @@ residual or pre-norm cell whose residual does not vanish; NonlinearSolve.jl issu
    iterate is never the best one, and at the step limit the status is DIVERGED.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastdeq.norms import Pooling, sample_largest, sample_norm
+from fastdeq.norms import Pooling, finite, sample_largest, sample_norm
+from fastdeq.solution import Status
 
 TerminationMode: TypeAlias = Literal[
     "abs",
@@ -55,6 +57,8 @@ _GROWTH = 10.0  # κ: times the largest residual, growth of ‖f(z)‖ that an e
 _FALLEN = 0.5  # of the largest residual: below it, the residual has fallen
 _ROUNDING = 4.0  # units of rounding of ‖f(z)‖ that f(z) − z may be wrong by
 
+_RUNNING = -1  # a status that no finished sample has
+
 
 @dataclass(frozen=True)
 class Iterate:
@@ -66,42 +70,46 @@ class Iterate:
     @cached_property
     def residual(self) -> Tensor:
         """‖g‖ of every sample, (B,), without a graph."""
-        return sample_norm(self.g.detach())
+        return sample_norm(_plain(self.g))
+
+    @cached_property
+    def f_norm(self) -> Tensor:
+        """‖f(z)‖ of every sample, (B,), without a graph."""
+        return sample_norm(_plain(self.z) + _plain(self.g))
 
 
-@dataclass(frozen=True)
-class Measures:
-    """What the tests measure at an iterate, each (B,); the last three are pooled.
+def _plain(v: Tensor) -> Tensor:
+    return v.detach() if v.requires_grad else v
 
-    du, size: ‖f(z) − z‖ and ‖f(z)‖ in the norm of the mode (largest entry for `abs` and `rel`).
+
+class Measures(NamedTuple):
+    """The norms of an iterate, each (B,). They are computed on its device; the tests read them on
+    the host.
+
+    residual, f_norm: ‖f(z) − z‖ and ‖f(z)‖ of every sample. du, size: the same in the norm of the
+    mode (the largest entry for `abs` and `rel`), after `pooled` that of the whole batch.
     """
 
     residual: Tensor
     f_norm: Tensor
     du: Tensor
     size: Tensor
-    objective: Tensor
 
-    @property
-    def relative(self) -> Tensor:
-        """‖f(z) − z‖ / ‖f(z)‖ of every sample, (B,)."""
-        return ratio(self.residual, self.f_norm)
+    def pooled(self, rule: "Termination", pooling: Pooling, alive: Tensor) -> "Measures":
+        """With `du` and `size` shared by the samples of a batch, where `pooling` does so."""
+        if not pooling.shared:
+            return self
+        pool = pooling.largest if rule.entrywise else pooling.norm
+        return self._replace(du=pool(self.du, alive), size=pool(self.size, alive))
 
 
 @dataclass(frozen=True)
 class Termination:
-    """A mode with its tolerances. A sample is done when its objective is at most `threshold`."""
+    """A mode with its tolerances."""
 
     mode: TerminationMode
     abstol: float
     reltol: float
-
-    @property
-    def threshold(self) -> float:
-        """The bound of the objective; 1 for `norm`, whose objective is scaled."""
-        if self.mode == "norm":
-            return 1.0
-        return self.abstol if self.mode.startswith("abs") else self.reltol
 
     @property
     def watches_progress(self) -> bool:
@@ -119,40 +127,43 @@ class Termination:
         return self.mode in ("abs", "rel")
 
     @property
+    def relative(self) -> bool:
+        """Whether the objective is ‖du‖/‖du + u‖, or ‖du‖."""
+        return self.mode.startswith("rel")
+
+    @property
+    def threshold(self) -> float:
+        """The tolerance of the objective, where there is one (not for `norm`)."""
+        return self.reltol if self.relative else self.abstol
+
+    @property
     def growth(self) -> float:
         """κ of the module's docstring; κ · reltol stays at most 1/2."""
         return min(_GROWTH, 0.5 / self.reltol) if self.reltol > 0 else _GROWTH
 
-    def measure(
-        self, at: Iterate, pooling: Pooling, alive: Tensor, bound: Tensor | None = None
-    ) -> Measures:
-        """Measure an iterate.
+    def measure(self, at: Iterate) -> Measures:
+        """Measure an iterate, on its device."""
+        residual, f_norm = at.residual, at.f_norm
+        if not self.entrywise:
+            return Measures(residual, f_norm, residual, f_norm)
+        g = at.g.detach()
+        largest = sample_largest(g), sample_largest(at.z.detach() + g)
+        return Measures(residual, f_norm, *largest)
 
-        bound: (B,), the largest denominator of a relative test (`Progress.bound`); None: any.
+    def passed(self, at: Iterate, m: Measures, scale: Tensor) -> Tensor:
+        """Which samples meet the tolerance, (B,); for `rel`, which compares entries, each alone.
+
+        scale: (B,), at most this is the denominator of a relative test.
         """
-        f_z = at.z + at.g
-        residual, f_norm = at.residual, sample_norm(f_z)
-        if self.entrywise:
-            du = pooling.largest(sample_largest(at.g), alive)
-            size = pooling.largest(sample_largest(f_z), alive)
-        else:
-            du, size = pooling.norm(residual, alive), pooling.norm(f_norm, alive)
-        scale = size if bound is None else torch.minimum(size, bound)
-        match self.mode:
-            case "rel":
-                each = at.z.abs() if bound is None else torch.minimum(at.z.abs(), bound[:, None])
-                objective = pooling.largest(sample_largest(ratio(at.g.abs(), each)), alive)
-            case "norm":
-                # One number, comparable between steps, that is at most 1 exactly when both tests
-                # hold.
-                objective = torch.maximum(
-                    _over(du, self.abstol), _over(ratio(du, scale), self.reltol)
-                )
-            case "abs" | "abs_norm" | "abs_deq_default" | "abs_deq_best":
-                objective = du
-            case "rel_norm" | "rel_deq_default" | "rel_deq_best":
-                objective = ratio(du, scale)
-        return Measures(residual, f_norm, du, size, objective)
+        if self.mode == "rel":
+            z, g = _plain(at.z).abs(), _plain(at.g).abs()
+            each = torch.minimum(z, scale.to(z.device)[:, None])
+            return (g <= self.reltol * each).all(dim=1).to(scale.device)
+        # A product, not a quotient: 0 ≤ 0 at an exact equilibrium at the origin.
+        if self.relative:
+            return m.du <= self.reltol * scale
+        absolute = m.du <= self.abstol
+        return absolute & (m.du <= self.reltol * scale) if self.mode == "norm" else absolute
 
 
 def ratio(du: Tensor, u: Tensor) -> Tensor:
@@ -160,55 +171,126 @@ def ratio(du: Tensor, u: Tensor) -> Tensor:
     return (du / u).masked_fill(du == 0, 0.0)
 
 
-def _over(value: Tensor, tolerance: float) -> Tensor:
-    return ratio(value, torch.full_like(value, tolerance))
-
-
 class Progress:
-    """Detects divergence and stalls from the iterates so far, each (B,) bool.
+    """How far every sample of a solve has come, and how it ended; each tensor is (B,).
 
-    length: how many entries one pooled measure covers. eps: unit of rounding of the states.
+    All of it is on the host, whatever the device of the states: a step of a solver computes norms,
+    and everything is decided from them once they have been read.
+
+    active: which samples are still iterated. alive: which have not diverged.
+    good: whether the last iterate was a good one. residual, f_norm: ‖f(z) − z‖ and ‖f(z)‖ at the
+    best iterate, infinite where f was never good.
     """
 
-    def __init__(self, rule: Termination, first: Measures, length: int, eps: float) -> None:
-        self.rule = rule
-        self.du_cap = first.du * (PROTECTIVE_FACTOR * length)
-        self.objective_cap = first.objective * (PROTECTIVE_FACTOR * length)
-        self.first_size = first.size
+    def __init__(self, rule: Termination, pooling: Pooling, z: Tensor) -> None:
+        """z: the start, (B, D), which is read for its shape and dtype."""
+        self.rule, self.pooling = rule, pooling
+        self.active = self.alive = self.good = torch.ones(len(z), dtype=torch.bool)
+        self.status = torch.full((len(z),), _RUNNING)
+        self.ran_away: Tensor | None = None  # by the last iterate; None: no sample
+        kind = torch.finfo(z.dtype)
+        unknown = torch.full((len(z),), torch.inf, dtype=z.dtype)
+        self.residual = self.f_norm = self._best = unknown
+        # Bounds that the first iterate sets; until then all finite values are within them.
+        self._peak = self._objective_cap = unknown
+        self._du_cap = torch.full_like(unknown, kind.max)
+        self._first_size = torch.zeros_like(unknown)
+        self._begun = False
+        length = pooling.length(z)
+        self._factor = PROTECTIVE_FACTOR * length
         entries = 1 if rule.entrywise else length
         # Growth, in units of the peak, at which rounding reaches the part of it that counts.
-        lost = _FALLEN / (_ROUNDING * eps * entries**0.5)
-        self.lost = max(rule.growth, lost)
-        self.window: list[Tensor] = []
+        self._lost = max(rule.growth, _FALLEN / (_ROUNDING * kind.eps * entries**0.5))
+        self._window: deque[tuple[Tensor, Tensor]] = deque(maxlen=STALL_WINDOW)
 
-        self._raise_peak(first.du)
+    def test(self, at: Iterate, m: Measures, stuck: Tensor | None = None) -> Tensor | None:
+        """Test the new iterate of every active sample; returns for which it is the best, (B,), or
+        None where it is the best of all.
 
-    def update(self, measures: Measures) -> None:
-        """Record an iterate that has been tested."""
-        self._raise_peak(torch.maximum(self.peak, measures.du))
+        m: of the iterate, on the host. stuck: (B,) which samples cannot continue.
+        """
+        good = self.active
+        if self.pooling.shared:
+            # Before anything is pooled: one bad sample must not spoil a norm that all share.
+            good = good & finite(m.residual)
+            self.alive = self.alive & (good | ~self.active)
+            m = m.pooled(self.rule, self.pooling, self.alive)
+        du, size = m.du, m.size
+        good = good & (du <= self._du_cap)  # False for NaN
+        better = du <= self._best if self.rule.returns_best else good
+        bound = torch.add(self._first_size, self._peak, alpha=self.rule.growth)
+        beyond = size > bound
+        scale, self.ran_away = size, None
+        if bool(beyond.any()):
+            scale = torch.minimum(size, bound)
+            good = good & (size <= torch.add(self._first_size, self._peak, alpha=self._lost))
+            self.ran_away = beyond & (du > _FALLEN * self._peak)
+            better = better & ~self.ran_away
+        if self._begun and self.rule.watches_progress and self.rule.relative:
+            good = good & (du <= self._objective_cap * scale)
+        passed = self.rule.passed(at, m, bound if self.rule.mode == "rel" else scale)
+        if self.pooling.shared:
+            passed = (passed | ~self.alive).all().expand_as(passed)
+        going = good & ~passed
+        for here in (stuck, self._stalled(du, scale)):
+            if here is not None:
+                going = going & ~here
+        better = better & good
+        if not torch.equal(going, self.active):
+            passed = passed & good
+            better = better | passed
+            self._end(good, passed, going)
+        self._move_bounds(du, size)
+        self.good = good
+        return self._keep(m, better)
 
-    def _raise_peak(self, peak: Tensor) -> None:
-        self.peak = peak
-        # (B,): ‖f(z)‖ up to which growth is explained by the residuals seen.
-        self.bound = torch.add(self.first_size, peak, alpha=self.rule.growth)
+    def _end(self, good: Tensor, passed: Tensor, going: Tensor) -> None:
+        """Give the active samples that are not in `going` their status."""
+        ended = self.active & ~going
+        for here, status in (
+            (ended, Status.STALLED),  # unless one of the others is the reason
+            (ended & passed, Status.CONVERGED),
+            (ended & ~good, Status.DIVERGED),
+        ):
+            self.status = self.status.masked_fill(here, int(status))
+        self.alive = self.status != Status.DIVERGED
+        self.active = going
 
-    def diverged(self, measures: Measures) -> Tensor:
-        """Grown past the protective factor, or so far that the residual is lost in rounding."""
-        grown = measures.du > self.du_cap
-        if self.rule.watches_progress:
-            grown = grown | (measures.objective > self.objective_cap)
-        return grown | (measures.size > torch.add(self.first_size, self.peak, alpha=self.lost))
+    def _keep(self, m: Measures, better: Tensor) -> Tensor | None:
+        if bool(better.all()):  # as in most steps: nothing to select
+            self.residual, self.f_norm, self._best = m.residual, m.f_norm, m.du
+            return None
+        self.residual = torch.where(better, m.residual, self.residual)
+        self.f_norm = torch.where(better, m.f_norm, self.f_norm)
+        self._best = torch.where(better, m.du, self._best)
+        return better
 
-    def ran_away(self, measures: Measures) -> Tensor:
-        """Whether ‖f(z)‖ has outgrown its bound while the residual has not fallen."""
-        return (measures.size > self.bound) & (measures.du > _FALLEN * self.peak)
-
-    def stalled(self, measures: Measures) -> Tensor | None:
+    def _stalled(self, du: Tensor, scale: Tensor) -> Tensor | None:
         """Near the tolerance, without progress for a whole window of steps; None where nothing
         can have stalled yet."""
-        self.window = [*self.window, measures.objective][-STALL_WINDOW:]
-        if not self.rule.watches_progress or len(self.window) < STALL_WINDOW:
+        if not self.rule.watches_progress:
             return None
-        window = torch.stack(self.window)
+        self._window.append((du, scale))
+        if len(self._window) < STALL_WINDOW:
+            return None
+        window = torch.stack([self._objective(*pair) for pair in self._window])
         flat = window.amax(dim=0) < STALL_RATIO * window.amin(dim=0)
-        return flat & (measures.objective <= STALL_SLACK * self.rule.threshold)
+        return flat & (window[-1] <= STALL_SLACK * self.rule.threshold)
+
+    def _objective(self, du: Tensor, scale: Tensor) -> Tensor:
+        return ratio(du, scale) if self.rule.relative else du
+
+    def _move_bounds(self, du: Tensor, size: Tensor) -> None:
+        if self._begun:
+            self._peak = torch.maximum(self._peak, du)
+            return
+        self._begun, self._peak, self._first_size = True, du, size
+        self._du_cap = torch.minimum(du * self._factor, self._du_cap)
+        self._objective_cap = ratio(du, size) * self._factor
+
+    def ended(self) -> Tensor:
+        """The status of every sample, (B,): those still active have reached the step limit."""
+        ended = self.status.masked_fill(self.active, int(Status.STEP_LIMIT))
+        if self.ran_away is not None:
+            ended = ended.masked_fill(self.active & self.ran_away, int(Status.DIVERGED))
+        return ended

@@ -12,6 +12,7 @@ from fastdeq._fixed_point import fixed_point
 from fastdeq.adjoints import Implicit
 from fastdeq.autocast import full_precision
 from fastdeq.history import History
+from fastdeq.norms import PerSample
 from fastdeq.solvers import (
     AbstractSolver,
     Anderson,
@@ -20,6 +21,8 @@ from fastdeq.solvers import (
     Picard,
     solve,
 )
+from fastdeq.solvers.base import Problem
+from fastdeq.solvers.loop import on_host
 from tests.loops import each
 from tests.problems import problem_named
 
@@ -60,10 +63,39 @@ def operations_of(solver: AbstractSolver | GMRES, steps: int | None = None, ever
 # Waits
 
 
+@pytest.fixture
+def reads(monkeypatch) -> list[int]:
+    """The number of values in each read of the device by the loop of the solvers."""
+    made: list[int] = []
+
+    def counted(values):
+        made.append(len(values))
+        return on_host(values)
+
+    monkeypatch.setattr("fastdeq.solvers.loop.on_host", counted)
+    return made
+
+
 @each("every", [1, 4, 12])
 @pytest.mark.parametrize("name", QUIET)
-def test_a_solve_waits_for_the_device_once_per_check_every_steps_and_never_between(name, every):
-    assert operations_of(QUIET[name], every=every).waits == 12 // every
+def test_a_solve_reads_the_device_at_its_start_and_once_per_check_every_steps(name, every, reads):
+    reads.clear()
+    operations_of(QUIET[name], every=every)
+    assert len(reads) == 1 + 12 // every
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_a_step_reads_nothing_from_the_device(name):
+    """`take` decides, from what it has read; all else may run ahead of the host."""
+    problem = Problem(cell, torch.zeros(BATCH, SIZE), PerSample(), guarded=True)
+    with torch.no_grad():
+        at = problem.evaluate(problem.hold)
+        memory = QUIET[name].init(problem, at)
+        for _ in range(7):
+            with Operations() as operations:
+                step, memory = QUIET[name].step(problem, at, memory)
+            assert operations.waits == 0
+            at = step.iterate
 
 
 @each("every, waits", [(1, 1 + 12), (4, 1 + 3 + 1), (12, 1 + 1 + 1)])
@@ -73,19 +105,16 @@ def test_gmres_waits_once_at_its_start_once_per_check_every_products_and_once_fo
     assert operations_of(GMRES(tol=NEVER, max_steps=12), every=every).waits == waits
 
 
-def test_a_pass_forward_and_back_waits_for_its_solves_alone():
+def test_a_pass_forward_and_back_waits_for_its_solves_alone(reads):
     x, operations = X.clone().requires_grad_(), Operations()
     solver = LimitedMemoryBroydenSolver(tol=NEVER, max_steps=12, check_every=4)
     adjoint = Implicit(solver=GMRES(tol=NEVER, max_steps=12, check_every=4))
+    z = fixed_point(partial(bound, x=x), torch.zeros(BATCH, SIZE), solver=solver, adjoint=adjoint)
+    assert len(reads) == 1 + 12 // 4
+    assert isinstance(z.value, Tensor)
     with operations:
-        z = fixed_point(
-            partial(bound, x=x), torch.zeros(BATCH, SIZE), solver=solver, adjoint=adjoint
-        )
-        forward = operations.waits
-        assert isinstance(z.value, Tensor)
         z.value.sum().backward()
-    assert forward == 12 // 4 + 1  # whether f is finite there
-    assert operations.waits - forward == (1 + 3 + 1) + 1  # GMRES; whether a sample diverged
+    assert operations.waits == (1 + 3 + 1) + 1  # GMRES; whether a sample diverged
 
 
 def test_the_counter_sees_every_kind_of_wait():

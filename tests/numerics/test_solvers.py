@@ -15,7 +15,7 @@ from fastdeq.solvers import (
 )
 from tests.loops import each
 from tests.numerics.solves import TOL, run
-from tests.problems import FACTORIES, HOPELESS, SOLVERS, problem_named, tanh
+from tests.problems import FACTORIES, HOPELESS, SOLVERS, Scripted, problem_named, tanh
 
 MAX_STEPS = 4000  # vcab3 on nearly_singular takes 2500
 # At a rate above 0.9913 per step, 30 steps differ by less than the factor 1.3 of the stall rule.
@@ -263,6 +263,22 @@ def test_whole_batch_mode_continues_when_a_sample_becomes_nan(name):
     torch.testing.assert_close(
         result.value[[0, 2]], torch.full_like(z0[:2], 1 / 0.7), atol=1e-7, rtol=0
     )
+
+
+@each("every", [1, 3])
+def test_a_proposed_state_that_is_not_finite_does_not_reach_the_others_through_f(every):
+    def f(z: Tensor) -> Tensor:
+        coupled = 0.5 * z + 0.1 * z.mean(dim=0) + 1
+        return coupled.index_fill(0, torch.tensor(1), 0.0)
+
+    script = ((0.0, 0.0), (1.0, float("nan")), (2.0, 1.0), (2.2, 1.0), (2.5, 1.0))
+    solver = Scripted(script=script, tol=1e-9, max_steps=4, per_sample=False, check_every=every)
+    with torch.no_grad():
+        result = solve(solver, f, torch.zeros(2, 2, dtype=torch.float64))
+    assert result.status.tolist() == [int(Status.STEP_LIMIT), int(Status.DIVERGED)]
+    # The lost sample is held at its start, 0: f is 0.55 z + 1 for the other, best at 2.2.
+    assert result.value.tolist() == [[2.2] * 2, [0.0] * 2]
+    assert result.steps.tolist() == [4, 1]
 
 
 @every_solver

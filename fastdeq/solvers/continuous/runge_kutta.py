@@ -41,7 +41,6 @@ class RungeKutta:
         self, problem: Problem, at: Iterate, h: Tensor, memory: None, rows: Tensor | None = None
     ) -> Trial:
         """A step of size h (B,) for the active samples, or for those in `rows`."""
-        rows = problem.active if rows is None else problem.active & rows
         width = h[:, None]
         stages, reached = [at.g], at
         for weights in self.tableau.a:
