@@ -32,14 +32,16 @@ class History:
         assert self._buffer is not None
         return self._buffer[:, : len(self)]
 
-    def push(self, row: Tensor) -> None:
-        """Add `row`, (B, D)."""
+    def push(self, row: Tensor) -> int:
+        """Add `row`, (B, D); returns its place among the rows."""
         if torch.is_grad_enabled():
             kept = [self.rows[:, max(0, len(self) + 1 - self.memory) :]] if len(self) else []
             self._buffer = torch.cat((*kept, row[:, None]), dim=1)
             self._pushed = self._buffer.shape[1]
-        else:
-            self.slot(row).copy_(row)
+            return self._pushed - 1
+        place = self._pushed % self.memory
+        self.slot(row).copy_(row)
+        return place
 
     def slot(self, like: Tensor) -> Tensor:
         """The slot of the next row, (B, D) as `like`, for the caller to write; no gradients."""

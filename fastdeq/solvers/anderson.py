@@ -1,23 +1,64 @@
 """Anderson acceleration."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from fastdeq.autodiff import carries_tangent
 from fastdeq.history import History, add_combination, project
-from fastdeq.norms import finite
+from fastdeq.norms import sample_norm
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.termination import Iterate
 
 
-@dataclass(frozen=True)
 class _Differences:
-    """Of residuals, ΔG, and of damped steps, ΔZ + β ΔG: k rows each."""
+    """Of residuals, ΔG, and of damped steps, ΔZ + β ΔG: k rows each, both divided by the length of
+    the row of ΔG; and the Gram matrix of ΔG with the ridge on its diagonal, (B, k, k), float64.
 
-    dg: History
-    moves: History
+    A sample at rest has a row of zeros, which gets coefficient 0.
+    """
+
+    def __init__(self, memory: int, ridge: float) -> None:
+        self.dg, self.moves = History(memory), History(memory)
+        self.ridge = ridge
+        self._gram: Tensor | None = None
+
+    def push(self, dg: Tensor, move: Tensor) -> None:
+        """Add a row to each, (B, D)."""
+        # Not differentiated: it cancels, and has no slope for a sample at rest.
+        length = sample_norm(dg.detach())
+        inverse = length.masked_fill(length == 0, torch.inf).reciprocal()[:, None]
+        row = dg * inverse
+        place = self.dg.push(row)
+        self.moves.push(move * inverse)
+        if torch.is_grad_enabled() or carries_tangent(row):
+            self._gram = self._whole_gram()
+            return
+        if self._gram is None:
+            memory = self.dg.memory
+            eye = torch.eye(memory, dtype=torch.float64, device=row.device)
+            self._gram = (eye * (1 + self.ridge)).repeat(len(row), 1, 1)
+        overlap = project(self.dg.rows, row)
+        overlap[:, place].fill_(1 + self.ridge)
+        k = len(self.dg)
+        self._gram[:, place, :k] = overlap
+        self._gram[:, :k, place] = overlap
+
+    def _whole_gram(self) -> Tensor:
+        rows = self.dg.rows
+        gram = torch.bmm(rows, rows.mT).double()
+        resting = gram.detach().diagonal(dim1=1, dim2=2) == 0
+        return gram + torch.diag_embed(resting + self.ridge)
+
+    def coefficients(self, g: Tensor) -> Tensor:
+        """(B, k) coefficients that combine the rows of ΔG to g (B, D), per sample."""
+        assert self._gram is not None
+        k = len(self.dg)
+        right = project(self.dg.rows, g).double()
+        # The _ex form does not raise for the whole batch where one sample is singular (without a
+        # ridge); that sample takes the plain damped step.
+        solution, _ = torch.linalg.solve_ex(self._gram[:, :k, :k], right[:, :, None])
+        return solution[:, :, 0].nan_to_num(0.0, 0.0, 0.0).to(g.dtype)
 
 
 @settings
@@ -33,7 +74,7 @@ class Anderson(AbstractSolver):
     Departures from the reference:
     1. The least-squares problem is solved from the normalized Gram matrix in float64 instead of by
        an updated QR factorization: k × k algebra per sample, batched, for every dtype of the
-       states.
+       states. A step adds one row to the matrix.
     2. The ridge is relative to the columns' lengths. An absolute one, as in the usual
        implementations for equilibrium models, outweighs the data as the residuals shrink, and the
        method decays to averaging at a tight tolerance. It must stay above the
@@ -47,36 +88,16 @@ class Anderson(AbstractSolver):
     damping: float = setting(default=1.0, above=0, at_most=1)
 
     def init(self, problem: Problem, first: Iterate) -> _Differences:
-        return _Differences(History(self.memory), History(self.memory))
+        return _Differences(self.memory, self.ridge)
 
     def step(
         self, problem: Problem, current: Iterate, memory: _Differences
     ) -> tuple[Step, _Differences]:
-        update = self.damping * current.g
+        update = current.g if self.damping == 1 else self.damping * current.g
         if len(memory.dg):
-            gamma = _least_squares(memory.dg.rows, current.g, self.ridge)
+            gamma = memory.coefficients(current.g)
             update = add_combination(update, memory.moves.rows, gamma, scale=-1.0)
         new = problem.evaluate(current.z + update)
         dg = new.g - current.g
-        memory.dg.push(dg)
-        memory.moves.push(torch.add(new.z - current.z, dg, alpha=self.damping))
+        memory.push(dg, torch.add(update, dg, alpha=self.damping))
         return Step(new), memory
-
-
-def _least_squares(rows: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """(B, k) coefficients that combine `rows` (B, k, D) to `target` (B, D), per sample."""
-    gram = torch.bmm(rows, rows.mT).double()
-    # The scaling is not differentiated: it cancels, and √ has no slope for a sample at rest.
-    length = gram.detach().diagonal(dim1=1, dim2=2).sqrt()
-    length = length.masked_fill(length == 0, 1.0)
-    normal = gram / (length[:, :, None] * length[:, None, :])
-    # An all-zero row (a sample at rest) gets coefficient 0 from a unit diagonal.
-    resting = ~(normal.detach().diagonal(dim1=1, dim2=2) > 0)
-    damp = torch.full_like(length, ridge).masked_fill(resting, 1.0)
-    right = project(rows, target).double() / length
-    # The _ex form does not raise for the whole batch where one sample is singular (without a
-    # ridge); that sample takes the plain damped step.
-    solution, _ = torch.linalg.solve_ex(normal + torch.diag_embed(damp), right[:, :, None])
-    solution = solution.masked_fill(~finite(solution.sum(dim=1, keepdim=True)), 0.0)
-    coefficients: Tensor = solution[:, :, 0] / length
-    return coefficients.to(rows.dtype)
