@@ -64,6 +64,11 @@ def carries_tangent(v: Tensor) -> bool:
     return forward_ad.unpack_dual(v).tangent is not None
 
 
+def is_recorded(v: Tensor) -> bool:
+    """Whether derivatives of what is done with v may be recorded, in reverse or in forward mode."""
+    return torch.is_grad_enabled() or carries_tangent(v)
+
+
 @contextmanager
 def unfused_attention() -> Iterator[None]:
     """Within, attention is computed operation by operation, without fused kernels.

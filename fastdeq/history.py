@@ -4,6 +4,7 @@ and their algebra."""
 import torch
 from torch import Tensor
 
+from fastdeq.autodiff import is_recorded
 from fastdeq.norms import sample_norm
 
 _FIRST = 4  # initial capacity of a history, in rows
@@ -14,8 +15,8 @@ class History:
 
     A row is written into a buffer that doubles until its capacity is `memory` rows: a short solve
     uses little memory, a step reads its history without a copy, and all copies made for growing
-    are together smaller than one of the full history. With gradients enabled, every row makes a
-    new buffer instead, so that the unrolled adjoint can differentiate through the old ones.
+    are together smaller than one of the full history. Where derivatives are recorded, every row makes
+    a new buffer instead, so that the unrolled adjoint can differentiate through the old ones.
     """
 
     def __init__(self, memory: int) -> None:
@@ -32,15 +33,16 @@ class History:
         assert self._buffer is not None
         return self._buffer[:, : len(self)]
 
-    def push(self, row: Tensor) -> int:
-        """Add `row`, (B, D); returns its place among the rows."""
-        if torch.is_grad_enabled():
+    def push(self, row: Tensor, scale: Tensor | float = 1.0) -> int:
+        """Add scale · row, (B, D); returns its place among the rows. scale: a number or (B, 1)."""
+        if is_recorded(row):
+            row = row * scale
             kept = [self.rows[:, max(0, len(self) + 1 - self.memory) :]] if len(self) else []
             self._buffer = torch.cat((*kept, row[:, None]), dim=1)
             self._pushed = self._buffer.shape[1]
             return self._pushed - 1
         place = self._pushed % self.memory
-        self.slot(row).copy_(row)
+        torch.mul(row, scale, out=self.slot(row))
         return place
 
     def slot(self, like: Tensor) -> Tensor:
@@ -58,6 +60,11 @@ class History:
     def clear(self) -> None:
         """Remove all rows; the buffer stays."""
         self._pushed = 0
+
+
+def writable(matrix: Tensor) -> Tensor:
+    """A tensor to write into: itself, or a copy where autograd may have saved it."""
+    return matrix.clone() if is_recorded(matrix) else matrix
 
 
 def _empty_rows(like: Tensor, rows: int) -> Tensor:

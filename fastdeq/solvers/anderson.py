@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from fastdeq.autodiff import carries_tangent
+from fastdeq.autodiff import is_recorded
 from fastdeq.history import History, add_combination, project
 from fastdeq.norms import sample_norm
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.termination import Iterate
+
+_AT_REST = 1e-30  # length below which a sample counts as at rest: its row stays zero
 
 
 class _Differences:
@@ -26,21 +28,18 @@ class _Differences:
     def push(self, dg: Tensor, move: Tensor) -> None:
         """Add a row to each, (B, D)."""
         # Not differentiated: it cancels, and has no slope for a sample at rest.
-        length = sample_norm(dg.detach())
-        inverse = length.masked_fill(length == 0, torch.inf).reciprocal()[:, None]
-        row = dg * inverse
-        place = self.dg.push(row)
-        self.moves.push(move * inverse)
-        if torch.is_grad_enabled() or carries_tangent(row):
+        inverse = sample_norm(dg.detach()).clamp_min(_AT_REST).reciprocal()[:, None]
+        place = self.dg.push(dg, inverse)
+        self.moves.push(move, inverse)
+        if is_recorded(dg):
             self._gram = self._whole_gram()
             return
+        rows, k = self.dg.rows, len(self.dg)
         if self._gram is None:
             memory = self.dg.memory
-            eye = torch.eye(memory, dtype=torch.float64, device=row.device)
-            self._gram = (eye * (1 + self.ridge)).repeat(len(row), 1, 1)
-        overlap = project(self.dg.rows, row)
+            self._gram = dg.new_empty(len(dg), memory, memory, dtype=torch.float64)
+        overlap = project(rows, rows[:, place])
         overlap[:, place].fill_(1 + self.ridge)
-        k = len(self.dg)
         self._gram[:, place, :k] = overlap
         self._gram[:, :k, place] = overlap
 
@@ -58,7 +57,8 @@ class _Differences:
         # The _ex form does not raise for the whole batch where one sample is singular (without a
         # ridge); that sample takes the plain damped step.
         solution, _ = torch.linalg.solve_ex(self._gram[:, :k, :k], right[:, :, None])
-        return solution[:, :, 0].nan_to_num(0.0, 0.0, 0.0).to(g.dtype)
+        found: Tensor = solution[:, :, 0].nan_to_num(0.0, 0.0, 0.0).to(g.dtype)
+        return found
 
 
 @settings

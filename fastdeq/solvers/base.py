@@ -36,13 +36,13 @@ class Problem:
         self.hold = z0  # (B, D): the state at which a finished sample is evaluated
         self.active = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
         self.alive = self.active  # (B,): all but the diverged ones
-        self._all_active = True
+        self.all_active = True  # no sample is frozen
         self._count: int | Tensor = 0
 
     def freeze(self, hold: Tensor, active: Tensor, alive: Tensor) -> None:
         """From now on, evaluate at `hold` (B, D) the samples that are not in `active` (B,)."""
         self.hold, self.active, self.alive = hold, active, alive
-        self._all_active = False
+        self.all_active = False
 
     def evaluate(
         self, z: Tensor, rows: Tensor | None = None, *, guarded: bool | None = None
@@ -54,9 +54,9 @@ class Problem:
         returned at their frozen state.
         """
         self.count(1 if rows is None else rows)
-        if rows is None and not self._all_active:
+        if rows is None and not self.all_active:
             rows = self.active
-        elif rows is not None and not self._all_active:
+        elif rows is not None and not self.all_active:
             rows = self.active & rows
         lost = None
         if self.guarded if guarded is None else guarded:

@@ -1,47 +1,58 @@
 """Limited-memory good Broyden, the solver of the published discrete runs."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from fastdeq.history import History, add_combination, project, safe_inverse
+from fastdeq.history import History, add_combination, project, writable
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.termination import Iterate
 
+_LARGEST = 0.25  # over a unit of rounding: ‖s‖² over the denominator of an update
 
-@dataclass(frozen=True)
-class _LowRank:
-    """B = −I + Σ uᵢ vᵢᵀ with k rows u and v, and the next step −B g, (B, D)."""
 
-    direction: Tensor
-    u: History
-    v: History
+class _Product:
+    """B = −(I + s_k ω_{k−1} s_{k−1}ᵀ) … (I + s_1 ω_0 s_0ᵀ), from the steps s_j = z_{j+1} − z_j.
 
-    def minus_apply(self, x: Tensor) -> Tensor:
-        """−B x."""
-        if not len(self.u):
-            return x
-        return add_combination(x, self.u.rows, project(self.v.rows, x), scale=-1.0)
+    The products c_j of s_j with what the first j factors make of a vector x are c_j = s_j·x +
+    Σ_{i<j} (s_j·s_{i+1}) ω_i c_i: a triangular system, whose matrix gets one row with every step.
+    """
 
-    def apply_transposed(self, x: Tensor) -> Tensor:
-        """Bᵀ x."""
-        if not len(self.u):
-            return -x
-        return add_combination(x, self.v.rows, project(self.u.rows, x), keep=-1.0)
+    def __init__(self, memory: int, like: Tensor) -> None:
+        self.steps = History(memory)
+        # Entries on the diagonal, which stands for ones, and above it are not read.
+        self._matrix = like.new_zeros(len(like), memory, memory)
+        self._weights = like.new_zeros(len(like), memory)  # ω
 
-    def restarted(self, g: Tensor) -> "_LowRank":
-        """B = −I again."""
-        self.u.clear()
-        self.v.clear()
-        return _LowRank(g, self.u, self.v)
+    @property
+    def full(self) -> bool:
+        """Whether there is no place for another step."""
+        return len(self.steps) == self.steps.memory
 
-    def extended(self, direction: Tensor, u: Tensor, v: Tensor) -> "_LowRank":
-        """With one more term."""
-        self.u.push(u)
-        self.v.push(v)
-        return _LowRank(direction, self.u, self.v)
+    def push(self, step: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add a step, (B, D), whose factor gets its weight later.
+
+        Returns −B x, (B, D), with the factors before; its product with the step, which is c_k; and
+        the squared length of the step, each (B,).
+        """
+        k = self.steps.push(step)
+        rows = self.steps.rows
+        overlap, right = project(rows, step), project(rows, x)
+        if not k:
+            return x, right[:, 0], overlap[:, 0]
+        self._matrix = writable(self._matrix)
+        self._matrix[:, k, :k] = (overlap[:, 1:] * self._weights[:, :k]).neg()
+        products = torch.linalg.solve_triangular(
+            self._matrix[:, : k + 1, : k + 1], right[:, :, None], upper=False, unitriangular=True
+        )[:, :, 0]
+        coefficients = products[:, :k] * self._weights[:, :k]
+        applied = add_combination(x, rows[:, 1:], coefficients)
+        return applied, products[:, k], overlap[:, k]
+
+    def weigh(self, weight: Tensor) -> None:
+        """Set ω of the last step, (B,)."""
+        self._weights = writable(self._weights)
+        self._weights[:, len(self.steps) - 1] = weight
 
 
 @settings
@@ -54,8 +65,9 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
         evaluation per step; no line search, as in the reference.
 
     Departures from the reference:
-    1. u = (dz − B dg) / (v · dg) is computed as −B g₊ / (v · dg), since B g = −dz: one product with
-       B serves the update and, corrected by it, the next step.
+    1. B is kept as a product of factors I + s₊ sᵀ / ‖s‖² of successive steps (Kelley, Iterative
+       Methods for Linear and Nonlinear Equations, §7.3), instead of a sum of terms u vᵀ: the same
+       matrix from one history instead of two, applied in two passes over it.
     2. An update whose denominator vanishes to rounding is skipped for that sample.
     """
 
@@ -63,18 +75,24 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
 
     memory: int = setting(default=20, at_least=1)
 
-    def init(self, problem: Problem, first: Iterate) -> _LowRank:
-        return _LowRank(first.g, History(self.memory), History(self.memory))
+    def init(self, problem: Problem, first: Iterate) -> tuple[Tensor, _Product]:
+        return first.g, _Product(self.memory, first.z)
 
-    def step(self, problem: Problem, current: Iterate, memory: _LowRank) -> tuple[Step, _LowRank]:
-        dz = memory.direction
-        new = problem.evaluate(current.z + dz)
-        if len(memory.u) == self.memory:
-            return Step(new), memory.restarted(new.g)
-        v = memory.apply_transposed(dz)
-        newton = memory.minus_apply(new.g)
-        u = newton * safe_inverse(v, new.g - current.g)[:, None]
-        # −B₊ g₊ = −B g₊ − u (v · g₊)
-        along = torch.linalg.vecdot(v, new.g)[:, None]
-        direction = torch.addcmul(newton, u, along, value=-1.0)
-        return Step(new), memory.extended(direction, u, v)
+    def step(
+        self, problem: Problem, current: Iterate, memory: tuple[Tensor, _Product]
+    ) -> tuple[Step, tuple[Tensor, _Product]]:
+        direction, b = memory
+        new = problem.evaluate(current.z + direction)
+        if b.full:
+            b.steps.clear()
+            return Step(new), (new.g, b)
+        # A frozen sample stays where it is.
+        step = direction if problem.all_active else new.z - current.z
+        newton, product, squared = b.push(step, new.g)
+        # The update's denominator is s·B (g₊ − g), since B g = −s.
+        denominator = squared - product
+        good = _LARGEST * denominator.abs() > torch.finfo(new.g.dtype).eps * squared
+        # Filled before the divisions: slopes at 0 would be NaN however they are masked later.
+        factor = torch.where(good, squared, 1.0) / torch.where(good, denominator, 1.0)
+        b.weigh(torch.where(good, squared, torch.inf).reciprocal())
+        return Step(new), (newton * factor[:, None], b)

@@ -80,8 +80,10 @@ class _Run:
         # A shared norm says that f may couple the samples.
         self._may_spread = solver.pooling.shared and not solver.guarded
         self.best_z = z0
-        self.nfe = torch.zeros_like(self.progress.status)
-        self.steps = self.nfe - 1  # the first evaluation is not a step
+        # The counts of the samples in `_counted`, (B,), since it last changed.
+        self._counted, self._taken = self.progress.active, -1
+        self._evaluated: int | Tensor = 0
+        self.steps = self.nfe = torch.zeros_like(self.progress.status)
         # For the trace: residual and state of the last good iterate.
         self.last = self.progress.residual, z0
         self.history: list[tuple[Tensor, Tensor | None]] = []
@@ -102,19 +104,27 @@ class _Run:
             steps = [(self._again(step), count) for step, count in steps]
             read = self._read(steps)
         for (step, _), (measures, stuck, count) in zip(steps, read, strict=True):
-            self.steps = self.steps + progress.active
-            self.nfe = self.nfe + progress.active * count
+            self._taken += 1  # the first evaluation is not a step
+            self._evaluated = self._evaluated + count
             self._keep(step.iterate, progress.test(step.iterate, measures, stuck))
             if self.trace:
                 self._record(step.iterate, measures.residual)
-            if progress.active is not before and not bool(progress.active.any()):
-                self.unfinished = False
-                return
+            if progress.active is not self._counted:
+                self._count()
+                if not bool(progress.active.any()):
+                    self.unfinished = False
+                    return
         at = steps[-1][0].iterate
         self.problem.hold = self.best_z
         if progress.active is not before:
             at = self._frozen(at)
         self.current = at
+
+    def _count(self) -> None:
+        """Bring the counts of every sample up to date."""
+        self.steps = self.steps + self._counted * self._taken
+        self.nfe = self.nfe + self._counted * self._evaluated
+        self._counted, self._taken, self._evaluated = self.progress.active, 0, 0
 
     def _read(
         self, steps: Sequence[tuple[Step, int | Tensor]]
@@ -162,6 +172,7 @@ class _Run:
 
     def result(self) -> SolveResult:
         """The record of the finished solve."""
+        self._count()
         progress, device = self.progress, self.best_z.device
         unknown = progress.residual == torch.inf  # f was never good
         relative = ratio(progress.residual, progress.f_norm).masked_fill(unknown, torch.inf)

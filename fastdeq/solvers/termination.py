@@ -159,11 +159,15 @@ class Termination:
             z, g = _plain(at.z).abs(), _plain(at.g).abs()
             each = torch.minimum(z, scale.to(z.device)[:, None])
             return (g <= self.reltol * each).all(dim=1).to(scale.device)
+        return self.passed_norm(m.du, scale)
+
+    def passed_norm(self, du: Tensor, scale: Tensor) -> Tensor:
+        """The same in the modes that compare norms, (B,)."""
         # A product, not a quotient: 0 ≤ 0 at an exact equilibrium at the origin.
         if self.relative:
-            return m.du <= self.reltol * scale
-        absolute = m.du <= self.abstol
-        return absolute & (m.du <= self.reltol * scale) if self.mode == "norm" else absolute
+            return du <= self.reltol * scale
+        absolute = du <= self.abstol
+        return absolute & (du <= self.reltol * scale) if self.mode == "norm" else absolute
 
 
 def ratio(du: Tensor, u: Tensor) -> Tensor:
@@ -192,10 +196,10 @@ class Progress:
         unknown = torch.full((len(z),), torch.inf, dtype=z.dtype)
         self.residual = self.f_norm = self._best = unknown
         # Bounds that the first iterate sets; until then all finite values are within them.
-        self._peak = self._objective_cap = unknown
+        self._peak = self._bound = self._objective_cap = unknown
         self._du_cap = torch.full_like(unknown, kind.max)
-        self._first_size = torch.zeros_like(unknown)
-        self._begun = False
+        self._first_size = self._floor = torch.zeros_like(unknown)
+        self._begun, self._all_active = False, True
         length = pooling.length(z)
         self._factor = PROTECTIVE_FACTOR * length
         entries = 1 if rule.entrywise else length
@@ -215,10 +219,12 @@ class Progress:
             good = good & finite(m.residual)
             self.alive = self.alive & (good | ~self.active)
             m = m.pooled(self.rule, self.pooling, self.alive)
+        if stuck is None and self._improves(m):
+            return None
         du, size = m.du, m.size
         good = good & (du <= self._du_cap)  # False for NaN
         better = du <= self._best if self.rule.returns_best else good
-        bound = torch.add(self._first_size, self._peak, alpha=self.rule.growth)
+        bound = self._bound
         beyond = size > bound
         scale, self.ran_away = size, None
         if bool(beyond.any()):
@@ -244,6 +250,27 @@ class Progress:
         self.good = good
         return self._keep(m, better)
 
+    def _improves(self, m: Measures) -> bool:
+        """Whether every sample is active, better than before, within all bounds, and not done, as
+        in most steps. Then it is recorded, with a third of the operations."""
+        du, size, rule = m.du, m.size, self.rule
+        begins_or_ends = not self._begun or not self._all_active or rule.mode == "rel"
+        if begins_or_ends or len(self._window) >= STALL_WINDOW - 1:
+            return False
+        if self.pooling.shared and not bool(self.alive.all()):
+            return False
+        # A size in between also keeps the objective below its cap, where du is not above the first.
+        if not torch.equal(size.clamp(self._floor, self._bound), size):
+            return False
+        if not torch.equal(du.clamp(max=self._best), du):
+            return False
+        if bool(rule.passed_norm(du, size).any()):
+            return False
+        self.residual, self.f_norm, self._best, self.ran_away = m.residual, m.f_norm, du, None
+        if rule.watches_progress:
+            self._window.append((du, size))
+        return True
+
     def _end(self, good: Tensor, passed: Tensor, going: Tensor) -> None:
         """Give the active samples that are not in `going` their status."""
         ended = self.active & ~going
@@ -254,7 +281,7 @@ class Progress:
         ):
             self.status = self.status.masked_fill(here, int(status))
         self.alive = self.status != Status.DIVERGED
-        self.active = going
+        self.active, self._all_active = going, False
 
     def _keep(self, m: Measures, better: Tensor) -> Tensor | None:
         if bool(better.all()):  # as in most steps: nothing to select
@@ -283,10 +310,13 @@ class Progress:
     def _move_bounds(self, du: Tensor, size: Tensor) -> None:
         if self._begun:
             self._peak = torch.maximum(self._peak, du)
-            return
-        self._begun, self._peak, self._first_size = True, du, size
-        self._du_cap = torch.minimum(du * self._factor, self._du_cap)
-        self._objective_cap = ratio(du, size) * self._factor
+        else:
+            self._begun, self._peak, self._first_size = True, du, size
+            self._du_cap = torch.minimum(du * self._factor, self._du_cap)
+            self._objective_cap = ratio(du, size) * self._factor
+            self._floor = size / self._factor
+        # ‖f(z)‖ up to which growth is explained by the residuals seen.
+        self._bound = torch.add(self._first_size, self._peak, alpha=self.rule.growth)
 
     def ended(self) -> Tensor:
         """The status of every sample, (B,): those still active have reached the step limit."""
