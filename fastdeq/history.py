@@ -15,8 +15,8 @@ class History:
 
     A row is written into a buffer that doubles until its capacity is `memory` rows: a short solve
     uses little memory, a step reads its history without a copy, and all copies made for growing
-    are together smaller than one of the full history. Where derivatives are recorded, every row makes
-    a new buffer instead, so that the unrolled adjoint can differentiate through the old ones.
+    are together smaller than one of the full history. Where derivatives are recorded, every row
+    makes a new buffer instead, so that the unrolled adjoint can differentiate through the old ones.
     """
 
     def __init__(self, memory: int) -> None:

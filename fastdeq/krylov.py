@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastdeq.autocast import full_precision
 from fastdeq.flatten import check_floating
-from fastdeq.history import History, project
+from fastdeq.history import History, add_combination, project
 from fastdeq.norms import finite, sample_largest, sample_norm
 from fastdeq.notation import FlatMap
 from fastdeq.settings import setting, settings
@@ -16,6 +16,7 @@ from fastdeq.solution import SolveResult, Status
 from fastdeq.timer import Stopwatch
 
 _STAGNATION = 0.999  # a cycle that reduces the residual by less than 0.1 % ends the sample
+_LITTLE = 0.2  # of a vector: what is left is orthogonalized again (0.1 to 0.7 in the literature)
 
 
 @settings
@@ -31,12 +32,15 @@ class GMRES:
     per_sample: one Krylov space per sample. False builds one space for the whole batch vector,
         needed where A couples the samples (batch norm in a cell).
     check_every: number of products between two reads of whether all samples are done; more means
-        fewer waits for the device and a few unused products (results are the same). Each cycle also
-        waits twice.
+        fewer waits for the device and a few unused products (results are the same). With 1, the
+        host also looks whether any sample needs a second orthogonalization; with more, it is always
+        computed. Each cycle also waits twice.
 
     Departures from the reference:
     1. The reported residual is measured, b − A x, at the end of each cycle, not taken from the
-       recurrence, so that it is right where A is not linear, or couples the samples.
+       recurrence, so that it is right where A couples the samples. With `per_sample=False` nothing
+       can be coupled: the recurrence is then exact to rounding, and one product is saved, unless
+       `tol` is within a factor 100 of rounding.
     2. A sample whose basis breaks down, or becomes non-finite, ends alone with its current
        solution.
     """
@@ -126,6 +130,7 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
     x, r, residual = torch.zeros_like(b), b, scale
     steps = torch.zeros(len(b), dtype=torch.int64, device=b.device)
     nfe, target = steps.clone(), settings.tol * scale
+    exact = not settings.per_sample and settings.tol >= 100 * torch.finfo(b.dtype).eps
     broken = ~finite(scale)
     stuck = torch.zeros_like(broken)
     taken = 0
@@ -135,10 +140,14 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
         if not bool(active.any()):
             break
         size = min(settings.restart or settings.max_steps, settings.max_steps - taken)
-        cycle = _Cycle(matvec, r, residual, target, active, size)
-        taken += cycle.run(settings.check_every)
-        steps, nfe = steps + cycle.used, nfe + cycle.used + active
+        cycle = _Cycle(matvec, r, residual, target, active, settings, size)
+        taken += cycle.run()
+        steps, nfe = steps + cycle.used, nfe + cycle.used
         trial = x + cycle.correction()
+        if exact and _is_last(cycle, taken >= settings.max_steps):
+            x, residual = trial, cycle.left.to(residual.dtype)
+            break
+        nfe = nfe + active
         remainder = b - matvec(trial)
         new = sample_norm(remainder)
         better = active & (new < residual)  # False for NaN
@@ -163,102 +172,125 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
     )
 
 
+def _is_last(cycle: "_Cycle", out_of_steps: bool) -> bool:
+    """Whether no cycle follows one of the whole batch vector, which is one sample here."""
+    ended = out_of_steps or bool((cycle.left <= cycle.target).all())
+    return ended and not bool(cycle.broken.any())
+
+
 class _Cycle:
     """One Arnoldi process A V_k = V_{k+1} H with its least-squares problem, for `active` samples.
 
-    The basis V, k + 1 rows, has the dtype of the residual. H is kept as Q H = R, with R triangular
-    and Q the product of all Givens rotations so far; these small matrices are float64. A column
-    that a sample does not use (it was finished before) is a unit column with weight zero.
+    The basis V, k + 1 rows, has the dtype of the residual; the small matrices are float64. Of H,
+    (k + 1) × k, the vector n with nᵀ H = 0 and n_0 = 1 is kept: the smallest residual is β / ‖n‖. A
+    column that a sample does not use (it was finished before) is a unit column below all others.
     """
 
     def __init__(
-        self, matvec: FlatMap, r: Tensor, beta: Tensor, target: Tensor, active: Tensor, size: int
+        self,
+        matvec: FlatMap,
+        r: Tensor,
+        beta: Tensor,
+        target: Tensor,
+        active: Tensor,
+        settings: GMRES,
+        size: int,
     ) -> None:
         self.matvec, self.target, self.active, self.size = matvec, target.double(), active, size
+        self.check_every = settings.check_every
+        # With a look at every product, the host also decides what may be left out.
+        self.looks = settings.check_every == 1
         self.basis = History(size + 1)
         inverse = beta.reciprocal().masked_fill(~active, 0.0)[:, None]  # active: not 0, not NaN
         torch.mul(r.masked_fill(~active[:, None], 0.0), inverse, out=self.basis.slot(r))
         self.beta = beta.masked_fill(~active, 0.0).double()
-        eye = torch.eye(size + 1, dtype=torch.float64, device=r.device)
-        self.rotation = eye.repeat(len(r), 1, 1)  # Q
-        self.no_turn = eye[0, :2]  # cosine 1, sine 0
-        self.hessenberg = torch.zeros_like(self.rotation)  # H, its columns as rows
-        self.columns: list[Tensor] = []  # of R, (B, size + 1); undefined below the diagonal
-        self.usable: list[Tensor] = []  # (B,) for each column
+        self.left = self.beta  # the norm of the residual, by the recurrence
+        self.hessenberg = self.beta.new_zeros(len(r), size + 1, size)
+        self.null = self.beta.new_zeros(len(r), size + 1)
+        self.null[:, 0].fill_(1.0)
+        self.null_norm = torch.ones_like(self.beta)
+        self.count = 0  # columns
         self.used = torch.zeros(len(r), dtype=torch.int64, device=r.device)
         self.broken = torch.zeros_like(active)
-        self.largest = torch.zeros_like(beta)  # ‖A v‖ over the basis so far, at most ‖A‖
+        self.largest = torch.zeros_like(beta)  # a bound of ‖A v‖ over the basis so far
 
-    def run(self, check_every: int) -> int:
+    def run(self) -> int:
         """Extend the basis until no sample needs more; returns how many products were needed.
 
         With a larger `check_every`, products are made that are not needed: they change nothing.
         """
         for j in range(self.size):
-            product = self.matvec(self.basis.rows[:, j])
-            length = sample_norm(product)
-            healthy = length < torch.inf  # False for NaN
+            v = self.basis.rows[:, j]
+            # Of A v, v itself lies in the basis: without it, what remains is often much smaller, as
+            # for A = I − J, and then so is the rounding of its orthogonalization.
+            change = self.matvec(v) - v
+            length = sample_norm(change)
+            self.largest = torch.maximum(self.largest, 1 + length)  # ‖v‖ = 1
+            column, rest = self._orthogonalize(change, length)
+            column[:, j] += 1
+            self._append(j, column.double(), rest)
+            # Waits for the device; saves products with A.
+            if (j + 1) % self.check_every == 0 and not bool(self.active.any()):
+                break
+        self.count = j + 1
+        if not self.looks:
+            # What was made but not needed is neither used nor counted: one more wait.
+            self.count = min(self.count, max(1, int(self.used.amax())))
+        return self.count
+
+    def _orthogonalize(self, v: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Classical Gram–Schmidt: the next row of the basis, from v (B, D) of this length, (B,).
+
+        Returns the products of v with the basis, (B, j + 1), and the length of the rest, (B,). A
+        second pass follows where the first one leaves little: relative to that, its rounding is not
+        small.
+        """
+        basis = self.basis.rows
+        column = project(basis, v)
+        left = add_combination(v, basis, column, scale=-1.0)
+        rest = sample_norm(left)
+        enough = (rest >= _LITTLE * length) & (rest < torch.inf)  # False for NaN
+        if not self.looks or bool((self.active & ~enough).any()):
+            healthy = length < torch.inf
             self.broken = self.broken | (self.active & ~healthy)
             self.active = self.active & healthy
-            product = product.masked_fill(~self.active[:, None], 0.0)
-            self.largest = torch.maximum(self.largest, length.masked_fill(~self.active, 0.0))
-            rest = self._orthogonalize(j, product, length)
-            self._append(j, rest)
-            # Waits for the device; saves products with A.
-            if (j + 1) % check_every == 0 and not bool(self.active.any()):
-                break
-        if check_every > 1:
-            # What was made but not needed is neither used nor counted: one more wait.
-            del self.columns[max(1, int(self.used.amax())) :]
-        return len(self.columns)
-
-    def _orthogonalize(self, j: int, product: Tensor, length: Tensor) -> Tensor:
-        """Classical Gram–Schmidt, twice, in place: column j of H without its last entry, which is
-        returned, (B,), and the next row of the basis."""
-        basis, column = self.basis.rows, self.hessenberg[:, j]
-        for _ in range(2):
-            overlap = project(basis, product)
-            product[:, None].baddbmm_(overlap[:, None], basis, alpha=-1.0)
-            column[:, : j + 1] += overlap
-        rest = sample_norm(product)
+            out, again = ~self.active[:, None], (self.active & ~enough)[:, None]
+            column, left = column.masked_fill(out, 0.0), left.masked_fill(out, 0.0)
+            more = project(basis, left)
+            column = torch.where(again, column + more, column)
+            left = torch.where(again, add_combination(left, basis, more, scale=-1.0), left)
+            rest = sample_norm(left)
         # What is left is rounding: the space is invariant and holds the solution.
-        nothing = ~(rest > 10 * torch.finfo(rest.dtype).eps * length)
-        inverse = rest.reciprocal().masked_fill(nothing, 0.0)
-        torch.mul(product, inverse[:, None], out=self.basis.slot(product))
-        return rest.masked_fill(nothing, 0.0)
+        nothing = ~(rest > 10 * torch.finfo(rest.dtype).eps * self.largest)
+        inverse = rest.masked_fill(nothing, torch.inf).reciprocal()
+        torch.mul(left, inverse[:, None], out=self.basis.slot(left))
+        return column, rest.masked_fill(nothing, 0.0)
 
-    def _append(self, j: int, rest: Tensor) -> None:
-        """Rotate column j of H into the triangular factor, and test which samples are finished."""
-        self.hessenberg[:, j, j + 1] = rest
-        column = project(self.rotation, self.hessenberg[:, j])
-        pivot = torch.hypot(column[:, j], column[:, j + 1])
-        # A pivot that is zero to rounding: A is singular on this space. Its column would add a
-        # huge, undefined multiple of the null vector; it cannot be used, and none comes after.
-        usable = self.active & (pivot > 10 * torch.finfo(rest.dtype).eps * self.largest)
-        unusable = ~usable[:, None]
-        divisor = pivot.masked_fill(unusable[:, 0], 1.0)
-        turn = torch.where(unusable, self.no_turn, column[:, j : j + 2] / divisor[:, None])
-        self._rotate(j, turn)
-        column.masked_fill_(unusable, 0.0)
-        column[:, j] = divisor
-        self.columns.append(column)
-        self.usable.append(usable)
+    def _append(self, j: int, column: Tensor, rest: Tensor) -> None:
+        """Add column j to H, and test which samples are finished."""
+        rest = rest.double()
+        overlap = torch.linalg.vecdot(self.null[:, : j + 1], column)
+        # The pivot of the column in a QR factorization. If it is zero to rounding, A is singular on
+        # this space: the column would add a huge, undefined multiple of the null vector; it cannot
+        # be used, and none comes after.
+        pivot = torch.hypot(overlap / self.null_norm, rest)
+        eps = torch.finfo(self.largest.dtype).eps
+        usable = self.active & (pivot > 10 * eps * self.largest)
+        out = ~usable
+        entry = (overlap / rest).masked_fill(out, 0.0)
+        self.null[:, j + 1] = -entry
+        self.null_norm = torch.hypot(self.null_norm, entry)
+        self.hessenberg[:, : j + 1, j] = column.masked_fill(out[:, None], 0.0)
+        self.hessenberg[:, j + 1, j] = rest.masked_fill(out, 1.0)
         self.used = self.used + self.active
-        left = (self.beta * self.rotation[:, j + 1, 0]).abs()  # the residual, by the recurrence
-        self.active = usable & (rest > 0) & (left > self.target)
-
-    def _rotate(self, j: int, turn: Tensor) -> None:
-        """Turn rows j and j + 1 of Q by (cosine, sine), (B, 2)."""
-        across = torch.stack((-turn[:, 1], turn[:, 0]), dim=1)
-        rows = self.rotation[:, j : j + 2]
-        rows.copy_(torch.bmm(torch.stack((turn, across), dim=1), rows))
+        self.left = torch.where(usable, self.beta / self.null_norm, self.left)
+        self.active = usable & (rest > 0) & (self.left > self.target)
 
     def correction(self) -> Tensor:
         """The combination of the basis that minimizes each sample's residual, (B, D)."""
-        k = len(self.columns)
-        triangle = torch.stack([column[:, :k] for column in self.columns], dim=2)
-        right = self.beta[:, None] * self.rotation[:, :k, 0]
-        right = right.masked_fill(~torch.stack(self.usable[:k], dim=1), 0.0)
-        y = torch.linalg.solve_triangular(triangle, right[:, :, None], upper=True)
+        k = self.count
+        q, r = torch.linalg.qr(self.hessenberg[:, : k + 1, :k])
+        right = self.beta[:, None] * q[:, 0]
+        y = torch.linalg.solve_triangular(r, right[:, :, None], upper=True)
         basis = self.basis.rows[:, :k]
         return torch.bmm(y.mT.to(basis.dtype), basis)[:, 0]
