@@ -2,11 +2,37 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastdeq.notation import FlatMap
+from fastdeq.notation import FlatMap, State, StateMap
+
+Precision: TypeAlias = Literal["bf16"]
+"""`bf16`: bfloat16 where autocast has it (convolutions, matrix products), float32 elsewhere."""
+
+
+def check_precision(precision: Precision | None) -> None:
+    """Raises: ValueError for another precision than those of `Precision`, and None."""
+    if precision not in ("bf16", None):
+        raise ValueError(f"precision is {precision!r}, but must be 'bf16' or None")
+
+
+def in_bf16(f: StateMap, z: State) -> State:
+    """f(z) under autocast to bfloat16, but in the dtype of z."""
+    first = z if isinstance(z, Tensor) else z[0]
+    # No cache of cast weights: inside another autocast it outlives this evaluation, and may hold
+    # weights in another dtype.
+    with torch.autocast(first.device.type, torch.bfloat16, cache_enabled=False):
+        output = f(z)
+    if isinstance(output, tuple):
+        return tuple(_from_bf16(scale, first.dtype) for scale in output)
+    return _from_bf16(output, first.dtype)
+
+
+def _from_bf16(y: Tensor, dtype: torch.dtype) -> Tensor:
+    return y.to(dtype) if isinstance(y, Tensor) and y.dtype == torch.bfloat16 else y
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """A tuple of scales ↔ one flat (B, D) tensor.
 
 The solvers see one (B, D) tensor and the cell sees its scales as views of it, so the concatenation
-of the cell's outputs is the only copy an evaluation makes. States in half precision are widened to
-float32 on the way in: f may run in bf16, the solver's arithmetic does not.
+of the cell's outputs is the only copy an evaluation makes; a single scale is not copied at all. A
+scale that is channels_last in z0 is flattened in its order in memory, (H, W, C), and the cell sees
+it as channels_last again. States in half precision are widened to float32 on the way in: f may run
+in bf16, the solver's arithmetic does not.
 """
 
 from dataclasses import dataclass
@@ -15,10 +17,11 @@ from fastdeq.notation import State
 
 @dataclass(frozen=True)
 class Layout:
-    """The shapes and dtypes of a state, and the way to its flat form and back."""
+    """The shapes, dtypes and memory formats of a state, and the way to its flat form and back."""
 
     shapes: tuple[torch.Size, ...]
     dtypes: tuple[torch.dtype, ...]
+    channels_last: tuple[bool, ...]
     single: bool
 
     @staticmethod
@@ -38,7 +41,8 @@ class Layout:
             raise ValueError(f"the scales of {name} are on different devices: move them to one")
         shapes = tuple(scale.shape[1:] for scale in scales)
         dtypes = tuple(scale.dtype for scale in scales)
-        return Layout(shapes, dtypes, single=isinstance(z0, Tensor))
+        channels_last = tuple(is_channels_last(scale) for scale in scales)
+        return Layout(shapes, dtypes, channels_last, single=isinstance(z0, Tensor))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,9 +53,13 @@ class Layout:
         return wide
 
     def flatten(self, state: State) -> Tensor:
-        """(B, D) from a state of this layout; a single scale is only reshaped."""
+        """(B, D) from a state of this layout; a single scale is only reshaped.
+
+        A scale of another memory format costs a copy.
+        """
         flat = [
-            scale.reshape(len(scale), -1).to(self.dtype) for scale in _as_tuple(state, "the state")
+            (scale.movedim(1, -1) if last else scale).reshape(len(scale), -1).to(self.dtype)
+            for scale, last in zip(_as_tuple(state, "the state"), self.channels_last, strict=True)
         ]
         return flat[0] if self.single else torch.cat(flat, dim=1)
 
@@ -78,15 +86,31 @@ class Layout:
 
     def unflatten(self, flat: Tensor) -> State:
         """The scales as views of the flat tensor (copies only where the dtype differs)."""
-        if self.single:  # one plain view: writing into those of split() raises an obscure error
-            return flat.view(len(flat), *self.shapes[0]).to(self.dtypes[0])
         sizes = [shape.numel() for shape in self.shapes]
-        return tuple(
-            part.unflatten(1, shape).to(dtype) if shape else part.squeeze(1).to(dtype)
-            for part, shape, dtype in zip(
-                flat.split(sizes, dim=1), self.shapes, self.dtypes, strict=True
-            )
-        )
+        # Not split() for one scale: writing into its views raises an obscure error.
+        parts = (flat,) if self.single else flat.split(sizes, dim=1)
+        kinds = zip(parts, self.shapes, self.dtypes, self.channels_last, strict=True)
+        scales = tuple(_scale(part, shape, last).to(dtype) for part, shape, dtype, last in kinds)
+        return scales[0] if self.single else scales
+
+
+def is_channels_last(scale: Tensor) -> bool:
+    """Whether each sample of a (B, C, H, W) or (B, C, D, H, W) tensor is channels_last in memory.
+
+    The batch may have any stride: a scale is a part of a flat state. False where the formats do not
+    differ, such as for one channel.
+    """
+    if scale.ndim not in (4, 5) or not len(scale):
+        return False
+    sample = scale.detach()[0]
+    return not sample.is_contiguous() and sample.movedim(0, -1).is_contiguous()
+
+
+def _scale(part: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+    """The (B, *shape) view of the (B, D_i) part of a flat state."""
+    if channels_last:
+        return part.view(len(part), *shape[1:], shape[0]).movedim(-1, 1)
+    return part.view(len(part), *shape)
 
 
 def _as_tuple(state: State, name: str) -> tuple[Tensor, ...]:

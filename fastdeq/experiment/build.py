@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, open_dict
 
@@ -65,6 +66,11 @@ def step_settings(trainer: DictConfig) -> dict[str, Any]:
 def build_model(cfg: DictConfig) -> DEQChain:
     """The chain of layers, with the layers of `arch`, the solver and the adjoint that it names."""
     model: DEQChain = instantiate(link(cfg).model, _convert_="all")
+    # Configurations of earlier versions have neither key.
+    if cfg.get("precision") is not None:
+        model.equilibrium.precision = cfg.precision
+    if cfg.get("memory_format") == "channels_last":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 

@@ -11,6 +11,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import Logger
 
 from fastdeq.adjoints import AbstractAdjoint
+from fastdeq.autocast import Precision
 from fastdeq.data.module import AbstractDataModule
 from fastdeq.experiment.arguments import Record
 from fastdeq.settings import setting, settings
@@ -31,6 +32,8 @@ class RunSettings:
     stop_after: float | None = setting(above=0)
     stop_at_failure: bool = setting()
     debug: bool = setting()
+    precision: Precision | None = setting()
+    memory_format: Literal["contiguous", "channels_last"] = setting()
 
     def validate(self) -> None:
         path = PurePosixPath(self.name)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeq._fixed_point import fixed_depth
+from fastdeq.autocast import Precision, check_precision
 from fastdeq.nn.call import CellCall, check_cell
 from fastdeq.nn.initializers import AbstractInitializer, zeros_of
 from fastdeq.nn.weight_norm import parametrizations_cached
@@ -21,18 +22,26 @@ class AbstractCellLayer(nn.Module):
 
     cell: f, an nn.Module called as cell(z, x), that returns a state of the shape of z.
     initializer: makes z₀; by default zeros, of the cell's scales or else of the input's shape.
+    precision: "bf16" computes f and its derivatives under autocast to bfloat16, while a float32
+        state, its residuals and histories stay float32. None: as the code around the layer.
 
     Dropout masks and parametrized weights are the same in all evaluations of one call, including
     those of the backward pass; running statistics of batch norms in the cell are updated once per
     call, at the result.
 
     Raises: TypeError for a cell that is not a module, and for an initializer that is not an
-    `AbstractInitializer`; ValueError for ordinary dropout in the cell.
+    `AbstractInitializer`; ValueError for ordinary dropout in the cell and for another precision.
     """
 
-    def __init__(self, cell: nn.Module, initializer: AbstractInitializer | None) -> None:
+    def __init__(
+        self,
+        cell: nn.Module,
+        initializer: AbstractInitializer | None,
+        precision: Precision | None = None,
+    ) -> None:
         super().__init__()
         check_cell(cell)
+        check_precision(precision)
         if not isinstance(initializer, AbstractInitializer | None):
             raise TypeError(
                 f"the initializer is a {type(initializer).__name__}: give one of fastdeq.nn, "
@@ -40,6 +49,7 @@ class AbstractCellLayer(nn.Module):
             )
         self.cell = cell
         self.initializer = zeros_of(cell) if initializer is None else initializer
+        self.precision = precision
 
     @abstractmethod
     def solve(self, f: StateMap, z0: State, trace: TraceKind | None) -> Solution:
@@ -72,7 +82,7 @@ class AbstractCellLayer(nn.Module):
         Raises and warns as `solve`.
         """
         with parametrizations_cached(self):
-            f = CellCall(self.cell, x)
+            f = CellCall(self.cell, x, self.precision)
             z0 = _widened_in_autocast(self.initializer(f, x))
             if depth is None:
                 solution = self.solve(f, z0, trace)
@@ -94,11 +104,14 @@ class AbstractCellLayer(nn.Module):
                 "SkipDeepEquilibriumNetwork, with or without an explicit network"
             )
         with parametrizations_cached(self):
-            z0: State = self.initializer(CellCall(self.cell, x), x)
+            z0: State = self.initializer(CellCall(self.cell, x, self.precision), x)
             return z0
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        shown = self.settings
+        if self.precision is not None:
+            shown = {**shown, "precision": self.precision}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
 
 def _widened_in_autocast(z0: State) -> State:

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fastdeq.autocast import Precision, in_bf16
 from fastdeq.nn.dropout import Masks, VariationalDropout, masks_of_call
 from fastdeq.notation import State
 
@@ -22,8 +23,8 @@ class CellCall:
     are frozen, and updated once by `move_statistics`.
     """
 
-    def __init__(self, cell: nn.Module, x: Any) -> None:
-        self.cell, self.x = cell, x
+    def __init__(self, cell: nn.Module, x: Any, precision: Precision | None = None) -> None:
+        self.cell, self.x, self.precision = cell, x, precision
         self._masks: Masks = {}
         self._dropouts = [m for m in cell.modules() if isinstance(m, VariationalDropout)]
         self._tracking = [
@@ -38,8 +39,7 @@ class CellCall:
                 contexts.enter_context(masks_of_call(self._dropouts, self._masks))
             if self._tracking:
                 contexts.enter_context(_statistics_frozen(self._tracking))
-            output: State = self.cell(z, self.x)
-            return output
+            return self._evaluated(z)
 
     def move_statistics(self, z: State) -> None:
         """Update the running statistics of batch norms in training, once, at the equilibrium z.
@@ -48,7 +48,13 @@ class CellCall:
         """
         if self._tracking:
             with torch.no_grad(), masks_of_call(self._dropouts, self._masks):
-                self.cell(z, self.x)
+                self._evaluated(z)
+
+    def _evaluated(self, z: State) -> State:
+        if self.precision is not None:
+            return in_bf16(lambda at: self.cell(at, self.x), z)
+        output: State = self.cell(z, self.x)
+        return output
 
 
 @contextmanager

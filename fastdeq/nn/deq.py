@@ -6,6 +6,7 @@ from torch import nn
 
 from fastdeq._fixed_point import check_settings, fixed_point
 from fastdeq.adjoints import AbstractAdjoint, Implicit
+from fastdeq.autocast import Precision
 from fastdeq.krylov import GMRES
 from fastdeq.nn.base import AbstractCellLayer
 from fastdeq.nn.coupling import check_coupling, coupling
@@ -25,7 +26,7 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
     """z* = f(z*, x), found by a solver and differentiated by an adjoint (Bai et al. 2019, arXiv
     1909.01377).
 
-    cell, initializer: as in `AbstractCellLayer`.
+    cell, initializer, precision: as in `AbstractCellLayer`.
     solver, adjoint: settings; any of either (see `fastdeq.solvers`, `fastdeq.adjoints`). By default
         limited-memory Broyden and GMRES, with the `per_sample` that matches the cell.
 
@@ -43,8 +44,9 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         solver: AbstractSolver | None = None,
         adjoint: AbstractAdjoint | None = None,
         initializer: AbstractInitializer | None = None,
+        precision: Precision | None = None,
     ) -> None:
-        super().__init__(cell, initializer)
+        super().__init__(cell, initializer, precision)
         alone = coupling(cell) is None
         self.solver = LimitedMemoryBroydenSolver(per_sample=alone) if solver is None else solver
         self.adjoint = Implicit(solver=GMRES(per_sample=alone)) if adjoint is None else adjoint
@@ -79,6 +81,7 @@ class SkipDeepEquilibriumNetwork(DeepEquilibriumNetwork):
         zeros: Zeros | None = None,
         solver: AbstractSolver | None = None,
         adjoint: AbstractAdjoint | None = None,
+        precision: Precision | None = None,
     ) -> None:
         if explicit is not None and zeros is not None:
             raise ValueError("an explicit network makes z₀ itself: leave out `zeros`")
@@ -87,4 +90,6 @@ class SkipDeepEquilibriumNetwork(DeepEquilibriumNetwork):
             initializer = FirstEvaluation(zeros_of(cell) if zeros is None else zeros)
         else:
             initializer = ExplicitNetwork(explicit)
-        super().__init__(cell, solver=solver, adjoint=adjoint, initializer=initializer)
+        super().__init__(
+            cell, solver=solver, adjoint=adjoint, initializer=initializer, precision=precision
+        )

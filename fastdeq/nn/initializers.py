@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdeq.flatten import is_channels_last
 from fastdeq.nn.inputs import tensors_in
 from fastdeq.notation import State, StateMap
 
@@ -27,7 +28,7 @@ class Zeros(AbstractInitializer):
         list or tuple of them. A list of shapes makes a state of several scales.
 
     With a shape, the input may be of any structure (see `tensors_in`): its first tensor with a
-    batch axis gives B and the device.
+    batch axis gives B, the device and the memory format (contiguous or channels_last).
 
     Raises (when called): TypeError for an input without such a tensor, and, without a shape, for
     one that is neither a tensor nor tensors.
@@ -46,10 +47,16 @@ class Zeros(AbstractInitializer):
         # Integers (tokens, which the cell embeds) are an input, but not a state.
         dtype = reference.dtype if reference.is_floating_point() else torch.get_default_dtype()
         if not self.shape or isinstance(self.shape[0], int):
-            return reference.new_zeros(len(reference), *self.shape, dtype=dtype)
-        return tuple(
-            reference.new_zeros(len(reference), *shape, dtype=dtype) for shape in self.shape
-        )
+            return _zeros(reference, self.shape, dtype)
+        return tuple(_zeros(reference, shape, dtype) for shape in self.shape)
+
+
+def _zeros(reference: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
+    """(B, *shape), in the memory format of the reference where both are images."""
+    if len(shape) in (3, 4) and is_channels_last(reference):
+        channels, *rest = shape
+        return reference.new_zeros(len(reference), *rest, channels, dtype=dtype).movedim(-1, 1)
+    return reference.new_zeros(len(reference), *shape, dtype=dtype)
 
 
 def _zeros_like(x: Any) -> State:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastdeq._fixed_point import unsolved
 from fastdeq.adjoints.once import differentiable_once
+from fastdeq.autocast import Precision
 from fastdeq.autodiff import carries_tangent, edges_behind
 from fastdeq.flatten import Layout
 from fastdeq.nn.base import AbstractCellLayer
@@ -42,8 +43,8 @@ class NeuralODE(AbstractCellLayer):
 
     Differentiable once, in reverse mode: the continuous adjoint's gradient has no derivative.
 
-    cell, initializer: as in `AbstractCellLayer`; gradients reach the tensors of the input in
-        nested mappings, lists and tuples.
+    cell, initializer, precision: as in `AbstractCellLayer`; gradients reach the tensors of the
+        input in nested mappings, lists and tuples.
     method: of torchdiffeq. tol: relative and absolute, of the local error, in both directions.
     max_steps: in either direction.
 
@@ -66,8 +67,9 @@ class NeuralODE(AbstractCellLayer):
         tol: float = 1e-3,
         max_steps: int = 1000,
         initializer: AbstractInitializer | None = None,
+        precision: Precision | None = None,
     ) -> None:
-        super().__init__(cell, initializer)
+        super().__init__(cell, initializer, precision)
         if method not in get_args(Integrator):
             choices = ", ".join(get_args(Integrator))
             raise ValueError(f"method is {method!r}, but must be one of {choices}")

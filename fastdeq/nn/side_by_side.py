@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdeq.adjoints import AbstractAdjoint
+from fastdeq.autocast import Precision
 from fastdeq.nn.deq import DeepEquilibriumNetwork
 from fastdeq.nn.initializers import FirstEvaluation, zeros_of
 from fastdeq.solvers import AbstractSolver
@@ -56,7 +57,10 @@ class WidthStackedDEQ(DeepEquilibriumNetwork):
         skip: bool = False,
         solver: AbstractSolver | None = None,
         adjoint: AbstractAdjoint | None = None,
+        precision: Precision | None = None,
     ) -> None:
         cell = SideBySideCell(cells, widths)
         initializer = FirstEvaluation(zeros_of(cell)) if skip else None
-        super().__init__(cell, solver=solver, adjoint=adjoint, initializer=initializer)
+        super().__init__(
+            cell, solver=solver, adjoint=adjoint, initializer=initializer, precision=precision
+        )

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from fastdeq._fixed_point import fixed_depth
+from fastdeq.autocast import Precision
 from fastdeq.nn.base import AbstractCellLayer
 from fastdeq.nn.initializers import AbstractInitializer
 from fastdeq.notation import State, StateMap
@@ -17,7 +18,7 @@ class UnrolledNetwork(AbstractCellLayer):
     With steps = 1 and a cell that ignores z it is an ordinary explicit network of x. Its solution's
     status is NOT_SOLVED, its residual that of the last step, its NFE `steps`.
 
-    cell, initializer: as in `AbstractCellLayer`.
+    cell, initializer, precision: as in `AbstractCellLayer`.
 
     Raises: as `AbstractCellLayer`; also ValueError for steps below 1.
     """
@@ -28,8 +29,9 @@ class UnrolledNetwork(AbstractCellLayer):
         *,
         steps: int,
         initializer: AbstractInitializer | None = None,
+        precision: Precision | None = None,
     ) -> None:
-        super().__init__(cell, initializer)
+        super().__init__(cell, initializer, precision)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps is {steps!r}, but must be a whole number of at least 1")
         self.steps = steps

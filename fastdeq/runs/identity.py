@@ -17,9 +17,10 @@ FREE = (
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
     *("trainer.detect_anomaly", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
     *("data.root", "data.store", "data.download", "data.verify", "data.workers"),
+    "memory_format",
 )
-"""Keys, with all keys below them, that a run's results do not depend on: folders, devices, when it
-stops, and what it logs.
+"""Keys, with all keys below them, that a run's results do not depend on, except by rounding:
+folders, devices, when it stops, what it logs, and the order of numbers in memory.
 """
 
 COPIES = {"optimizer": "optimizer", "model": "model", "weights": "loss", "schedule": "scheduler"}

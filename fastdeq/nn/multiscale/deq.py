@@ -3,6 +3,7 @@
 from torch import nn
 
 from fastdeq.adjoints import AbstractAdjoint
+from fastdeq.autocast import Precision
 from fastdeq.nn.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
 from fastdeq.nn.multiscale.cell import MultiScaleCell
 from fastdeq.solvers import AbstractSolver
@@ -22,9 +23,10 @@ class MultiScaleDeepEquilibriumNetwork(DeepEquilibriumNetwork):
         *,
         solver: AbstractSolver | None = None,
         adjoint: AbstractAdjoint | None = None,
+        precision: Precision | None = None,
     ) -> None:
         _check_scales(cell)
-        super().__init__(cell, solver=solver, adjoint=adjoint)
+        super().__init__(cell, solver=solver, adjoint=adjoint, precision=precision)
 
 
 class MultiScaleSkipDeepEquilibriumNetwork(SkipDeepEquilibriumNetwork):
@@ -43,9 +45,10 @@ class MultiScaleSkipDeepEquilibriumNetwork(SkipDeepEquilibriumNetwork):
         *,
         solver: AbstractSolver | None = None,
         adjoint: AbstractAdjoint | None = None,
+        precision: Precision | None = None,
     ) -> None:
         _check_scales(cell)
-        super().__init__(cell, explicit, solver=solver, adjoint=adjoint)
+        super().__init__(cell, explicit, solver=solver, adjoint=adjoint, precision=precision)
 
 
 def _check_scales(cell: nn.Module) -> None:
