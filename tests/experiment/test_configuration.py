@@ -343,6 +343,28 @@ def test_the_multiscale_models_have_the_published_parameter_counts(
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_one_key_computes_f_of_every_model_in_bfloat16(model: str) -> None:
+    assert build_model(composed(model)).equilibrium.precision is None
+    assert build_model(composed(model, "precision=bf16")).equilibrium.precision == "bf16"
+
+
+def test_one_key_makes_every_kernel_channels_last_and_archs_with_batch_norm_set_it() -> None:
+    for arch, formats in {
+        "cifar_tiny": {"": True, "memory_format=contiguous": False},
+        "digits_conv": {"": False, "memory_format=channels_last": True},
+    }.items():
+        for key, wanted in formats.items():
+            words = (f"arch={arch}", "sizes.input=[3,32,32]", *([key] if key else []))
+            built = build_model(composed("model=skip_mdeq", *words))
+            kernels = [m.weight for m in built.modules() if isinstance(m, nn.Conv2d)]
+            assert all(
+                weight.is_contiguous(memory_format=torch.channels_last) == wanted
+                for weight in kernels
+                if weight.shape[2:] != (1, 1)  # which are the same in both
+            ), (arch, key)
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_arch_initialization_reaches_every_weight_of_every_model(model: str) -> None:
     single = model.removeprefix("model=") in SINGLE_SCALE
     for beside in (

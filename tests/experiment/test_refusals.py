@@ -62,6 +62,8 @@ VALUES = {
     "trainer.limit_train_batches=0": ("trainer.limit_train_batches is 0",),
     "trainer.gradient_clip_val=-1": ("trainer.gradient_clip_val is -1",),
     "trainer.precision=8": ("precision",),
+    "precision=fp16": ("precision is 'fp16'", "'bf16'"),
+    "memory_format=nhwc": ("memory_format is 'nhwc'", "'channels_last'"),
     "trainer.devices=0": ("trainer.devices is 0",),
     "trainer.devices=2": ("several devices need trainer=ddp",),
     "callbacks.failures.on_failure=skip": ("callbacks.failures.on_failure is 'skip'", "skip_step"),

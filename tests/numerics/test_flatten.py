@@ -1,4 +1,5 @@
-"""A state of scales and its flat form: no loss, no copies, half precision widened."""
+"""A state of scales and its flat form: no loss, no copies, memory formats kept, half precision
+widened."""
 
 from typing import Any
 
@@ -6,9 +7,16 @@ import torch
 from torch import Tensor
 
 from fastdeq import fixed_depth, fixed_point
-from fastdeq.flatten import Layout
+from fastdeq.flatten import Layout, is_channels_last
 from fastdeq.solvers import Picard
 from tests.loops import each
+
+
+def nhwc(*shape: int) -> Tensor:
+    """Random numbers in channels_last."""
+    kind = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return torch.randn(shape).contiguous(memory_format=kind)
+
 
 STATES: dict[str, Any] = {
     "dense": lambda: torch.randn(3, 5),
@@ -17,6 +25,11 @@ STATES: dict[str, Any] = {
     "one scale": lambda: (torch.randn(3, 5),),
     "scales": lambda: (torch.randn(3, 2, 4, 4), torch.randn(3, 5), torch.randn(3, 1, 2)),
     "scales with a scalar": lambda: (torch.randn(3), torch.randn(3, 2)),
+    "channels_last": lambda: nhwc(3, 2, 4, 4),
+    "channels_last, 3d": lambda: nhwc(3, 2, 4, 4, 2),
+    "channels_last scales": lambda: (nhwc(3, 2, 4, 4), nhwc(3, 5, 2, 2)),
+    "scales of both formats": lambda: (nhwc(3, 2, 4, 4), torch.randn(3, 5, 2, 2)),
+    "one channel": lambda: nhwc(3, 1, 4, 4),
     "transposed": lambda: torch.randn(3, 4, 2).mT,
     "mixed dtypes": lambda: (torch.randn(3, 2), torch.randn(3, 2, dtype=torch.float64)),
     "half": lambda: (torch.randn(3, 2).half(), torch.randn(3, 4).bfloat16()),
@@ -56,7 +69,10 @@ def test_a_state_of_any_layout_is_solved_for_and_unrolled(name):
             torch.testing.assert_close(end, torch.full_like(start, 2.0), rtol=0, atol=2e-2)
 
 
-@each("name", ["dense", "conv", "one scale", "scales", "scalar"])
+VIEWS = ["dense", "conv", "one scale", "scales", "scalar", *(s for s in STATES if "channel" in s)]
+
+
+@each("name", VIEWS)
 def test_the_scales_of_a_flat_state_are_views_of_it(name):
     layout = Layout.of(STATES[name]())
     flat = layout.flatten(STATES[name]())
@@ -67,9 +83,31 @@ def test_the_scales_of_a_flat_state_are_views_of_it(name):
         offset += scale[0].numel()
 
 
-def test_a_single_contiguous_scale_is_not_copied_on_the_way_in():
-    state = torch.randn(3, 2, 4, 4)
+@each("name", ["conv", "channels_last", "channels_last, 3d"])
+def test_a_single_dense_scale_is_not_copied_on_the_way_in(name):
+    state = STATES[name]()
     assert Layout.of(state).flatten(state).data_ptr() == state.data_ptr()
+
+
+@each("name", STATES)
+def test_a_scale_keeps_its_memory_format_and_is_recognized_in_a_flat_state(name):
+    state = STATES[name]()
+    layout = Layout.of(state)
+    again = layout.unflatten(layout.flatten(state))
+    assert Layout.of(again) == layout
+    for one, other in zip(scales_of(state), scales_of(again), strict=True):
+        assert is_channels_last(one) == is_channels_last(other)
+
+
+def test_the_order_of_the_flat_state_is_that_of_z0_whatever_f_returns():
+    for name in ("conv", "channels_last", "scales of both formats"):
+        z0 = STATES[name]()
+        layout = Layout.of(z0)
+        flat = layout.flatten(z0)
+        for kind in (torch.contiguous_format, torch.channels_last):
+            output = tuple(scale.contiguous(memory_format=kind) for scale in scales_of(z0))
+            found = layout.flatten_output(output[0] if layout.single else output, flat)
+            assert torch.equal(found, flat)
 
 
 def test_the_cell_sees_views_of_one_flat_state():
