@@ -202,13 +202,17 @@ class Batches(EpochLoader):
         drawn = [one.draw(self._samples, generator).to(device) for one in self._augmentation]
         for position in range(first, len(self)):
             window, weight = self._part(position)
-            index = window if order is None else order[window]
-            inputs = self._inputs[index]
+            inputs, targets = (_taken(each, order, window) for each in (self._inputs, self._targets))
             for one, values in zip(self._augmentation, drawn, strict=True):
                 inputs = one.apply(inputs.float(), values[window])
             if self._normalize is not None:
                 inputs = self._normalize(inputs)
-            yield Batch(inputs, self._targets[index], weight)
+            yield Batch(inputs, targets, weight)
+
+
+def _taken(stored: Tensor, order: Tensor | None, window: slice) -> Tensor:
+    # index_select copies whole rows; stored[order[window]] would copy entry by entry on the CPU.
+    return stored[window] if order is None else stored.index_select(0, order[window])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +266,17 @@ class Normalization:
             torch.tensor(values, dtype=torch.float32, device=device).view(-1, *[1] * len(shape[1:]))
             for values in (self.mean, self.std)
         )
-        return lambda inputs: (inputs.float() / self.scale - mean) / std
+        shifts, scales = any(self.mean), set(self.std) != {1.0}
+
+        def normalize(inputs: Tensor) -> Tensor:
+            values = inputs.float() / self.scale
+            if shifts:
+                values -= mean
+            if scales:
+                values /= std
+            return values
+
+        return normalize
 
     def _by_channel(self, name: str, value: Any, bounds: dict[str, float]) -> tuple[float, ...]:
         channels = len(self.mean)
