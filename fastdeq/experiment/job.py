@@ -18,6 +18,7 @@ from hydra.utils import instantiate
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from omegaconf import OmegaConf
+from pytorch_lightning.core.hooks import ModelHooks
 from pytorch_lightning.loggers import Logger
 
 import fastdeq
@@ -150,7 +151,25 @@ def make_trainer(
     # Lightning broadcasts before every step, which waits for the device (Lightning 21487 requests
     # an option). Here a stop request is sent with the averaged gradients instead (Resumption).
     made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    _leave_out_empty_hooks(made, task)
     return made
+
+
+def _leave_out_empty_hooks(trainer: lightning.Trainer, task: AbstractTask) -> None:
+    """Hide the hooks of a step that do nothing: calling and profiling them, five of every callback,
+    takes longer than a small step's optimizer. Lightning calls what is callable.
+    """
+    for each in (task, *trainer.callbacks):  # type: ignore[attr-defined]  # set at run time
+        base = lightning.Callback if isinstance(each, lightning.Callback) else ModelHooks
+        for name in _STEP_HOOKS:
+            if getattr(type(each), name) is getattr(base, name):
+                setattr(each, name, None)
+
+
+_STEP_HOOKS = (
+    *("on_train_batch_start", "on_train_batch_end"),
+    *("on_before_backward", "on_after_backward", "on_before_optimizer_step"),
+)
 
 
 _OWN = {

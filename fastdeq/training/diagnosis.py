@@ -33,7 +33,9 @@ def measure(batch: tuple[Tensor, Tensor, float], solution: Solution, loss: Tenso
     device = inputs.device
     zero = torch.zeros((), device=device)
     forward, backward = (solution, solution.backward.stats) if weight else (None, None)
-    scalars = [loss.to(device) if weight else zero, zero, torch.isfinite(inputs).all()]
+    # A NaN or an infinity is also the smallest or the largest entry.
+    finite = torch.isfinite(torch.stack(inputs.aminmax())).all()
+    scalars = [loss.to(device) if weight else zero, zero, finite]
     return torch.cat(
         [
             _counts(forward, device),
@@ -65,7 +67,7 @@ def _counts(stats: SolveStats | None, device: torch.device) -> Tensor:
     if stats is None:
         return torch.zeros(_KINDS, device=device)
     kinds = torch.arange(_KINDS, device=device)  # bincount would wait for the device
-    return (stats.status[:, None] == kinds).sum(dim=0).to(torch.float32)
+    return (stats.status[:, None] == kinds).sum(dim=0, dtype=torch.float32)
 
 
 class Reading:

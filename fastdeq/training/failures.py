@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -58,6 +59,31 @@ class _Tensors:
     def restore(self, before: Mapping[str, Tensor]) -> None:
         for name, buffer in self.buffers().items():
             buffer.copy_(before[name])
+
+
+class _Copies:
+    """Copies of tensors, in memory that is used again for the next copies but one: a step is judged
+    when the next one has begun.
+    """
+
+    def __init__(self) -> None:
+        self._newest: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._newest, self._before = self._before, self._newest
+        if not _alike(self._newest, tensors):  # the first ones, or a module has replaced a buffer
+            self._newest = {name: torch.empty_like(each) for name, each in tensors.items()}
+        if tensors:
+            torch._foreach_copy_(list(self._newest.values()), list(tensors.values()))
+        return self._newest
+
+
+def _alike(copies: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    return copies.keys() == tensors.keys() and all(
+        (copy.shape, copy.dtype, copy.device) == (each.shape, each.dtype, each.device)
+        for copy, each in zip(copies.values(), tensors.values(), strict=True)
+    )
 
 
 @dataclass
@@ -134,14 +160,16 @@ class Failures(Callback):
         self.patience = min(patience, unconverged_in_a_row or patience)
         self._record = _Record()
         self._tensors: _Tensors | None = None
+        self._copies = _Copies()
         self._pending: list[tuple[StepResult, Reading]] = []  # of all processes, not yet read
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the module's tensors, and forget an earlier training."""
-        self._tensors, self._pending = _Tensors(pl_module), []
+        self._tensors, self._copies, self._pending = _Tensors(pl_module), _Copies(), []
 
     def begin(self, trainer: Trainer) -> dict[str, Tensor]:
-        """Copies of the tensors that the step may change before it is judged.
+        """Copies of the tensors that the step may change before it is judged; valid until the second
+        step after it begins.
 
         Raises: TrainingFailed if the resumed run had reached its limit of failed steps.
         """
@@ -152,7 +180,7 @@ class Failures(Callback):
             changing = self._tensors.buffers()
         elif not self._record.final:
             changing = {**self._tensors.named, **self._tensors.buffers()}
-        return {name: tensor.clone() for name, tensor in changing.items()}
+        return self._copies.of(changing)
 
     def random_state(self) -> tuple[Any, ...] | None:
         """The random state before a batch; None if no further step will be kept."""

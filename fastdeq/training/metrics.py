@@ -49,7 +49,8 @@ class MeanMetrics(Metric):
         places = [self._places[name] for name in metrics]
         tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         if tensors:
-            values = torch.stack([value.to(self.totals) for value in tensors.values()])
+            values = torch.stack([value.to(self.totals.device) for value in tensors.values()])
+            values = values.to(self.totals.dtype)
             self.totals.index_add_(0, self._index_of(tuple(tensors)), values, alpha=weight)
         for place, value in zip(places, metrics.values(), strict=True):
             self._counted[place] += weight
@@ -134,12 +135,13 @@ def mean_metrics(batches: Sequence[tuple[Mapping[str, Value], float]]) -> dict[s
 
 def solver_metrics(solution: Solution) -> dict[str, Tensor]:
     """Means over the samples of a forward solve, or of a pass of fixed depth."""
-    metrics = {"nfe": solution.nfe.float().mean()}
     # A pretraining batch is not solved: it has a residual, but cannot be unconverged.
-    unsolved = solution.status == Status.NOT_SOLVED
-    metrics["residual"] = solution.relative_residual.float().mean()
-    metrics["unconverged"] = (~solution.converged & ~unsolved).float().mean()
-    return metrics
+    unconverged = (solution.status != Status.CONVERGED) & (solution.status != Status.NOT_SOLVED)
+    return {
+        "nfe": _mean(solution.nfe),
+        "residual": _mean(solution.relative_residual),
+        "unconverged": _mean(unconverged),
+    }
 
 
 def backward_metrics(report: BackwardReport) -> dict[str, Tensor]:
@@ -147,8 +149,12 @@ def backward_metrics(report: BackwardReport) -> dict[str, Tensor]:
     stats = report.stats
     if stats is None:
         return {}
-    metrics = {"nfe_backward": stats.nfe.float().mean()}
+    metrics = {"nfe_backward": _mean(stats.nfe)}
     if report.solves:
-        metrics["residual_backward"] = stats.relative_residual.float().mean()
-        metrics["unconverged_backward"] = (~stats.converged).float().mean()
+        metrics["residual_backward"] = _mean(stats.relative_residual)
+        metrics["unconverged_backward"] = _mean(stats.status != Status.CONVERGED)
     return metrics
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean(dtype=torch.float32)

@@ -76,7 +76,8 @@ class StepResult:
 
     number: of the optimizer step, from 0. depth: of an unrolled step; None: it solves.
     accumulates: the number that the loss of each batch is divided by.
-    before: copies of the module's tensors at the beginning of the step, for a failed step.
+    before: copies of the module's tensors at the beginning of the step, for a failed step; their
+        memory is used again by the next step but one.
     rate: the learning rate.
     """
 

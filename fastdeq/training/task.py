@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, reduce
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -205,7 +205,7 @@ class AbstractTask(LightningModule):
         estimate = self.weights.wants_jacobian(step, self.seed)
         prediction, solution = self.model(x, jacobian_loss=estimate, depth=depth, trace=trace)
         parts = {"task": self.criterion(prediction, targets), **self.weights.parts(solution)}
-        loss = torch.stack(list(parts.values())).sum()
+        loss = reduce(torch.add, parts.values())
         named = {f"loss_{name}": part.detach() for name, part in parts.items()}
         scores = self.scores(prediction.detach(), targets)
         metrics = {"loss": loss.detach(), **named, **scores, **solver_metrics(solution)}
@@ -355,7 +355,10 @@ class AbstractTask(LightningModule):
         metrics |= mean_metrics([(each.seconds, 1) for each in batches])
         metrics |= {"seconds": float(step.seconds), "lr": step.rate}
         named = {f"step/{name}": value for name, value in metrics.items()}
-        self.log_dict(named, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        # `log_dict` would also prepare a mean over the epoch, which takes longer than the step.
+        self.trainer.callback_metrics.update(
+            {name: torch.tensor(value) for name, value in named.items()}
+        )
         self._write({"epoch": step.epoch, **named}, step.number)
 
     def _write(self, row: Mapping[str, float], number: int) -> None:

@@ -85,5 +85,5 @@ class ProgressBar(RichProgressBar):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         """The metrics of the step, without the prefix."""
-        metrics = trainer.progress_bar_metrics
-        return {name: metrics[f"step/{name}"] for name in _BAR if f"step/{name}" in metrics}
+        metrics = trainer.callback_metrics
+        return {name: float(metrics[f"step/{name}"]) for name in _BAR if f"step/{name}" in metrics}
