@@ -202,7 +202,9 @@ class Batches(EpochLoader):
         drawn = [one.draw(self._samples, generator).to(device) for one in self._augmentation]
         for position in range(first, len(self)):
             window, weight = self._part(position)
-            inputs, targets = (_taken(each, order, window) for each in (self._inputs, self._targets))
+            inputs, targets = (
+                _taken(each, order, window) for each in (self._inputs, self._targets)
+            )
             for one, values in zip(self._augmentation, drawn, strict=True):
                 inputs = one.apply(inputs.float(), values[window])
             if self._normalize is not None:

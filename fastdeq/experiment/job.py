@@ -252,6 +252,7 @@ def _summary(
         "metrics": metrics,
         "train_seconds": None if seconds is None else round(seconds, 3),
         "train_ms_per_step": timer.median_ms,
+        "train_time_shares": _rounded(timer.shares),
         "seconds_to_first_step": None if waited is None else round(waited, 3),
         "peak_memory_bytes": peak_memory(trainer.strategy.root_device),
         "mode": job.config["mode"],
@@ -299,12 +300,20 @@ def _conclude(
         count = summary["steps"]
         steps = "1 step" if count == 1 else f"{count:,} steps"
         LOG.info("%s in %.1f s%s", steps, summary["train_seconds"], pace)
+    if (shares := summary["train_time_shares"]) is not None:
+        parts = ", ".join(f"{100 * share:.0f} % {_PARTS[name]}" for name, share in shares.items())
+        LOG.info("training time: %s", parts)
     if job.config["mode"] == "train" and not (job.folder / BEST).exists():
         LOG.info("the run ended before its first validation: there is %s and no %s", LAST, BEST)
     LOG.info("see %s", job.folder)
 
 
 _CONVERGENCE = ("residual", "unconverged")
+_PARTS = {"f": "f", "solver": "solver", "adjoint": "adjoint", "other": "everything else"}
+
+
+def _rounded(shares: dict[str, float] | None) -> dict[str, float] | None:
+    return None if shares is None else {name: round(share, 4) for name, share in shares.items()}
 
 
 def _count_parameters(module: torch.nn.Module) -> int:

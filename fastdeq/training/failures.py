@@ -168,8 +168,8 @@ class Failures(Callback):
         self._tensors, self._copies, self._pending = _Tensors(pl_module), _Copies(), []
 
     def begin(self, trainer: Trainer) -> dict[str, Tensor]:
-        """Copies of the tensors that the step may change before it is judged; valid until the second
-        step after it begins.
+        """Copies of the tensors that the step may change before it is judged, valid until the next
+        step but one begins.
 
         Raises: TrainingFailed if the resumed run had reached its limit of failed steps.
         """
