@@ -6,6 +6,7 @@ A file of the group `model` names parts by their keys: `cell: arch.cell`, `solve
 import copy
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, open_dict
 from fastdeq.nn import DEQChain
 from fastdeq.settings import check_value
 from fastdeq.training import AbstractTask, LossWeights
+from fastdeq.training.task import OptimizerFactory
 
 TASK = {"model": "model", "optimizer": "optimizer", "weights": "loss", "schedule": "scheduler"}
 """Arguments of the task, and the keys that they are built from."""
@@ -44,12 +46,23 @@ def build_task(cfg: DictConfig, model: DEQChain | None = None) -> AbstractTask:
         weights = replace(weights, skip=0.0)
     task: AbstractTask = instantiate(cfg.task, _convert_="all", _partial_=True)(
         model=model,
-        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        optimizer=_fused(instantiate(cfg.optimizer, _convert_="all")),
         weights=weights,
         schedule=instantiate(cfg.scheduler, _convert_="all"),
         **step_settings(cfg.trainer),
     )
     return task
+
+
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+_IMPLEMENTATIONS = {"fused", "foreach", "differentiable"}
+
+
+def _fused(make: OptimizerFactory) -> OptimizerFactory:
+    """The same optimizer, all parameters in one kernel; unless the configuration chooses."""
+    if not isinstance(make, partial) or make.func not in _FUSED:
+        return make
+    return make if make.keywords.keys() & _IMPLEMENTATIONS else partial(make, fused=True)
 
 
 def step_settings(trainer: DictConfig) -> dict[str, Any]:

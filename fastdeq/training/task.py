@@ -161,12 +161,13 @@ class AbstractTask(LightningModule):
         if not step.batches:
             optimizer.zero_grad()
         loss, solution, metrics = self.evaluate(batch, step.number, depth=step.depth)
-        measures = cache(lambda: measure(batch, solution, loss.detach() / step.accumulates))
+        part = loss / step.accumulates
+        measures = cache(lambda: measure(batch, solution, part.detach()))
 
         # Backward: the adjoint's solve. The gradients of all processes are averaged at its end.
         payloads = {VERDICT: lambda: step.measures(measures())}
         with averaged_gradients(self.trainer, last=last, weight=batch[2], payloads=payloads):
-            self._backward(loss / step.accumulates)
+            self._backward(part)
         # Gradients are accumulated to save memory: states are then not kept.
         keep = random is not None and step.accumulates == 1
         result = BatchResult.of(
@@ -301,10 +302,13 @@ class AbstractTask(LightningModule):
         if not self.gradient_clip_val:
             return
         # A scaler (16-mixed) has multiplied the gradients, so the limit is multiplied too.
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        precision = self.trainer.precision_plugin
+        scaler = getattr(precision, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
-        limit = self.gradient_clip_val * scale
-        self.clip_gradients(optimizer.optimizer, limit, self.gradient_clip_algorithm)
+        # `clip_gradients` would refuse a fused optimizer, which divides by the scale in its step.
+        by_value = self.gradient_clip_algorithm == "value"
+        clip = precision.clip_grad_by_value if by_value else precision.clip_grad_by_norm
+        clip(optimizer.optimizer, self.gradient_clip_val * scale)
 
     def _evaluate_again(self, batch: Batch, step: StepResult) -> Tensor:
         """For an optimizer that evaluates the batch several times."""

@@ -31,6 +31,7 @@ from tests.training.tasks import (
     metrics_of,
     samples,
     take_step_settings,
+    trained,
 )
 
 BATCHES = 2  # an epoch
@@ -149,6 +150,35 @@ def test_the_timer_leaves_the_warm_up_out_of_its_median(tmp_path):
     assert timer.first_start == first
     assert len(timer.seconds) == 3  # of eight, without the first five
     assert timer.median_ms == 1000 * sorted(timer.seconds)[1] > 0
+
+
+def test_the_shares_of_the_training_time_come_from_every_20th_step_after_the_warm_up(tmp_path):
+    task, timer = make_task(), StepTimer()
+    cell, hooked = task.model.equilibrium.cell, set()
+    cell.register_forward_pre_hook(
+        lambda *_: hooked.add(task.global_step) if cell._forward_hooks else None
+    )
+    trained(task, [samples(5)] * 5, tmp_path, callbacks=[timer])
+    assert timer.shares is None
+    trained(task, [samples(5)] * 30, tmp_path, callbacks=[timer := StepTimer()])
+    assert hooked == {5, 25}
+    assert not cell._forward_hooks
+    shares = timer.shares
+    assert list(shares) == ["f", "solver", "adjoint", "other"]
+    assert min(shares.values()) > 0
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_time_that_passes_in_a_layer_is_counted_as_that_layers(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fastdeq.timer.time.perf_counter", lambda: now[0])
+    for part, name in (("deq.cell", "f"), ("head", "other"), ("stem", "other")):
+        task, timer = make_task(), StepTimer()
+        layer = task.model.get_submodule(part)
+        layer.register_forward_hook(lambda *_: now.append(now.pop() + 1.0))
+        trained(task, [samples(5)] * 7, tmp_path, callbacks=[timer])
+        shares = dict.fromkeys(("f", "solver", "adjoint", "other"), 0.0)
+        assert timer.shares == {**shares, name: 1.0}, part
 
 
 def test_the_timer_logs_steps_and_the_epochs_mean(tmp_path):

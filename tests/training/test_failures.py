@@ -179,11 +179,14 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, clip):
 
 
 def test_with_a_gradient_scaler_clipping_and_skipping_do_what_they_do_without(tmp_path):
-    """Gradients are clipped while they are still multiplied by the scale."""
+    """Gradients are clipped while they are still multiplied by the scale. A fused optimizer divides
+    by it in its step.
+    """
     found = {}
-    for clip, scale in product((0.3, None), (None, 64.0, 1024.0)):
+    for clip, scale, fused in product((0.3, None), (None, 64.0, 1024.0), (False, True)):
         torch.manual_seed(0)
-        task = make_task(lr=0.5)
+        task = make_task()
+        task.make_optimizer = partial(torch.optim.SGD, lr=0.5, fused=fused)
         options: dict[str, Any] = {"precision": "32-true"}
         if scale is not None:
             scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -196,10 +199,11 @@ def test_with_a_gradient_scaler_clipping_and_skipping_do_what_they_do_without(tm
         )
         if scale is not None:
             assert scaler.get_scale() == scale  # a skipped step does not lower it
-        found[clip, scale] = torch.cat([p.detach().flatten() for p in task.parameters()])
-    for clip, scale in product((0.3, None), (64.0, 1024.0)):  # float16 rounds to 5e-4
-        torch.testing.assert_close(found[clip, scale], found[clip, None], rtol=0, atol=5e-3)
-    assert (found[0.3, None] - found[None, None]).abs().max() > 0.05
+        weights = torch.cat([p.detach().flatten() for p in task.parameters()])
+        found[clip, scale, fused] = weights
+    for (clip, _, _), weights in found.items():  # float16 rounds to 5e-4
+        torch.testing.assert_close(weights, found[clip, None, False], rtol=0, atol=5e-3)
+    assert (found[0.3, None, False] - found[None, None, False]).abs().max() > 0.05
 
 
 def test_a_skipped_step_counts_for_schedules(tmp_path):
