@@ -151,11 +151,11 @@ def make_trainer(
     # Lightning broadcasts before every step, which waits for the device (Lightning 21487 requests
     # an option). Here a stop request is sent with the averaged gradients instead (Resumption).
     made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-    _leave_out_empty_hooks(made, task)
+    leave_out_empty_hooks(made, task)
     return made
 
 
-def _leave_out_empty_hooks(trainer: lightning.Trainer, task: AbstractTask) -> None:
+def leave_out_empty_hooks(trainer: lightning.Trainer, task: AbstractTask) -> None:
     """Hide the hooks of a step that do nothing: calling and profiling them, five of every callback,
     takes longer than a small step's optimizer. Lightning calls what is callable.
     """

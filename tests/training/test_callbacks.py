@@ -163,7 +163,7 @@ def test_the_shares_of_the_training_time_come_from_every_20th_step_after_the_war
     trained(task, [samples(5)] * 30, tmp_path, callbacks=[timer := StepTimer()])
     assert hooked == {5, 25}
     assert not cell._forward_hooks
-    shares = timer.shares
+    assert (shares := timer.shares) is not None
     assert list(shares) == ["f", "solver", "adjoint", "other"]
     assert min(shares.values()) > 0
     assert sum(shares.values()) == pytest.approx(1)

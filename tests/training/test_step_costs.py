@@ -9,8 +9,9 @@ import torch
 from pytorch_lightning import Callback
 
 from benchmarks.solver_step import Operations
+from fastdeq.experiment.job import leave_out_empty_hooks
 from fastdeq.training import AbstractTask, Failures, Pretraining, StepTimer
-from tests.training.tasks import make_task, network, samples, trained
+from tests.training.tasks import make_task, make_trainer, network, samples, trained
 
 
 class _Counted(Callback):
@@ -61,3 +62,18 @@ def test_a_step_adds_few_kernels_and_no_waits_to_the_models_passes(tmp_path: Pat
     kernels, waits = counted.steps[4]
     assert kernels <= 51
     assert waits == 0
+
+
+class _AfterBackward(Callback):
+    def on_after_backward(self, *_: Any) -> None:
+        pass
+
+
+def test_only_hooks_that_do_something_are_called_in_a_step(tmp_path: Path) -> None:
+    own = _AfterBackward()
+    trainer = make_trainer(tmp_path, callbacks=[own, timer := StepTimer()])
+    leave_out_empty_hooks(trainer, make_task())
+    assert callable(own.on_after_backward)
+    assert own.on_before_backward is None
+    assert timer.on_after_backward is None
+    assert callable(timer.on_train_batch_end)
