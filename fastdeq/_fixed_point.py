@@ -1,6 +1,7 @@
 """Find z = f(z) with any solver and differentiate it with any adjoint."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import get_args
 
@@ -11,6 +12,7 @@ from fastdeq.adjoints import AbstractAdjoint, Equilibrium, Implicit
 from fastdeq.flatten import Layout
 from fastdeq.norms import sample_norm
 from fastdeq.notation import FlatMap, State, StateMap
+from fastdeq.rows import BatchMap
 from fastdeq.solution import Solution, SolveStats, Status, TraceKind
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver
 
@@ -25,6 +27,7 @@ def fixed_point(
     solver: AbstractSolver = _DEFAULT_SOLVER,
     adjoint: AbstractAdjoint = _DEFAULT_ADJOINT,
     trace: TraceKind | None = None,
+    select: Callable[[Tensor], StateMap] | None = None,
 ) -> Solution:
     """Solve z = f(z) for every sample of a batch; the result is differentiable in all that f closes
     over.
@@ -34,6 +37,8 @@ def fixed_point(
     z0: the initial state: a (B, ...) floating-point tensor, or a tuple of them, one per scale. It
         gets gradients only from the unrolled adjoint: an equilibrium does not depend on its start.
     trace: record the history of residual norms ("residuals"), or of states too ("states").
+    select: rows ↦ f for these samples of the batch alone, with rows (n,) int64; needed by a solver
+        with `compact`. For f(z) = cell(z, x) it is rows ↦ (z ↦ cell(z, x[rows])).
 
     Returns a `Solution`. A sample that does not converge is not an error: its best iterate is
     returned, and `solution.status` reports what happened.
@@ -44,10 +49,14 @@ def fixed_point(
     except with the unrolled adjoint. Warns (RuntimeWarning) where f itself is not finite.
     """
     check_settings(solver, adjoint)
+    _check_select(select, solver, adjoint)
     if trace not in (None, *get_args(TraceKind)):
         raise ValueError(f"trace is {trace!r}, but must be 'residuals', 'states' or None")
     layout = Layout.of(z0)
-    found = adjoint.equilibrium(_flat(f, layout), layout.flatten(z0), solver, trace)
+    flat_f = _flat(f, layout)
+    if select is not None:
+        flat_f = BatchMap(flat_f, lambda rows: _flat(select(rows), layout))
+    found = adjoint.equilibrium(flat_f, layout.flatten(z0), solver, trace)
     value, stats = _without_nonfinite(found)
     return Solution(
         value=layout.unflatten(value),
@@ -133,6 +142,15 @@ def _without_nonfinite(found: Equilibrium) -> tuple[Tensor, SolveStats]:
     status = torch.where(finite, forward.status, int(Status.DIVERGED))
     value = torch.where(finite[:, None], value, forward.value)
     return value, replace(forward.stats, status=status)
+
+
+def _check_select(select: object, solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:
+    compact = solver.compact or (isinstance(adjoint, Implicit) and adjoint.solver.compact)
+    if compact and select is None:
+        raise ValueError(
+            "a solver with `compact` evaluates f for some of the samples: give `select`, which "
+            "restricts f to these, such as lambda rows: (lambda z: cell(z, x[rows]))"
+        )
 
 
 def check_settings(solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastdeq.notation import FlatMap, State, StateMap
+from fastdeq.rows import wrapped
 
 Precision: TypeAlias = Literal["bf16"]
 """`bf16`: bfloat16 where autocast has it (convolutions, matrix products), float32 elsewhere."""
@@ -42,18 +44,25 @@ def full_precision(f: FlatMap, device: torch.device) -> Iterator[FlatMap]:
     Without this, matrix products of float32 states, such as a solver's histories, would run in
     bfloat16.
     """
-    kind = device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.is_autocast_enabled(device.type):
         yield f
         return
-    dtype, caches = torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled()
+    as_outside = wrapped(f, partial(as_here, device=device))
+    with torch.autocast(device.type, enabled=False):
+        yield as_outside
 
-    def as_outside(z: Tensor) -> Tensor:
-        with torch.autocast(kind, dtype=dtype, cache_enabled=caches):
+
+def as_here(f: FlatMap, device: torch.device) -> FlatMap:
+    """f, computing wherever it is called in the precision of the autocast around this call."""
+    kind = device.type
+    enabled, caches = torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled()
+    dtype = torch.get_autocast_dtype(kind)
+
+    def evaluated(z: Tensor) -> Tensor:
+        with torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=caches):
             return f(z)
 
-    with torch.autocast(kind, enabled=False):
-        yield as_outside
+    return evaluated
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from fastdeq.flatten import check_floating
 from fastdeq.history import History, add_combination, project
 from fastdeq.norms import finite, sample_largest, sample_norm
 from fastdeq.notation import FlatMap
+from fastdeq.rows import BatchMap
 from fastdeq.settings import setting, settings
 from fastdeq.solution import SolveResult, Status
 from fastdeq.timer import Stopwatch
@@ -35,6 +36,9 @@ class GMRES:
         fewer waits for the device and a few unused products (results are the same). With 1, the
         host also looks whether any sample needs a second orthogonalization; with more, it is always
         computed. Each cycle also waits twice.
+    compact: once this share of the samples that A is applied to has ended, A is applied to the rest
+        alone; None: always to all. Needs an f that can be restricted to some samples (see
+        `fixed_point`). The same results to rounding, for one evaluation of f each time.
 
     Departures from the reference:
     1. The reported residual is measured, b − A x, at the end of each cycle, not taken from the
@@ -50,6 +54,15 @@ class GMRES:
     restart: int | None = setting(default=None, at_least=1)
     per_sample: bool = setting(default=True)
     check_every: int = setting(default=1, at_least=1)
+    compact: float | None = setting(default=None, above=0, at_most=1)
+
+    def validate(self) -> None:
+        """Refuse `compact` for one problem of the whole batch."""
+        if self.compact is not None and not self.per_sample:
+            raise ValueError(
+                "GMRES.compact applies A to samples apart from each other, but per_sample=False "
+                "says that they are coupled: leave one of the two out"
+            )
 
     def solve(self, matvec: FlatMap, b: Tensor) -> SolveResult:
         """Solve A x = b from x = 0. matvec: (B, D) → (B, D), linear. b: (B, D).
@@ -198,6 +211,12 @@ class _Cycle:
     ) -> None:
         self.matvec, self.target, self.active, self.size = matvec, target.double(), active, size
         self.check_every = settings.check_every
+        restrict = matvec.restrict if isinstance(matvec, BatchMap) else None
+        self.restrict = restrict if settings.compact else None
+        # Once at most the share `narrow_at` of the samples that A is applied to is active, it is
+        # restricted to these.
+        self.narrow_at, self.applied = 1 - (settings.compact or 1), len(r)
+        self.rows: Tensor | None = None
         # With a look at every product, the host also decides what may be left out.
         self.looks = settings.check_every == 1
         self.basis = History(size + 1)
@@ -223,20 +242,35 @@ class _Cycle:
             v = self.basis.rows[:, j]
             # Of A v, v itself lies in the basis: without it, what remains is often much smaller, as
             # for A = I − J, and then so is the rounding of its orthogonalization.
-            change = self.matvec(v) - v
+            change = self._applied(v) - v
             length = sample_norm(change)
             self.largest = torch.maximum(self.largest, 1 + length)  # ‖v‖ = 1
             column, rest = self._orthogonalize(change, length)
             column[:, j] += 1
             self._append(j, column.double(), rest)
             # Waits for the device; saves products with A.
-            if (j + 1) % self.check_every == 0 and not bool(self.active.any()):
-                break
+            if (j + 1) % self.check_every == 0:
+                left = int(self.active.sum())
+                if not left:
+                    break
+                self._narrow(left)
         self.count = j + 1
         if not self.looks:
             # What was made but not needed is neither used nor counted: one more wait.
             self.count = min(self.count, max(1, int(self.used.amax())))
         return self.count
+
+    def _narrow(self, left: int) -> None:
+        if self.restrict is None or left > self.narrow_at * self.applied:
+            return
+        self.applied, self.rows = left, self.active.nonzero()[:, 0]
+        self.matvec = self.restrict(self.rows)
+
+    def _applied(self, v: Tensor) -> Tensor:
+        if self.rows is None:
+            return self.matvec(v)
+        # v is zero for the others, which are finished.
+        return torch.zeros_like(v).index_copy(0, self.rows, self.matvec(v[self.rows]))
 
     def _orthogonalize(self, v: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Classical Gram–Schmidt: the next row of the basis, from v (B, D) of this length, (B,).

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastdeq.autodiff import carries_tangent
 from fastdeq.notation import FlatMap
+from fastdeq.rows import wrapped
 from fastdeq.settings import settings
 from fastdeq.solution import BackwardReport, SolveResult, TraceKind
 from fastdeq.solvers import AbstractSolver, solve
@@ -62,7 +63,7 @@ def solve_without_graph(
         tangents would pass through the solver's steps, or be lost, instead of those of the adjoint.
     """
     with torch.no_grad():
-        result = solve(solver, _without_tangents(f), z0.detach(), trace=trace)
+        result = solve(solver, wrapped(f, _without_tangents), z0.detach(), trace=trace)
     # Older torch would reuse, with gradients on, what autocast cast while they were off, and the
     # weights would get no gradient (pytorch issue 112583).
     torch.clear_autocast_cache()

@@ -1,6 +1,8 @@
 """Implicit differentiation: the exact gradient of the equilibrium, from one linear solve."""
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,9 +10,11 @@ from torch import Tensor
 
 from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium, solve_without_graph
 from fastdeq.adjoints.once import differentiable_once
+from fastdeq.autocast import as_here
 from fastdeq.autodiff import edges_behind, vjp
 from fastdeq.krylov import GMRES
 from fastdeq.notation import FlatMap
+from fastdeq.rows import BatchMap, wrapped
 from fastdeq.settings import setting, settings
 from fastdeq.solution import BackwardReport, Status, TraceKind
 from fastdeq.solvers import AbstractSolver, solve
@@ -54,7 +58,10 @@ class Implicit(AbstractAdjoint):
             output = output.detach()
             return Equilibrium(output, output - forward.value, forward)
         report = BackwardReport()
-        value = _ImplicitFunction.apply(output, z_sol, self.solver, report)  # type: ignore[no-untyped-call]
+        restrict = None
+        if isinstance(f, BatchMap) and self.solver.compact:
+            restrict = wrapped(f, partial(as_here, device=z0.device)).restrict  # type: ignore[attr-defined]
+        value = _ImplicitFunction.apply(output, z_sol, self.solver, restrict, report)  # type: ignore[no-untyped-call]
         return Equilibrium(value, output - z_sol.detach(), forward, report)
 
 
@@ -72,20 +79,22 @@ class _ImplicitFunction(torch.autograd.Function):
         output: Tensor,
         z_in: Tensor,
         solver: GMRES | AbstractSolver,
+        restrict: Callable[[Tensor], FlatMap] | None,
         report: BackwardReport,
     ) -> Tensor:
-        ctx.solver, ctx.report = solver, report
+        ctx.solver, ctx.restrict, ctx.report = solver, restrict, report
         ctx.save_for_backward(output, z_in)
         return output.clone()
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None, None]:
         (w,) = cotangents
         output, z_in = ctx.saved_tensors
-        v = _solve_vjp(output, z_in, w.detach(), ctx.solver, ctx.report)
+        product = _transposed(output, z_in, ctx.restrict)
+        v = _solve_transposed(product, w.detach(), ctx.solver, ctx.report)
         # The graph of `output` starts at z_in, held constant, and v's own dependence on the
         # parameters is not recorded: a second derivative would be wrong.
-        return differentiable_once(v, (w, output), _ONCE), None, None, None
+        return differentiable_once(v, (w, output), _ONCE), None, None, None, None
 
 
 def _depends_on_others(output: Tensor, z_in: Tensor) -> bool:
@@ -94,23 +103,29 @@ def _depends_on_others(output: Tensor, z_in: Tensor) -> bool:
     return any(getattr(node, "variable", z_in) is not z_in for node, _ in edges_behind(output))
 
 
-def _solve_vjp(
-    output: Tensor,
-    z_in: Tensor,
-    w: Tensor,
-    solver: GMRES | AbstractSolver,
-    report: BackwardReport,
+def _transposed(output: Tensor, z: Tensor, restrict: Callable[[Tensor], FlatMap] | None) -> FlatMap:
+    """v ↦ Jᵀ v through the graph from z to output; with `restrict`, of f, it can be restricted."""
+    product = partial(vjp, output, z)
+    if restrict is None:
+        return product
+
+    def of_rows(rows: Tensor) -> FlatMap:
+        with torch.enable_grad():  # the graph of these samples alone costs one evaluation of f
+            part = z.detach()[rows].requires_grad_()
+            return partial(vjp, restrict(rows)(part), part)
+
+    return BatchMap(product, of_rows)
+
+
+def _solve_transposed(
+    product: FlatMap, w: Tensor, solver: GMRES | AbstractSolver, report: BackwardReport
 ) -> Tensor:
-    """Solve (I − Jᵀ) v = w and record the statistics."""
-
-    def vjp_of(v: Tensor) -> Tensor:
-        return vjp(output, z_in, v)
-
+    """Solve (I − Jᵀ) v = w and record the statistics. product: v ↦ Jᵀ v."""
     with torch.no_grad():
         if isinstance(solver, GMRES):
-            result = solver.solve(lambda v: v - vjp_of(v), w)
+            result = solver.solve(wrapped(product, _subtracted), w)
         else:
-            result = solve(solver, lambda v: vjp_of(v) + w, w)
+            result = solve(solver, _added(product, w), w)
     report.stats = result.stats
     unchanged = (result.value == 0).all(dim=1) & (w != 0).any(dim=1)
     lost = (result.status == Status.DIVERGED) | (unchanged & ~result.converged)
@@ -118,6 +133,20 @@ def _solve_vjp(
         _warn(lost, w)
         return torch.where(lost[:, None], w, result.value)
     return result.value
+
+
+def _subtracted(product: FlatMap) -> FlatMap:
+    return lambda v: v - product(v)
+
+
+def _added(product: FlatMap, w: Tensor) -> FlatMap:
+    def added(v: Tensor) -> Tensor:
+        return product(v) + w
+
+    if not isinstance(product, BatchMap):
+        return added
+    restrict = product.restrict
+    return BatchMap(added, lambda rows: _added(restrict(rows), w[rows]))
 
 
 def _warn(lost: Tensor, w: Tensor) -> None:

@@ -1,11 +1,12 @@
 """One call of an equilibrium layer: the cell with its input bound and its random state fixed."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -13,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fastdeq.autocast import Precision, in_bf16
 from fastdeq.nn.dropout import Masks, VariationalDropout, masks_of_call
 from fastdeq.notation import State
+from fastdeq.rows import select_rows
 
 
 class CellCall:
@@ -26,6 +28,7 @@ class CellCall:
     def __init__(self, cell: nn.Module, x: Any, precision: Precision | None = None) -> None:
         self.cell, self.x, self.precision = cell, x, precision
         self._masks: Masks = {}
+        self._batch = 0  # of the last evaluation
         self._dropouts = [m for m in cell.modules() if isinstance(m, VariationalDropout)]
         self._tracking = [
             m
@@ -34,12 +37,29 @@ class CellCall:
         ]
 
     def __call__(self, z: State) -> State:
+        self._batch = len(z if isinstance(z, Tensor) else z[0])
         with ExitStack() as contexts:
             if self._dropouts:
                 contexts.enter_context(masks_of_call(self._dropouts, self._masks))
             if self._tracking:
                 contexts.enter_context(_statistics_frozen(self._tracking))
             return self._evaluated(z)
+
+    def select(self, rows: Tensor) -> "CellCall":
+        """This call for some samples of the batch alone, rows (n,) int64.
+
+        Raises: ValueError for a batch norm in training, which couples the samples, and for an input
+        that is not one row per sample.
+        """
+        if self._tracking:
+            raise ValueError(
+                f"the cell has a {type(self._tracking[0]).__name__} in training, which couples the "
+                "samples of a batch: set solver.compact=null and per_sample=false"
+            )
+        part = copy.copy(self)
+        part.x = select_rows(self.x, rows, self._batch)
+        part._masks = {place: mask[rows] for place, mask in self._masks.items()}
+        return part
 
     def move_statistics(self, z: State) -> None:
         """Update the running statistics of batch norms in training, once, at the equilibrium z.

@@ -9,6 +9,7 @@ from fastdeq.adjoints import AbstractAdjoint, Implicit
 from fastdeq.autocast import Precision
 from fastdeq.krylov import GMRES
 from fastdeq.nn.base import AbstractCellLayer
+from fastdeq.nn.call import CellCall
 from fastdeq.nn.coupling import check_coupling, coupling
 from fastdeq.nn.initializers import (
     AbstractInitializer,
@@ -55,7 +56,10 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
 
     def solve(self, f: StateMap, z0: State, trace: TraceKind | None) -> Solution:
         """Raises and warns as `fixed_point`."""
-        return fixed_point(f, z0, solver=self.solver, adjoint=self.adjoint, trace=trace)
+        select = f.select if isinstance(f, CellCall) else None
+        return fixed_point(
+            f, z0, solver=self.solver, adjoint=self.adjoint, trace=trace, select=select
+        )
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The interface of a solver: settings, a state, and a step. The loop is in `loop.py`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -37,12 +38,19 @@ class Problem:
         self.active = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
         self.alive = self.active  # (B,): all but the diverged ones
         self.all_active = True  # no sample is frozen
+        self._rows: Tensor | None = None  # (n,), of the samples that f is evaluated for; None: all
+        self._f = f  # of these samples
         self._count: int | Tensor = 0
 
     def freeze(self, hold: Tensor, active: Tensor, alive: Tensor) -> None:
         """From now on, evaluate at `hold` (B, D) the samples that are not in `active` (B,)."""
         self.hold, self.active, self.alive = hold, active, alive
         self.all_active = False
+
+    def narrow(self, restrict: Callable[[Tensor], FlatMap]) -> None:
+        """From now on, evaluate f for the active samples alone, by its restriction to them."""
+        self._rows = self.active.nonzero()[:, 0]
+        self._f = restrict(self._rows)
 
     def evaluate(
         self, z: Tensor, rows: Tensor | None = None, *, guarded: bool | None = None
@@ -65,15 +73,27 @@ class Problem:
             lost = ~usable if rows is None else rows & ~usable
             rows = usable if rows is None else rows & usable
         shown = z if rows is None else torch.where(rows[:, None], z, self.hold)
-        output = self.f(shown)
-        if output.shape != shown.shape:
+        if self._rows is not None:
+            return self._evaluate_rows(shown, self._rows)
+        output = self._evaluated(shown)
+        g = output - shown
+        return Iterate(shown, g if lost is None else g.masked_fill(lost[:, None], torch.nan))
+
+    def _evaluated(self, z: Tensor) -> Tensor:
+        output = self._f(z)
+        if output.shape != z.shape:
             raise ValueError(
-                f"f(z) has shape {tuple(output.shape)} but z has shape {tuple(shown.shape)}: "
+                f"f(z) has shape {tuple(output.shape)} but z has shape {tuple(z.shape)}: "
                 "let f restore the shape of z"
             )
         check_floating(output, "f(z)")
-        g = output.to(shown.dtype) - shown
-        return Iterate(shown, g if lost is None else g.masked_fill(lost[:, None], torch.nan))
+        return output.to(z.dtype)
+
+    def _evaluate_rows(self, z: Tensor, rows: Tensor) -> Iterate:
+        """f for some samples; the residual of the others, which are finished, is zero here."""
+        part = z.index_select(0, rows)
+        g = torch.zeros_like(z).index_copy(0, rows, self._evaluated(part) - part)
+        return Iterate(z, g)
 
     def count(self, evaluations: int | Tensor) -> None:
         """Add evaluations: a number for all samples, or (B,) numbers, or a mask for one each."""
@@ -106,6 +126,10 @@ class AbstractSolver(ABC):
     check_every: number of steps between two reads of whether all samples are done; more means fewer
         waits for the device and a few unused steps (results are the same: finished samples are
         frozen). Line searches and `vcab3` also wait, to save evaluations.
+    compact: once this share of the samples that f is evaluated for has ended, f is evaluated for
+        the rest alone; None: always for all. Needs an f that can be restricted to some samples (see
+        `fixed_point`), pays where they need very different numbers of steps, and gives the same
+        results to rounding. Products with the Jacobian in `NewtonKrylov` remain those of all.
     """
 
     differentiable: ClassVar[bool] = True
@@ -120,9 +144,16 @@ class AbstractSolver(ABC):
     max_steps: int = setting(default=50, at_least=1)
     per_sample: bool = setting(default=True)
     check_every: int = setting(default=1, at_least=1)
+    compact: float | None = setting(default=None, above=0, at_most=1)
 
     def validate(self) -> None:
-        """Refuse a tolerance that the termination mode does not use."""
+        """Refuse a tolerance that the termination mode does not use, and `compact` for a shared
+        norm."""
+        if self.compact is not None and not self.per_sample:
+            raise ValueError(
+                f"{type(self).__name__}.compact evaluates samples apart from each other, but "
+                "per_sample=False says that they are coupled: leave one of the two out"
+            )
         for name, mode, other in (("abstol", "rel", "reltol"), ("reltol", "abs", "abstol")):
             alone = getattr(self, name) is not None and getattr(self, other) is None
             if alone and self.termination.startswith(mode):

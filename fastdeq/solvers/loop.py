@@ -24,6 +24,7 @@ from fastdeq.autocast import full_precision
 from fastdeq.flatten import check_floating
 from fastdeq.norms import finite
 from fastdeq.notation import FlatMap
+from fastdeq.rows import BatchMap
 from fastdeq.solution import SolveResult, Trace, TraceKind
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.termination import Iterate, Measures, Progress, ratio
@@ -37,12 +38,19 @@ def solve(
 
     f: (B, D) → (B, D). z0: (B, D), floating point; a non-finite row ends as DIVERGED, at zero.
     trace: also return the history of residual norms, or of residual norms and states.
+    With `solver.compact`, f is a `BatchMap`.
     For states of other shapes, and for gradients, see `fixed_point`.
 
     Raises: TypeError or ValueError for a z0 that is not a non-empty floating-point (B, D) tensor,
-    and for an f that changes the shape or does not return floating-point numbers.
+    for an f that changes the shape or does not return floating-point numbers, and for
+    `solver.compact` with an f that cannot be restricted.
     """
     _check_start(z0)
+    if solver.compact and not isinstance(f, BatchMap):
+        raise ValueError(
+            "solver.compact evaluates f for some of the samples: give fixed_point a `select` that "
+            "restricts f to these, or leave compact out"
+        )
     watch = Stopwatch(z0.device)
     with full_precision(f, z0.device) as guarded:
         result = _iterated(solver, guarded, z0, trace)
@@ -79,6 +87,10 @@ class _Run:
         self.progress = Progress(solver.rule, solver.pooling, z0)
         # A shared norm says that f may couple the samples.
         self._may_spread = solver.pooling.shared and not solver.guarded
+        # Once at most the share `_narrow_at` of the samples that f is evaluated for is active, f is
+        # restricted to these.
+        self._restrict = f.restrict if isinstance(f, BatchMap) and solver.compact else None
+        self._narrow_at, self._evaluates = 1 - (solver.compact or 1), len(z0)
         self.best_z = z0
         # The counts of the samples in `_counted`, (B,), since it last changed.
         self._counted, self._taken = self.progress.active, -1
@@ -167,6 +179,10 @@ class _Run:
         device = at.z.device
         active, alive = self.progress.active.to(device), self.progress.alive.to(device)
         self.problem.freeze(self.best_z, active, alive)
+        left = int(self.progress.active.sum())
+        if self._restrict and left <= self._narrow_at * self._evaluates:
+            self._evaluates = left
+            self.problem.narrow(self._restrict)
         rows = active[:, None]
         return Iterate(torch.where(rows, at.z, self.best_z), at.g.masked_fill(~rows, 0.0))
 
