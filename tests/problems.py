@@ -36,10 +36,9 @@ SOLVERS: dict[str, Callable[..., AbstractSolver]] = {
     "broyden": BroydenSolver,
     "lbroyden": LimitedMemoryBroydenSolver,
     "newton_krylov": NewtonKrylov,
-    # The path does not matter here, only where it ends: steps as long as stability allows.
-    "tsit5": partial(ContinuousSolver, method="tsit5", ode_tol=1e-2),
-    "bs3": partial(ContinuousSolver, method="bs3", ode_tol=1e-2),
-    "vcab3": partial(ContinuousSolver, method="vcab3", ode_tol=1e-2),
+    "tsit5": partial(ContinuousSolver, method="tsit5"),
+    "bs3": partial(ContinuousSolver, method="bs3"),
+    "vcab3": partial(ContinuousSolver, method="vcab3"),
 }
 CONTINUOUS = ("tsit5", "bs3", "vcab3")
 

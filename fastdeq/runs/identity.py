@@ -61,9 +61,12 @@ def current(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Earlier versions repeat the parts of the model and of the task as whole nodes instead of keys
     (`model.deq.solver: solver`), have λ_skip in `skip_weight` and in `loss.skip`, and the published
-    row in `reference`.
+    row in `reference`. An `ode_tol` of null, the default of earlier versions, is `tol`.
     """
     new = {key: value for key, value in config.items() if key != "reference"}
+    solver = config.get("solver")
+    if isinstance(solver, Mapping) and solver.get("ode_tol", 0) is None:
+        new["solver"] = {**solver, "ode_tol": solver.get("tol")}
     if isinstance(task := config.get("task"), Mapping):
         new["task"] = {
             name: value

@@ -25,6 +25,7 @@ from tests.data.cifar_svhn_files import (
 )
 from tests.data.idx_files import samples, small_mnist, write_files
 from tests.data.image_folders import images, write_images
+from tests.problems import CONTINUOUS
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +70,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         "solver.method": "tsit5",
         "loss.skip": 0.01,
         "solver.tol": 5e-3,
+        "solver.ode_tol": 5e-3,
         "trainer.max_epochs": 25,
     },
     "polynomial_fitting": {
@@ -78,13 +80,14 @@ SETTINGS: dict[str, dict[str, object]] = {
         "data.noise": 0.005,
         "solver.method": "bs3",
         "solver.tol": 1e-3,
+        "solver.ode_tol": 1e-3,
         "solver.max_steps": 50,
         "optimizer.lr": 1e-3,
         "trainer.max_epochs": 300,
         "loss.skip": 1e-2,
         "loss.residual": 1e-3,
     },
-    "dynamics": {"arch.hidden": 50},
+    "dynamics": {"arch.hidden": 50, "solver.tol": 1e-3, "solver.ode_tol": 1e-3},
     "cifar10_tiny": {
         "data.batch_size": 128,
         "data.augmentation": [],
@@ -227,6 +230,9 @@ def test_every_experiment_composes_with_every_choice(experiment: str, choice: st
     for key in ("solver", "adjoint", "loss", "scheduler", "data"):
         instantiate(cfg[key], _convert_="all")
     build_task(cfg)
+    # Published continuous runs; discrete ones have no such key.
+    local = cfg.solver.tol if cfg.solver.get("method") in CONTINUOUS else None
+    assert cfg.solver.get("ode_tol") == local
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -235,6 +241,13 @@ def test_the_settings_are_the_published_ones(experiment: str) -> None:
     wanted = SETTINGS[experiment]
     found = {key: OmegaConf.select(cfg, key) for key in wanted}
     assert found == wanted
+
+
+def test_the_local_tolerance_of_a_published_run_is_tol_unless_it_is_given() -> None:
+    words = ("experiment=cifar10_large", "solver=vcab3", "solver.tol=0.03")
+    assert composed(*words).solver.ode_tol == 0.03
+    assert composed(*words, "solver.ode_tol=2").solver.ode_tol == 2
+    assert composed("data=cifar10", "solver=vcab3").solver.ode_tol == 0.5  # not a published run
 
 
 def check_table(table: dict[str, Any]) -> None:

@@ -148,6 +148,16 @@ def test_a_key_without_a_value_is_the_same_as_none() -> None:
     assert same(plain(composed("model=skip_deq")), config) == (True, True)
 
 
+def test_an_ode_tol_of_null_as_in_earlier_versions_is_tol() -> None:
+    for published in ("experiment=dynamics", "experiment=cifar10_tiny"):
+        cfg = composed(published, "solver=vcab3")
+        assert same(changed(cfg, "solver.ode_tol", None), plain(cfg)) == (True, True)
+    cfg = composed("solver=vcab3", "solver.tol=1e-3")
+    old = changed(cfg, "solver.ode_tol", None)
+    assert same(old, plain(cfg)) == (False, False)
+    assert same(old, changed(cfg, "solver.ode_tol", 1e-3)) == (True, True)
+
+
 def test_a_folder_is_refused_for_one_batch_in_place_of_all(tmp_path: Path) -> None:
     cfg = composed("model=skip_deq")
     OmegaConf.save(cfg, tmp_path / "config.yaml", resolve=True)

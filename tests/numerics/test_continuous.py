@@ -14,7 +14,8 @@ from fastdeq.solvers import ContinuousSolver, Iterate, Picard, Problem, solve
 from fastdeq.solvers.continuous.solver import METHODS
 from fastdeq.solvers.continuous.tableaux import BS3, TSIT5, Tableau
 from tests.loops import each
-from tests.problems import CONTINUOUS, problem_named
+from tests.numerics.solves import run
+from tests.problems import CONTINUOUS, FACTORIES, problem_named
 
 ORDERS = {"tsit5": 5, "bs3": 3, "vcab3": 3}
 every_method = pytest.mark.parametrize("name", CONTINUOUS)
@@ -256,7 +257,7 @@ def test_a_rejected_adams_step_costs_no_evaluation():
         return z + (1 - z) * (0.5 + 200 / (1 + torch.exp(-60 * (z - 0.6))))
 
     z0 = torch.zeros(1, 1, dtype=torch.float64)
-    solver = ContinuousSolver(method="vcab3", tol=1e-4, max_steps=400)
+    solver = ContinuousSolver(method="vcab3", tol=1e-4, ode_tol=1e-4, max_steps=400)
     with torch.no_grad():
         result = solve(solver, f, z0, trace="states")
     assert result.converged.all()
@@ -267,6 +268,59 @@ def test_a_rejected_adams_step_costs_no_evaluation():
     rejected_later = int((~moved[first_two:]).sum())
     assert rejected_later > 0, "the test needs a rejected Adams step"
     assert int(result.nfe) == 1 + 3 * first_two + int(moved[first_two:].sum())
+
+
+def tanh_cell(gain: float, size: int = 64) -> FlatMap:
+    """tanh(W z + x) with ‖W‖₂ = gain and a row of x per sample, as many as entries; float32."""
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(2, size, size, generator=generator)
+    w = gain * w / torch.linalg.matrix_norm(w, 2)
+    return lambda z: torch.tanh(z @ w.mT + x)
+
+
+@each("name, coarse, fine", [("tsit5", 40, 60), ("vcab3", 32, 50), ("bs3", 25, 40)])
+def test_the_default_local_tolerance_takes_few_evaluations(name, coarse, fine):
+    # With the tolerance of the equilibrium: 60, 38, 43 at 1e-3 and 134, 141, 162 at 1e-5.
+    for tol, most in ((1e-3, coarse), (1e-5, fine)):
+        solver = ContinuousSolver(method=name, tol=tol, max_steps=200)
+        with torch.no_grad():
+            result = solve(solver, tanh_cell(0.9), torch.zeros(64, 64))
+        assert result.converged.all(), tol
+        assert float(result.nfe.double().mean()) <= most, tol
+
+
+@each("name", CONTINUOUS)
+@each("problem_name", FACTORIES)
+def test_every_problem_converges_to_rounding_at_the_default_local_tolerance(name, problem_name):
+    if (name, problem_name) == ("vcab3", "nearly_singular"):
+        # Its stable steps are at most 0.545 / 1.7 long, the slowest mode decays by exp(−0.02 t):
+        # 4,700 steps to 1e-13, and at any `ode_tol` the stall rule ends it before.
+        return
+    problem = problem_named(problem_name)
+    for tol in (1e-5, 1e-9, 1e-13):
+        solver = ContinuousSolver(method=name, tol=tol, max_steps=3000)
+        result = run(solver, problem)
+        assert result.converged[problem.solvable].all(), tol
+        assert (result.relative_residual[problem.solvable] <= tol).all(), tol
+
+
+@each("name", CONTINUOUS)
+def test_tol_decides_where_the_path_ends_and_not_how_it_gets_there(name):
+    def path(tol: float, ode_tol: float | None) -> Tensor:
+        solver = ContinuousSolver(method=name, tol=tol, ode_tol=ode_tol, max_steps=200)
+        with torch.no_grad():
+            result = solve(solver, tanh_cell(0.9), torch.zeros(64, 64), trace="states")
+        assert result.converged.all()
+        assert result.trace is not None
+        assert result.trace.states is not None
+        return result.trace.states[: int(result.steps.min())]
+
+    for ode_tol in (0.5, 1e-3):
+        coarse, fine = path(1e-2, ode_tol), path(1e-5, ode_tol)
+        assert len(coarse) < len(fine)
+        assert torch.equal(coarse, fine[: len(coarse)])
+    assert not torch.equal(path(1e-2, 0.5)[:3], path(1e-2, 1e-3)[:3])
+    assert torch.equal(path(1e-2, None), path(1e-2, 1e-2))
 
 
 @every_method

@@ -104,7 +104,7 @@ def can_express(where: str, dtype: torch.dtype) -> bool:
 @every_solver
 @each("dtype", [torch.float32, torch.float64])
 def test_a_large_equilibrium_is_converged_in_every_mode_that_can_express_it(name, dtype):
-    # vcab3 takes 63 steps at its default tolerances, others fewer than the default of 50.
+    # vcab3 takes 78 steps in the absolute modes, others fewer than the default of 50.
     results = in_every_mode(
         name, lambda z: 0.5 * z + 1e6, torch.zeros(3, 4, dtype=dtype), max_steps=200
     )

