@@ -520,7 +520,7 @@ def test_one_and_two_processes_have_the_same_metrics(root, command):
     runs = []
     for chosen in ((), ("trainer=ddp_cpu", "trainer.devices=2", "data.workers=1")):
         before = set(command.folder.rglob("summary.json"))
-        answer = command.process(*shared, *chosen)
+        answer = command(*shared, *chosen)
         assert answer.status == 0, answer.err
         (added,) = set(command.folder.rglob("summary.json")) - before
         runs.append(metrics(added.parent))

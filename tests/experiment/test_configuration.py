@@ -32,6 +32,7 @@ REQUIRED = {
         *("arch=cifar_tiny", "data.size=32", "sizes.outputs=10", "model=skip_mdeq"),
         *("solver.max_steps=3", "adjoint.solver.max_steps=3"),
     ],
+    "solver=newton_krylov": ["solver.max_steps=3"],  # it uses all the evaluations it may
     "arch=dynamics": ["data=polynomial"],
     "arch=polynomial": ["data=polynomial"],
     "arch=fc": ["model=skip_deq"],

@@ -41,7 +41,7 @@ def metrics(folder: Path) -> dict[str, float]:
 
 def run(command: CommandLine, *overrides: str) -> Path:
     before = set(command.folder.rglob("summary.json"))
-    answer = command.process(*RUN, *overrides)
+    answer = command(*RUN, *overrides)
     assert answer.status == 0, answer.err
     (added,) = set(command.folder.rglob("summary.json")) - before
     return added.parent
@@ -82,7 +82,7 @@ def test_a_step_exchanges_averaged_gradients_and_nothing_else(
 
 
 def test_three_jobs_of_two_processes_make_three_run_folders(command: CommandLine) -> None:
-    answer = command.process(
+    answer = command(
         "-m", *RUN, "seed=1,2,3", "trainer=ddp_cpu", "trainer.devices=2", "logger=tensorboard"
     )
     assert answer.status == 0, answer.err

@@ -238,11 +238,13 @@ def test_the_weights_of_a_state_can_be_used_like_those_of_any_checkpoint(tmp_pat
 
 
 def test_two_processes_stop_together_and_resume_together(command: CommandLine) -> None:
-    short = (*SHORT, "model=deq", "loss.jacobian=0.1", "trainer=ddp_cpu", "trainer.devices=2")
+    two = ("trainer=ddp_cpu", "trainer.devices=2", "trainer.max_epochs=2")
+    short = (*SHORT, "model=deq", "loss.jacobian=0.1", *two)
     whole = command(*short, "paths.run=whole")
     assert whole.status == 0, whole.err
-    # The stop request is sent with the gradients of the first step, and read after the next step.
-    for steps in (2, 4, 6, 8, 10):
+    # The stop request is sent with the gradients of the first step, and read after the next step:
+    # in the middle of an epoch of four, and at its end.
+    for steps in (2, 4):
         stopped = command(*short, "paths.run=pieces", AT_ONCE)
         assert stopped.status == RESUMABLE, stopped.err
         assert "the same command resumes" in stopped.out
@@ -250,7 +252,7 @@ def test_two_processes_stop_together_and_resume_together(command: CommandLine) -
         assert state["global_step"] == steps
         first, second = (each["random"]["torch"] for each in state["fastdeq"]["ranks"])
         assert not torch.equal(first, second)  # from the first step on
-    ended = command(*short, "paths.run=pieces", AT_ONCE)
+    ended = command(*short, "paths.run=pieces")
     assert ended.status == 0, ended.err
     assert_same(command.folder / "whole", command.folder / "pieces")
 
@@ -274,10 +276,10 @@ def test_a_row_of_a_table_is_made_by_calls_that_end_in_time(tmp_path: Path) -> N
         *(sys.executable, str(ROOT / "tools" / "published_row.py"), "skip_reg_mdeq", "vcab3"),
         *("--experiment", "mnist_mdeq", "--minutes", "1e-9", "--outputs", str(tmp_path)),
         *("data=digits", "arch=digits_conv", "trainer.max_epochs=1", "trainer.accelerator=cpu"),
-        *("data.batch_size=600", "solver.max_steps=3"),
+        *("data.batch_size=720", "solver.max_steps=3"),
     ]
-    answers = [subprocess.run(call, capture_output=True, text=True, check=False) for _ in range(3)]
-    assert [answer.returncode for answer in answers] == [75, 75, 0], answers[-1].stderr
+    answers = [subprocess.run(call, capture_output=True, text=True, check=False) for _ in range(2)]
+    assert [answer.returncode for answer in answers] == [75, 0], answers[-1].stderr
     folder = tmp_path / "mnist_mdeq" / "skip_reg_mdeq_vcab3_seed1"
-    assert summary(folder)["steps"] == 3
+    assert summary(folder)["steps"] == 2
     assert "| Skip Reg. DEQ | vcab3" in answers[-1].stdout
