@@ -43,9 +43,9 @@ def until(condition: Callable[[], Any], limit: float = LIMIT) -> Any:
     return found
 
 
-def train(folder: Path, *overrides: str, run: str = "run") -> subprocess.Popen[str]:
+def train(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), f"paths.run={run}", *overrides],
+        [sys.executable, str(ROOT / "train.py"), "paths.run=run", *overrides],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -82,24 +82,23 @@ def test_a_run_that_is_killed_again_and_again_equals_the_run_that_was_not(tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_stops_the_run_after_its_step_and_it_resumes(
-    tmp_path: Path, number: signal.Signals
+    command: CommandLine, number: signal.Signals
 ) -> None:
-    process = train(tmp_path, *LONG)
-    until(lambda: trains(tmp_path / "run") or process.poll() is not None)
+    process, folder = train(command.folder, *LONG), command.folder / "run"
+    until(lambda: trains(folder) or process.poll() is not None)
     process.send_signal(number)
     out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == RESUMABLE, err
     assert f"as {number.name} says" in out
     assert "the same command resumes" in out
     assert err == ""
-    assert is_sealed(tmp_path / "run" / RESUME)
-    said = status(tmp_path / "run")
+    assert is_sealed(folder / RESUME)
+    said = status(folder)
     assert said["status"] == "interrupted"
     assert said["pid"] == process.pid
-    again = train(tmp_path, *LONG, "stop_after=1e-9")
-    out, err = again.communicate(timeout=LIMIT)
-    assert again.returncode == RESUMABLE, err
-    assert "resuming    from resume.ckpt" in out
+    again = command(*LONG, "paths.run=run", "stop_after=1e-9")
+    assert again.status == RESUMABLE, again.err
+    assert "resuming    from resume.ckpt" in again.out
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -235,9 +234,11 @@ def read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def test_two_identical_commands_started_at_the_same_moment_make_one_run(tmp_path: Path) -> None:
+def test_two_identical_commands_started_at_the_same_moment_make_one_run(
+    command: CommandLine,
+) -> None:
     settings = ("model=deq", "trainer.accelerator=cpu", "trainer.max_epochs=3")
-    both = [train(tmp_path, *settings) for _ in range(2)]
+    both = [train(command.folder, *settings) for _ in range(2)]
     ends = [process.communicate(timeout=LIMIT) for process in both]
     statuses = [process.returncode for process in both]
     # The other one has found it in use, or, if it was late, done.
@@ -249,26 +250,24 @@ def test_two_identical_commands_started_at_the_same_moment_make_one_run(tmp_path
             assert len(err.splitlines()) == 1
         else:
             assert "see " in out
-    whole = train(tmp_path, *settings, run="whole")
-    whole.communicate(timeout=LIMIT)
-    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert command(*settings, "paths.run=whole").status == 0
+    assert_same(command.folder / "run", command.folder / "whole")
 
 
-def test_a_run_whose_process_was_killed_is_taken_over(tmp_path: Path) -> None:
-    process = train(tmp_path, *LONG, "callbacks.resumption.steps=5")
-    until(lambda: is_sealed(tmp_path / "run" / RESUME) or process.poll() is not None)
-    busy = train(tmp_path, *LONG)
-    _, err = busy.communicate(timeout=LIMIT)
-    assert busy.returncode == 1
-    assert f"another process ({process.pid} on " in err
+def test_a_run_whose_process_was_killed_is_taken_over(command: CommandLine) -> None:
+    folder, mine = command.folder / "run", (*LONG, "paths.run=run")
+    process = train(command.folder, *LONG, "callbacks.resumption.steps=5")
+    until(lambda: is_sealed(folder / RESUME) or process.poll() is not None)
+    busy = command(*mine)
+    assert busy.status == 1
+    assert f"another process ({process.pid} on " in busy.err
     process.kill()
     process.communicate(timeout=LIMIT)
-    assert status(tmp_path / "run")["status"] == "running"  # nobody was left to say otherwise
-    taken = train(tmp_path, *LONG, "stop_after=1e-9")
-    out, err = taken.communicate(timeout=LIMIT)
-    assert taken.returncode == RESUMABLE, err
+    assert status(folder)["status"] == "running"  # nobody was left to say otherwise
+    taken = command(*mine, "stop_after=1e-9")
+    assert taken.status == RESUMABLE, taken.err
     # Killed while it wrote, it has left the state before.
-    assert re.search(r"resuming    from resume(\.before)?\.ckpt", out)
+    assert re.search(r"resuming    from resume(\.before)?\.ckpt", taken.out)
 
 
 def test_a_failed_run_says_why_and_a_done_one_that_it_is(
