@@ -25,7 +25,10 @@ DATA, ENTRY = "data", "entry"
 LEVELS: dict[str, int | str] = {
     "fastdeq": ENTRY,
     **dict.fromkeys(
-        [f"fastdeq.{m}" for m in ("timer", "notation", "settings", "solution", "norms", "flatten")],
+        [
+            f"fastdeq.{m}"
+            for m in ("timer", "notation", "settings", "solution", "norms", "flatten", "rows")
+        ],
         0,
     ),
     "fastdeq.autocast": 0,
