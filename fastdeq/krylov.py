@@ -245,9 +245,9 @@ class _Cycle:
             change = self._applied(v) - v
             length = sample_norm(change)
             self.largest = torch.maximum(self.largest, 1 + length)  # ‖v‖ = 1
-            column, rest = self._orthogonalize(change, length)
+            column, rest, plain = self._orthogonalize(change, length)
             column[:, j] += 1
-            self._append(j, column.double(), rest)
+            self._append(j, column.double(), rest, plain)
             # Waits for the device; saves products with A.
             if (j + 1) % self.check_every == 0:
                 left = int(self.active.sum())
@@ -272,53 +272,60 @@ class _Cycle:
         # v is zero for the others, which are finished.
         return torch.zeros_like(v).index_copy(0, self.rows, self.matvec(v[self.rows]))
 
-    def _orthogonalize(self, v: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    def _orthogonalize(self, v: Tensor, length: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Classical Gram–Schmidt: the next row of the basis, from v (B, D) of this length, (B,).
 
-        Returns the products of v with the basis, (B, j + 1), and the length of the rest, (B,). A
-        second pass follows where the first one leaves little: relative to that, its rounding is not
-        small.
+        Returns the products of v with the basis, (B, j + 1), the length of the rest, (B,), and
+        whether it is known to be usable for all samples, as in most steps. A second pass follows
+        where the first one leaves little: relative to that, its rounding is not small.
         """
         basis = self.basis.rows
         column = project(basis, v)
         left = add_combination(v, basis, column, scale=-1.0)
         rest = sample_norm(left)
+        eps = torch.finfo(rest.dtype).eps
         enough = (rest >= _LITTLE * length) & (rest < torch.inf)  # False for NaN
-        if not self.looks or bool((self.active & ~enough).any()):
-            healthy = length < torch.inf
-            self.broken = self.broken | (self.active & ~healthy)
-            self.active = self.active & healthy
-            out, again = ~self.active[:, None], (self.active & ~enough)[:, None]
-            column, left = column.masked_fill(out, 0.0), left.masked_fill(out, 0.0)
-            more = project(basis, left)
-            column = torch.where(again, column + more, column)
-            left = torch.where(again, add_combination(left, basis, more, scale=-1.0), left)
-            rest = sample_norm(left)
+        plain = self.active & enough & (rest > 10 * eps * self.largest)
+        if self.looks and bool(plain.all()):
+            torch.mul(left, rest.reciprocal()[:, None], out=self.basis.slot(left))
+            return column, rest, True
+        healthy = length < torch.inf
+        self.broken = self.broken | (self.active & ~healthy)
+        self.active = self.active & healthy
+        out, again = ~self.active[:, None], (self.active & ~enough)[:, None]
+        column, left = column.masked_fill(out, 0.0), left.masked_fill(out, 0.0)
+        more = project(basis, left)
+        column = torch.where(again, column + more, column)
+        left = torch.where(again, add_combination(left, basis, more, scale=-1.0), left)
+        rest = sample_norm(left)
         # What is left is rounding: the space is invariant and holds the solution.
-        nothing = ~(rest > 10 * torch.finfo(rest.dtype).eps * self.largest)
+        nothing = ~(rest > 10 * eps * self.largest)
         inverse = rest.masked_fill(nothing, torch.inf).reciprocal()
         torch.mul(left, inverse[:, None], out=self.basis.slot(left))
-        return column, rest.masked_fill(nothing, 0.0)
+        return column, rest.masked_fill(nothing, 0.0), False
 
-    def _append(self, j: int, column: Tensor, rest: Tensor) -> None:
-        """Add column j to H, and test which samples are finished."""
+    def _append(self, j: int, column: Tensor, rest: Tensor, plain: bool) -> None:
+        """Add column j to H, and test which samples are finished. plain: for all, it is usable."""
         rest = rest.double()
         overlap = torch.linalg.vecdot(self.null[:, : j + 1], column)
-        # The pivot of the column in a QR factorization. If it is zero to rounding, A is singular on
-        # this space: the column would add a huge, undefined multiple of the null vector; it cannot
-        # be used, and none comes after.
-        pivot = torch.hypot(overlap / self.null_norm, rest)
-        eps = torch.finfo(self.largest.dtype).eps
-        usable = self.active & (pivot > 10 * eps * self.largest)
-        out = ~usable
-        entry = (overlap / rest).masked_fill(out, 0.0)
-        self.null[:, j + 1] = -entry
+        entry, usable = overlap / rest, self.active
+        if not plain:
+            # The pivot of the column in a QR factorization. If it is zero to rounding, A is
+            # singular on this space: the column would add a huge, undefined multiple of the null
+            # vector; it cannot be used, and none comes after.
+            pivot = torch.hypot(overlap / self.null_norm, rest)
+            usable = usable & (pivot > 10 * torch.finfo(self.largest.dtype).eps * self.largest)
+            out = ~usable
+            entry, column = entry.masked_fill(out, 0.0), column.masked_fill(out[:, None], 0.0)
+        torch.neg(entry, out=self.null[:, j + 1])
         self.null_norm = torch.hypot(self.null_norm, entry)
-        self.hessenberg[:, : j + 1, j] = column.masked_fill(out[:, None], 0.0)
-        self.hessenberg[:, j + 1, j] = rest.masked_fill(out, 1.0)
+        self.hessenberg[:, : j + 1, j] = column
+        self.hessenberg[:, j + 1, j] = rest if plain else rest.masked_fill(out, 1.0)
         self.used = self.used + self.active
-        self.left = torch.where(usable, self.beta / self.null_norm, self.left)
-        self.active = usable & (rest > 0) & (self.left > self.target)
+        left = self.beta / self.null_norm
+        self.left = left if plain else torch.where(usable, left, self.left)
+        going = self.left > self.target
+        self.active = going if plain else usable & (rest > 0) & going
 
     def correction(self) -> Tensor:
         """The combination of the basis that minimizes each sample's residual, (B, D)."""

@@ -13,6 +13,7 @@ Departures from a plain `while residual > tol`:
 3. Steps that a sample makes after its end, before the host looks, are neither used nor counted.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -80,8 +81,9 @@ class _Run:
     def __init__(
         self, solver: AbstractSolver, f: FlatMap, z0: Tensor, trace: TraceKind | None
     ) -> None:
-        lost = ~finite(z0.detach().sum(dim=1))[:, None]
-        z0 = z0.masked_fill(lost, 0.0)
+        lost = _not_finite(z0.detach())
+        if lost is not None:
+            z0 = z0.masked_fill(lost, 0.0)
         self.rule, self.trace = solver.rule, trace
         self.problem = Problem(f, z0, solver.pooling, guarded=solver.guarded)
         self.progress = Progress(solver.rule, solver.pooling, z0)
@@ -101,7 +103,9 @@ class _Run:
         self.history: list[tuple[Tensor, Tensor | None]] = []
         self.unfinished = True
         first = self.problem.evaluate(z0)
-        self.current = Iterate(z0, first.g.masked_fill(lost, torch.nan))
+        self.current = first
+        if lost is not None:
+            self.current = Iterate(z0, first.g.masked_fill(lost, torch.nan))
         self.take([(Step(self.current), self.problem.take_count())])
 
     def take(self, steps: Sequence[tuple[Step, int | Tensor]]) -> None:
@@ -220,6 +224,14 @@ def on_host(values: Sequence[Any]) -> list[Any]:
     wide = torch.stack([tensor.to(torch.float64) for tensor in tensors])
     read = iter(wide.cpu())
     return [next(read).to(value.dtype) if isinstance(value, Tensor) else value for value in values]
+
+
+def _not_finite(z0: Tensor) -> Tensor | None:
+    """Which samples have a start that is not finite, (B, 1); None: no sample. Waits for the device,
+    as the first read after it does."""
+    if math.isfinite(float(z0.sum())):  # a sum is finite only if every entry is
+        return None
+    return ~torch.isfinite(z0).all(dim=1, keepdim=True)
 
 
 def _check_start(z0: Tensor) -> None:

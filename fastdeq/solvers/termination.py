@@ -175,6 +175,10 @@ def ratio(du: Tensor, u: Tensor) -> Tensor:
     return (du / u).masked_fill(du == 0, 0.0)
 
 
+def _is_within(value: Tensor, least: Tensor | None, most: Tensor) -> bool:
+    return torch.equal(value.clamp(least, most), value)  # False for NaN
+
+
 class Progress:
     """How far every sample of a solve has come, and how it ended; each tensor is (B,).
 
@@ -195,11 +199,13 @@ class Progress:
         kind = torch.finfo(z.dtype)
         unknown = torch.full((len(z),), torch.inf, dtype=z.dtype)
         self.residual = self.f_norm = self._best = unknown
-        # Bounds that the first iterate sets; until then all finite values are within them.
-        self._peak = self._bound = self._objective_cap = unknown
-        self._du_cap = torch.full_like(unknown, kind.max)
-        self._first_size = self._floor = torch.zeros_like(unknown)
-        self._begun, self._all_active = False, True
+        # Of the iterates so far: the largest ‖du‖, and ‖f(z)‖ up to which it explains growth. All
+        # finite values are within bounds before the first one.
+        self._peak = self._bound = unknown
+        self._first: tuple[Tensor, Tensor] | None = None  # du and size
+        self._caps: tuple[Tensor, Tensor | None] | None = None  # computed where they are needed
+        self._largest = kind.max
+        self._all_active = True
         length = pooling.length(z)
         self._factor = PROTECTIVE_FACTOR * length
         entries = 1 if rule.entrywise else length
@@ -222,18 +228,19 @@ class Progress:
         if stuck is None and self._improves(m):
             return None
         du, size = m.du, m.size
-        good = good & (du <= self._du_cap)  # False for NaN
+        first_size, du_cap, objective_cap = self._bounds()
+        good = good & (du <= du_cap)  # False for NaN
         better = du <= self._best if self.rule.returns_best else good
         bound = self._bound
         beyond = size > bound
         scale, self.ran_away = size, None
         if bool(beyond.any()):
             scale = torch.minimum(size, bound)
-            good = good & (size <= torch.add(self._first_size, self._peak, alpha=self._lost))
+            good = good & (size <= torch.add(first_size, self._peak, alpha=self._lost))
             self.ran_away = beyond & (du > _FALLEN * self._peak)
             better = better & ~self.ran_away
-        if self._begun and self.rule.watches_progress and self.rule.relative:
-            good = good & (du <= self._objective_cap * scale)
+        if objective_cap is not None:
+            good = good & (du <= objective_cap * scale)
         passed = self.rule.passed(at, m, bound if self.rule.mode == "rel" else scale)
         if self.pooling.shared:
             passed = (passed | ~self.alive).all().expand_as(passed)
@@ -254,18 +261,20 @@ class Progress:
         """Whether every sample is active, better than before, within all bounds, and not done, as
         in most steps. Then it is recorded, with a third of the operations."""
         du, size, rule = m.du, m.size, self.rule
-        begins_or_ends = not self._begun or not self._all_active or rule.mode == "rel"
-        if begins_or_ends or len(self._window) >= STALL_WINDOW - 1:
+        if not self._all_active or rule.mode == "rel" or len(self._window) >= STALL_WINDOW - 1:
             return False
         if self.pooling.shared and not bool(self.alive.all()):
             return False
+        if self._first is None:
+            if not bool((du <= self._largest).all()):
+                return False
         # A size in between also keeps the objective below its cap, where du is not above the first.
-        if not torch.equal(size.clamp(self._floor, self._bound), size):
-            return False
-        if not torch.equal(du.clamp(max=self._best), du):
+        elif not _is_within(size, self._floor, self._bound) or not _is_within(du, None, self._best):
             return False
         if bool(rule.passed_norm(du, size).any()):
             return False
+        if self._first is None:
+            self._move_bounds(du, size)
         self.residual, self.f_norm, self._best, self.ran_away = m.residual, m.f_norm, du, None
         if rule.watches_progress:
             self._window.append((du, size))
@@ -308,15 +317,25 @@ class Progress:
         return ratio(du, scale) if self.rule.relative else du
 
     def _move_bounds(self, du: Tensor, size: Tensor) -> None:
-        if self._begun:
-            self._peak = torch.maximum(self._peak, du)
+        if self._first is None:
+            self._first, self._peak, self._floor = (du, size), du, size / self._factor
         else:
-            self._begun, self._peak, self._first_size = True, du, size
-            self._du_cap = torch.minimum(du * self._factor, self._du_cap)
-            self._objective_cap = ratio(du, size) * self._factor
-            self._floor = size / self._factor
-        # ‖f(z)‖ up to which growth is explained by the residuals seen.
-        self._bound = torch.add(self._first_size, self._peak, alpha=self.rule.growth)
+            self._peak = torch.maximum(self._peak, du)
+        self._bound = torch.add(self._first[1], self._peak, alpha=self.rule.growth)
+
+    def _bounds(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """‖f(z₀)‖, and the protective bounds of ‖du‖ and, where there is one, of the objective."""
+        if self._first is None:
+            most = torch.full_like(self.residual, self._largest)
+            return torch.zeros_like(most), most, None
+        if self._caps is None:
+            du, size = self._first
+            relative = self.rule.watches_progress and self.rule.relative
+            self._caps = (
+                (du * self._factor).clamp(max=self._largest),
+                ratio(du, size) * self._factor if relative else None,
+            )
+        return self._first[1], *self._caps
 
     def ended(self) -> Tensor:
         """The status of every sample, (B,): those still active have reached the step limit."""

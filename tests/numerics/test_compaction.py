@@ -59,7 +59,7 @@ def test_compaction_changes_no_result(name, every):
         plain = solve(solver, problem.flat_f, problem.flat_z0)
         solver = made(name, check_every=every, compact=0.2)
         compact = solve(solver, BatchMap(problem.flat_f, select), problem.flat_z0)
-    assert len(plain.steps.unique()) > 2 or name == "newton_krylov"
+    assert len(plain.steps.unique()) > 1 or name == "newton_krylov"
     for field in ("status", "steps", "nfe"):
         assert torch.equal(getattr(plain, field), getattr(compact, field)), field
     torch.testing.assert_close(plain.value, compact.value, rtol=0, atol=1e-12)

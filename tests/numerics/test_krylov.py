@@ -409,3 +409,15 @@ def test_settings_out_of_range_are_refused(settings):
 def test_a_misspelt_setting_is_refused_with_the_nearest_name():
     with pytest.raises(TypeError, match="did you mean 'restart'"):
         GMRES(restarts=3)  # type: ignore[call-arg]
+
+
+def test_a_finished_sample_is_frozen_while_the_others_continue():
+    draw = numbers(3)
+    a = torch.eye(9).double() + torch.linspace(0.01, 0.9, 6)[:, None, None] * draw(6, 9, 9) / 3
+    b = draw(6, 9)
+    together = gmres(times(a), b, tol=1e-5)
+    assert len(together.steps.unique()) > 2
+    for i in range(6):
+        alone = gmres(times(a[i : i + 1]), b[i : i + 1], tol=1e-5)
+        assert int(alone.steps) == int(together.steps[i])
+        torch.testing.assert_close(alone.value[0], together.value[i], rtol=0, atol=1e-12)

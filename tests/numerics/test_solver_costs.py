@@ -183,17 +183,17 @@ def test_gmres_writes_its_basis_in_place_a_row_at_a_time():
 @pytest.mark.parametrize(
     ("solver", "most"),
     [
-        (QUIET["picard"], 72),
-        (QUIET["anderson"], 102),
-        (LimitedMemoryBroydenSolver(tol=NEVER), 97),
-        (QUIET["broyden"], 102),
-        (GMRES(tol=NEVER), 60),
+        (QUIET["picard"], 15),
+        (QUIET["anderson"], 32),
+        (LimitedMemoryBroydenSolver(tol=NEVER), 40),
+        (QUIET["broyden"], 45),
+        (GMRES(tol=NEVER), 38),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, int) else "",
 )
 def test_a_step_takes_at_most_so_many_kernels(solver, most):
-    # Ten below with torch 2.13; versions differ in what they fuse. Three are the cell's (of GMRES
-    # two), two the check. No history grows between 10 and 11.
+    # With torch 2.13 two to four fewer; versions differ in what they fuse. All samples improve in
+    # this step, as in most. Three are the cell's (of GMRES two). No history grows here.
     ten, eleven = (operations_of(solver, steps).kernels for steps in (10, 11))
     assert eleven - ten <= most
 
