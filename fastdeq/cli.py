@@ -20,11 +20,17 @@ COMMANDS = {
     "data": ("fastdeq.data.command", "prepare a data set, and show what it holds"),
     "report": ("fastdeq.report.command", "tabulate runs beside published metrics"),
     "jobs": ("fastdeq.cluster.command", "submit a sweep to Slurm, and follow its jobs"),
-    "bench": ("fastdeq.bench", "run a benchmark of the checkout"),
+    "bench": (
+        "fastdeq.bench.command",
+        "compare solvers, adjoints and precisions on a training step",
+    ),
 }
 """Where each subcommand's `main` is, and what it does."""
 
-EXTRAS = {"train": "experiment", "data": "experiment", "report": "experiment", "jobs": "cluster"}
+EXTRAS = {
+    **dict.fromkeys(("train", "data", "report", "bench"), "experiment"),
+    "jobs": "cluster",
+}
 """The extra that a subcommand needs; see pyproject.toml."""
 
 

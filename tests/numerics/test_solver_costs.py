@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.solver_step import Operations
 from fastdeq import GMRES
 from fastdeq._fixed_point import fixed_point
 from fastdeq.adjoints import Implicit
 from fastdeq.autocast import full_precision
+from fastdeq.bench.operations import Operations
 from fastdeq.history import History
 from fastdeq.norms import PerSample
 from fastdeq.solvers import (

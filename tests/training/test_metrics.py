@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from benchmarks.solver_step import Operations
 from fastdeq import DeepEquilibriumNetwork, DEQChain
+from fastdeq.bench.operations import Operations
 from fastdeq.nn import DenseCell
 from fastdeq.solution import BackwardReport, Solution, SolveStats, Status
 from fastdeq.timer import Stopwatch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback
 
-from benchmarks.solver_step import Operations
+from fastdeq.bench.operations import Operations
 from fastdeq.experiment.job import leave_out_empty_hooks
 from fastdeq.training import AbstractTask, Failures, Pretraining, StepTimer
 from tests.training.tasks import make_task, make_trainer, network, samples, trained
