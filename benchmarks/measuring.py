@@ -1,0 +1,78 @@
+"""How the benchmarks measure: CPU seconds of one thread, cases in turns, medians, and ratios."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import TypeVar
+
+SYSTEMS = ("f alone", "fastdeq", "fastdeq, best settings", "torchdeq")
+"""The columns. A further way to run fastdeq is one more of them."""
+
+HAS_TORCHDEQ = find_spec("torchdeq") is not None
+
+Case = Callable[[], object]
+_K = TypeVar("_K")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement. values: by system, in `unit`. note: what else there is to know."""
+
+    section: str
+    case: str
+    unit: str
+    values: Mapping[str, float]
+    note: str = ""
+    ratios: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratios", dict(self._ratios()))
+
+    def _ratios(self) -> list[tuple[str, float]]:
+        """Of fastdeq's values to the others."""
+        ours = [name for name in self.values if name.startswith("fastdeq")]
+        others = [name for name in self.values if name not in ours]
+        return [
+            (f"{mine} / {other}", self.values[mine] / self.values[other])
+            for mine in ours
+            for other in others
+            if self.values[other]
+        ]
+
+
+def in_turns(cases: Mapping[_K, Case], *, turns: int, warm_up: int) -> dict[_K, float]:
+    """Median milliseconds of each case. In turns, a slow second of the machine affects all; the CPU
+    time of the process, with one thread, is what other processes disturb least.
+    """
+    seconds: dict[_K, list[float]] = {name: [] for name in cases}
+    for turn in range(warm_up + turns):
+        for name, run in cases.items():
+            begin = time.process_time()
+            run()
+            if turn >= warm_up:
+                seconds[name].append(time.process_time() - begin)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+def timed_rows(
+    section: str,
+    alone: Mapping[str, Case],
+    cases: Mapping[tuple[str, str], Case],
+    *,
+    turns: int,
+    warm_up: int,
+) -> list[Row]:
+    """One row per case name of `cases`, (case, system), all measured together in turns.
+
+    alone: f alone, by the names of the cases, or by "" for all of them.
+    """
+    runs = {**{(name, "f alone"): run for name, run in alone.items()}, **cases}
+    medians = in_turns(runs, turns=turns, warm_up=warm_up)
+    rows = []
+    for name in dict.fromkeys(case for case, _ in cases):
+        values = {"f alone": medians[name if name in alone else "", "f alone"]}
+        values |= {system: ms for (case, system), ms in medians.items() if case == name}
+        rows.append(Row(section=section, case=name, unit="ms", values=values))
+    return rows
