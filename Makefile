@@ -1,7 +1,6 @@
 # fastdeq's commands. `make train ARGS="model=skip_deq data=digits"` is all a first run needs.
 
 PYTHON ?= $(shell python3.11 -c "print('python3.11')" 2>/dev/null || echo python3)
-BENCH  ?= $(sort $(wildcard benchmarks/*.py))
 RUN    := .venv/bin/python
 READY  := .venv/.installed
 
@@ -13,7 +12,7 @@ help:
 	@echo 'make test-fast          those that take at most a few seconds each'
 	@echo 'make check              format, lint and types'
 	@echo 'make docs               build the documentation into site/; a warning is an error'
-	@echo 'make bench ARGS="..."   run every benchmark, or one: BENCH=benchmarks/import_time.py'
+	@echo 'make bench ARGS="..."   run the benchmarks: one table, and JSON in build/; --only, --quick'
 	@echo 'make clean              remove .venv, caches and builds; outputs/ stays'
 	@echo 'Each makes .venv and installs into it once. Another interpreter: PYTHON=/path/to/python3'
 
@@ -36,7 +35,7 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 bench: $(READY)
-	@for file in $(BENCH); do echo "== $$file"; $(RUN) $$file $(ARGS) || exit 1; done
+	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.run $(ARGS)
 
 clean:
 	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache

@@ -3,12 +3,15 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TypeVar
 
-SYSTEMS = ("f alone", "fastdeq", "fastdeq, best settings", "torchdeq")
-"""The columns. A further way to run fastdeq is one more of them."""
+SYSTEMS = ("f alone", "fastdeq", "best settings", "torchdeq")
+"""The columns. A further way to run fastdeq, such as a compiled solve, is one more of them."""
+
+RATIOS = (("fastdeq", "f alone"), ("fastdeq", "torchdeq"), ("best settings", "torchdeq"))
+"""What is compared with what."""
 
 HAS_TORCHDEQ = find_spec("torchdeq") is not None
 
@@ -25,21 +28,12 @@ class Row:
     unit: str
     values: Mapping[str, float]
     note: str = ""
-    ratios: dict[str, float] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", dict(self._ratios()))
-
-    def _ratios(self) -> list[tuple[str, float]]:
-        """Of fastdeq's values to the others."""
-        ours = [name for name in self.values if name.startswith("fastdeq")]
-        others = [name for name in self.values if name not in ours]
-        return [
-            (f"{mine} / {other}", self.values[mine] / self.values[other])
-            for mine in ours
-            for other in others
-            if self.values[other]
-        ]
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Those of `RATIOS` whose values are known."""
+        known = [pair for pair in RATIOS if set(pair) <= self.values.keys()]
+        return {f"{one} / {other}": self.values[one] / self.values[other] for one, other in known}
 
 
 def in_turns(cases: Mapping[_K, Case], *, turns: int, warm_up: int) -> dict[_K, float]:

@@ -32,7 +32,7 @@ def rows(quick: bool) -> Iterator[Row]:
         growth = ", ".join(f"{system} {many[system] / few[system]:.3f}" for system in systems)
         for steps, found in zip(STEPS, (few, many), strict=True):
             yield Row(
-                section="peak memory of a training step",
+                section="peak memory, training step",
                 case=f"{name}, {steps} steps",
                 unit="MB",
                 values={system: value / 1e6 for system, value in found.items()},
