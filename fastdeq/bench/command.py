@@ -14,7 +14,7 @@ from fastdeq.bench.step import configured_step, own_step
 from fastdeq.bench.table import WIDTH, advice, table
 from fastdeq.commands import Parser, UsageError, check_options, exit_status, typed, unknown_name
 from fastdeq.experiment.explain import explain
-from fastdeq.experiment.parts import as_typed, build_choices, build_parts
+from fastdeq.experiment.parts import as_typed, build_choices, build_parts, composed
 
 _T = TypeVar("_T")
 
@@ -29,7 +29,10 @@ def _run(arguments: Sequence[str]) -> int:
     paths = [word for word in given.words if ":" in word and "=" not in word]
     words = as_typed([word for word in given.words if word not in paths])
     _check_words(paths, words)
-    parts = None if paths else build_parts(words)
+    if paths:
+        step = own_step(paths[0], composed(words).solver.per_sample)
+    else:
+        step = configured_step(build_parts(words))
     choices = build_choices(words)
     precisions = _precisions(choices.precision)
     wanted = combinations(
@@ -37,8 +40,6 @@ def _run(arguments: Sequence[str]) -> int:
         _picked("adjoint", given.adjoints, choices.adjoints),
         _picked("precision", given.precisions, precisions),
     )
-    per_sample = wanted[0].solver.per_sample
-    step = own_step(paths[0], per_sample) if parts is None else configured_step(parts)
     found = compare(step, wanted, given.seconds)
     console = Console(file=sys.stdout)
     console.width = max(console.width, WIDTH)

@@ -115,7 +115,9 @@ def build_choices(overrides: Sequence[str]) -> Choices:
     cfg = composed(overrides)
     chosen = HydraConfig.get().runtime.choices
     names = {
-        "solver": _first(chosen["solver"], sorted(p.stem for p in (CONF / "solver").glob("*"))),
+        "solver": _first(
+            chosen["solver"], sorted(p.stem for p in (CONF / "solver").glob("*.yaml"))
+        ),
         "adjoint": _first(chosen["adjoint"], _ADJOINTS),
     }
     found: dict[str, dict[str, Any]] = {group: {} for group in names}

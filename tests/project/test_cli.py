@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastdeq import bench, cli, commands
+from fastdeq import cli, commands
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"jobs": "hydra_plugins.hydra_submitit_launcher"}
@@ -58,7 +58,7 @@ def test_a_wrong_word_names_the_nearest_right_one(capsys: pytest.CaptureFixture[
         ("--verison", "unknown option '--verison': did you mean --version?"),
         ("report outputs --fromat csv", "unknown option '--fromat': did you mean --format?"),
         ("data mnits", "unknown data set 'mnits': did you mean mnist?"),
-        ("bench import_tmie", "unknown benchmark 'import_tmie': did you mean import_time?"),
+        ("bench --secnds 3", "unknown option '--secnds': did you mean --seconds?"),
     ):
         assert cli.dispatch(typed.split()) == 2, typed
         assert capsys.readouterr().err == f"error: {text}\n"
@@ -103,20 +103,6 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
     assert cli.dispatch(["train"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: fastdeq train needs hydra: install fastdeq with its extra 'exp")
-
-
-def test_a_benchmark_is_run_with_its_arguments_and_a_wheel_says_that_it_has_none(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    (tmp_path / "small.py").write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
-    monkeypatch.setattr(bench, "FOLDER", tmp_path)
-    assert cli.dispatch(["bench", "small", "--runs", "2"]) == 3
-    assert capfd.readouterr().out == "['--runs', '2']\n"
-    monkeypatch.setattr(bench, "FOLDER", tmp_path / "none")
-    assert cli.dispatch(["bench"]) == 1
-    assert capfd.readouterr().err == (
-        "error: there are no benchmarks here: a checkout of fastdeq has them\n"
-    )
 
 
 def test_a_command_is_named_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
