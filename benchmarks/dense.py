@@ -48,7 +48,7 @@ _MEMORIES = (5, 10, 20, 40)
 
 def scaling(quick: bool) -> Iterator[Row]:
     """A training step by batch and state size, and a solve of 41 evaluations by `memory`."""
-    turns, warm_up = (1, 0) if quick else (20, 3)
+    turns, warm_up = (1, 0) if quick else (12, 3)
     alone: dict[str, Case] = {}
     cases: dict[tuple[str, str], Case] = {}
     for batch, size in (*_BATCHES[:1], *_SIZES[:1]) if quick else (*_BATCHES, *_SIZES):

@@ -16,6 +16,7 @@ from fastdeq.commands import Parser, UsageError, check_options, exit_status, typ
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.parts import as_typed, build_choices, build_parts, composed
 
+_WEIGHTS = ("from_run=", "checkpoint=")
 _T = TypeVar("_T")
 
 
@@ -50,6 +51,10 @@ def _run(arguments: Sequence[str]) -> int:
         found, refused, configured=configured, seconds=given.seconds, own=bool(paths)
     ):
         print(line)
+    if not paths and not any(word.startswith(_WEIGHTS) for word in words):
+        print(
+            "the weights are new, and a trained model may need another choice: give from_run=FOLDER"
+        )
     return 0
 
 

@@ -5,7 +5,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any, TypeAlias
@@ -156,7 +157,7 @@ def _total(one: Measured) -> float:
 
 
 def _exact(step: TrainingStep, like: AbstractSolver, limit: float) -> tuple[Tensor, float]:
-    """The gradients of tight solves, and the residual of the forward one."""
+    """The gradients of tight solves without autocast, and the residual of the forward one."""
     tight = partial(dict[str, Any], tol=1e-5, per_sample=like.per_sample)
     one = Combination(
         names=("", "", ""),
@@ -166,7 +167,7 @@ def _exact(step: TrainingStep, like: AbstractSolver, limit: float) -> tuple[Tens
     )
     try:
         with Watch(limit):
-            loss, solution = _forward(step, one)
+            loss, solution = _forward(replace(step, autocast=nullcontext), one)
             gradients = _gradients(step, loss)
     except OutOfTime:
         raise ValueError(

@@ -6,7 +6,7 @@ import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -90,10 +90,9 @@ def own_step(path: str, per_sample: bool) -> TrainingStep:
         solution = solve(solver, adjoint, precision)
         return _loss(solution.value), solution
 
-    return TrainingStep(forward=forward, parameters=parameters, autocast=_nothing)
+    return TrainingStep(forward=forward, parameters=parameters, autocast=nullcontext)
 
 
-_nothing = torch.enable_grad
 _Solve: TypeAlias = Callable[[AbstractSolver, AbstractAdjoint, Precision | None], Solution]
 
 
@@ -146,7 +145,6 @@ def _of_function(f: StateMap, z0: State) -> _Solve:
 
 def _parameters(path: str, solve: _Solve, per_sample: bool) -> list[Tensor]:
     """What f depends on and can be trained, found behind one evaluation."""
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         solution = solve(Picard(max_steps=1, per_sample=per_sample), JacobianFree(), None)
