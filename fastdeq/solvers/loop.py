@@ -23,7 +23,6 @@ from torch import Tensor
 
 from fastdeq.autocast import full_precision
 from fastdeq.flatten import check_floating
-from fastdeq.norms import finite
 from fastdeq.notation import FlatMap
 from fastdeq.rows import BatchMap
 from fastdeq.solution import SolveResult, Trace, TraceKind
@@ -116,7 +115,7 @@ class _Run:
         """
         progress, before = self.progress, self.progress.active
         read = self._read(steps)
-        if self._may_spread and not bool(finite(read[0][0].residual).all()):
+        if self._may_spread and not math.isfinite(float(read[0][0].residual.sum())):
             steps = [(self._again(step), count) for step, count in steps]
             read = self._read(steps)
         for (step, _), (measures, stuck, count) in zip(steps, read, strict=True):

@@ -26,6 +26,7 @@ residual or pre-norm cell whose residual does not vanish; NonlinearSolve.jl issu
    iterate is never the best one, and at the step limit the status is DIVERGED.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
@@ -221,11 +222,8 @@ class Progress:
         """
         good = self.active
         if self.pooling.shared:
-            # Before anything is pooled: one bad sample must not spoil a norm that all share.
-            good = good & finite(m.residual)
-            self.alive = self.alive & (good | ~self.active)
-            m = m.pooled(self.rule, self.pooling, self.alive)
-        if stuck is None and self._improves(m):
+            m, good = self._pooled(m)
+        if stuck is None and good is self.active and self._improves(m):
             return None
         du, size = m.du, m.size
         first_size, du_cap, objective_cap = self._bounds()
@@ -257,13 +255,23 @@ class Progress:
         self.good = good
         return self._keep(m, better)
 
+    def _pooled(self, m: Measures) -> tuple[Measures, Tensor]:
+        """With the norms that the batch shares, and which active samples they are taken over."""
+        if self._all_active:
+            pool = torch.amax if self.rule.entrywise else torch.linalg.vector_norm
+            du, size = pool(m.du), pool(m.size)
+            if math.isfinite(float(du + size)):
+                return m._replace(du=du.expand_as(m.du), size=size.expand_as(m.size)), self.active
+        # One bad sample must not spoil a norm that all share.
+        good = self.active & finite(m.residual)
+        self.alive = self.alive & (good | ~self.active)
+        return m.pooled(self.rule, self.pooling, self.alive), good
+
     def _improves(self, m: Measures) -> bool:
         """Whether every sample is active, better than before, within all bounds, and not done, as
         in most steps. Then it is recorded, with a third of the operations."""
         du, size, rule = m.du, m.size, self.rule
         if not self._all_active or rule.mode == "rel" or len(self._window) >= STALL_WINDOW - 1:
-            return False
-        if self.pooling.shared and not bool(self.alive.all()):
             return False
         if self._first is None:
             if not bool((du <= self._largest).all()):

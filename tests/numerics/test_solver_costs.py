@@ -188,6 +188,8 @@ def test_gmres_writes_its_basis_in_place_a_row_at_a_time():
         (LimitedMemoryBroydenSolver(tol=NEVER), 40),
         (QUIET["broyden"], 45),
         (GMRES(tol=NEVER), 38),
+        (Picard(tol=NEVER, per_sample=False), 19),
+        (LimitedMemoryBroydenSolver(tol=NEVER, per_sample=False), 44),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, int) else "",
 )
