@@ -24,13 +24,7 @@ def check_values(cfg: DictConfig) -> RunSettings:
     for key in map(str, cfg):
         if key not in own and key not in KEYS:
             raise TypeError(unknown(key, (*own, *KEYS)))
-    for name, key in TASK.items():
-        if name in (cfg.get("task") or {}):
-            raise ValueError(f"task.{name} is built from {key}: set {key} instead")
-    if not OmegaConf.select(cfg, "task._target_"):
-        raise ValueError(
-            "task has no class: set task._target_, such as fastdeq.training.ClassificationTask"
-        )
+    _check_task(cfg)
     cfg = link(cfg)
     values = {key: check_node(_node(cfg, key), key, Any) for key in own}
     try:
@@ -42,6 +36,22 @@ def check_values(cfg: DictConfig) -> RunSettings:
     _check_methods(cfg)
     _check_length(cfg.trainer)
     return run
+
+
+def _check_task(cfg: DictConfig) -> None:
+    """Raises: TypeError or ValueError for a task without a class, and with a part of its own."""
+    task = cfg.get("task")
+    if not isinstance(task, DictConfig | None):
+        raise TypeError(
+            f"task is {task}, but must be a mapping: set its keys, such as task._target_"
+        )
+    for name, key in TASK.items():
+        if task and name in task:
+            raise ValueError(f"task.{name} is built from {key}: set {key} instead")
+    if not OmegaConf.select(cfg, "task._target_"):
+        raise ValueError(
+            "task has no class: set task._target_, such as fastdeq.training.ClassificationTask"
+        )
 
 
 def _node(cfg: DictConfig, key: str) -> Any:

@@ -92,6 +92,19 @@ def test_a_wrong_value_of_any_key_is_refused_by_its_name_before_anything_is_writ
     assert not [path for path in tmp_path.rglob("*") if "cache" not in path.parts]
 
 
+def test_a_task_that_is_not_a_mapping_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = composed(*CONFIGURATIONS[0])
+    hydra: Any = HydraConfig.get()
+    OmegaConf.set_readonly(hydra, False)  # for the overrides of each mutation
+    for value in ([1, 2], "model", 3):
+        changed = with_value(cfg, "task", value)
+        line = answer(check_values, changed)
+        assert (
+            line == f"task is {value}, but must be a mapping: set its keys, such as task._target_"
+        )
+
+
 class Base:
     """Declares what its heir hands on."""
 
