@@ -11,7 +11,7 @@ from fastdeq.flatten import check_floating
 from fastdeq.history import History, add_combination, project
 from fastdeq.norms import finite, sample_largest, sample_norm
 from fastdeq.notation import FlatMap
-from fastdeq.rows import BatchMap
+from fastdeq.rows import Compaction
 from fastdeq.settings import setting, settings
 from fastdeq.solution import SolveResult, Status
 from fastdeq.timer import Stopwatch
@@ -211,12 +211,8 @@ class _Cycle:
     ) -> None:
         self.matvec, self.target, self.active, self.size = matvec, target.double(), active, size
         self.check_every = settings.check_every
-        restrict = matvec.restrict if isinstance(matvec, BatchMap) else None
-        self.restrict = restrict if settings.compact else None
-        # Once at most the share `narrow_at` of the samples that A is applied to is active, it is
-        # restricted to these.
-        self.narrow_at, self.applied = 1 - (settings.compact or 1), len(r)
-        self.rows: Tensor | None = None
+        self.compaction = Compaction(matvec, settings.compact, len(r))
+        self.rows: Tensor | None = None  # (n,), of the samples that A is applied to; None: all
         # With a look at every product, the host also decides what may be left out.
         self.looks = settings.check_every == 1
         self.basis = History(size + 1)
@@ -261,10 +257,10 @@ class _Cycle:
         return self.count
 
     def _narrow(self, left: int) -> None:
-        if self.restrict is None or left > self.narrow_at * self.applied:
-            return
-        self.applied, self.rows = left, self.active.nonzero()[:, 0]
-        self.matvec = self.restrict(self.rows)
+        restrict = self.compaction.due(left)
+        if restrict is not None:
+            self.rows = self.active.nonzero()[:, 0]
+            self.matvec = restrict(self.rows)
 
     def _applied(self, v: Tensor) -> Tensor:
         if self.rows is None:

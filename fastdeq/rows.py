@@ -31,6 +31,25 @@ def wrapped(f: FlatMap, wrap: Callable[[FlatMap], FlatMap]) -> FlatMap:
     return BatchMap(wrap(f.call), lambda rows: wrapped(restrict(rows), wrap))
 
 
+class Compaction:
+    """When a map is next restricted to the samples that have not ended.
+
+    share: of ended samples, of those that the map is applied to, from which it is; None: never.
+    batch: how many it is applied to at first.
+    """
+
+    def __init__(self, f: FlatMap, share: float | None, batch: int) -> None:
+        self._restrict = f.restrict if isinstance(f, BatchMap) and share is not None else None
+        self._most, self._applied = 1 - (share or 0), batch
+
+    def due(self, left: int) -> Callable[[Tensor], FlatMap] | None:
+        """The restriction to make now that `left` samples have not ended; None: none is due."""
+        if self._restrict is None or left > self._most * self._applied:
+            return None
+        self._applied = left
+        return self._restrict
+
+
 def select_rows(value: Any, rows: Tensor, batch: int) -> Any:
     """The given rows of every tensor in a nest of tuples, lists and mappings.
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from fastdeq.experiment import parts
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = {
@@ -18,9 +18,4 @@ NEEDS = {"model=neural_ode": "torchdiffeq", "data=image_folder": "PIL"}
 
 def composed(*overrides: str) -> DictConfig:
     """The job's configuration as train.py would see it."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("train", overrides=list(overrides), return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    OmegaConf.set_struct(cfg, False)
-    del cfg["hydra"]
-    return cfg
+    return parts.composed(overrides)

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastdeq.autocast import full_precision
 from fastdeq.flatten import check_floating
 from fastdeq.notation import FlatMap
-from fastdeq.rows import BatchMap
+from fastdeq.rows import BatchMap, Compaction
 from fastdeq.solution import SolveResult, Trace, TraceKind
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.termination import Iterate, Measures, Progress, ratio
@@ -88,10 +88,7 @@ class _Run:
         self.progress = Progress(solver.rule, solver.pooling, z0)
         # A shared norm says that f may couple the samples.
         self._may_spread = solver.pooling.shared and not solver.guarded
-        # Once at most the share `_narrow_at` of the samples that f is evaluated for is active, f is
-        # restricted to these.
-        self._restrict = f.restrict if isinstance(f, BatchMap) and solver.compact else None
-        self._narrow_at, self._evaluates = 1 - (solver.compact or 1), len(z0)
+        self._compaction = Compaction(f, solver.compact, len(z0))
         self.best_z = z0
         # The counts of the samples in `_counted`, (B,), since it last changed.
         self._counted, self._taken = self.progress.active, -1
@@ -182,10 +179,9 @@ class _Run:
         device = at.z.device
         active, alive = self.progress.active.to(device), self.progress.alive.to(device)
         self.problem.freeze(self.best_z, active, alive)
-        left = int(self.progress.active.sum())
-        if self._restrict and left <= self._narrow_at * self._evaluates:
-            self._evaluates = left
-            self.problem.narrow(self._restrict)
+        restrict = self._compaction.due(int(self.progress.active.sum()))
+        if restrict is not None:
+            self.problem.narrow(restrict)
         rows = active[:, None]
         return Iterate(torch.where(rows, at.z, self.best_z), at.g.masked_fill(~rows, 0.0))
 
