@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastdeq.adjoints import AbstractAdjoint, Equilibrium, Implicit
+from fastdeq.adjoints.states import StatesAt, check_closing, chosen_steps, closed
 from fastdeq.flatten import Layout
 from fastdeq.norms import sample_norm
 from fastdeq.notation import FlatMap, State, StateMap
 from fastdeq.rows import BatchMap
-from fastdeq.solution import Solution, SolveStats, Status, TraceKind
+from fastdeq.solution import Recording, Solution, SolveStats, Status, TraceKind
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver
 
 _DEFAULT_SOLVER = LimitedMemoryBroydenSolver()
@@ -27,6 +28,8 @@ def fixed_point(
     solver: AbstractSolver = _DEFAULT_SOLVER,
     adjoint: AbstractAdjoint = _DEFAULT_ADJOINT,
     trace: TraceKind | None = None,
+    states: StatesAt | None = None,
+    states_adjoint: AbstractAdjoint | None = None,
     select: Callable[[Tensor], StateMap] | None = None,
 ) -> Solution:
     """Solve z = f(z) for every sample of a batch; the result is differentiable in all that f closes
@@ -37,6 +40,12 @@ def fixed_point(
     z0: the initial state: a (B, ...) floating-point tensor, or a tuple of them, one per scale. It
         gets gradients only from the unrolled adjoint: an equilibrium does not depend on its start.
     trace: record the history of residual norms ("residuals"), or of states too ("states").
+    states: also return states on the way, as `solution.states`: n of them, after steps evenly
+        spaced up to the solver's max_steps (n=3 of 40: after steps 10, 20 and 30), or those after
+        the listed steps, [2, 8]. Each is closed by one evaluation of f, which gives it a gradient
+        and is not in the NFE. No other states are kept.
+    states_adjoint: of the states on the way, such as `JacobianFree()` or `Phantom()`, which spare
+        the linear solve that `Implicit` makes for each; None: `adjoint`.
     select: rows ↦ f for these samples of the batch alone, with rows (n,) int64; needed by a solver
         with `compact`. For f(z) = cell(z, x) it is rows ↦ (z ↦ cell(z, x[rows])).
 
@@ -44,11 +53,14 @@ def fixed_point(
     returned, and `solution.status` reports what happened.
 
     Raises: TypeError for settings that are not a solver or an adjoint, and for a z0 or an f(z) that
-    is not floating point; ValueError for an empty batch, for f(z) of another shape than z, and for
-    an adjoint that does not support the solver; RuntimeError in forward-mode differentiation,
-    except with the unrolled adjoint. Warns (RuntimeWarning) where f itself is not finite.
+        is not floating point; ValueError for an empty batch, for f(z) of another shape than z, for
+        an adjoint that does not support the solver, and for states beyond the solver's last step;
+        RuntimeError in forward-mode differentiation, except with the unrolled adjoint. Warns
+        (RuntimeWarning) where f itself is not finite.
     """
     check_settings(solver, adjoint)
+    check_closing(states_adjoint, adjoint)
+    record = Recording(trace, chosen_steps(states, solver.max_steps))
     _check_select(select, solver, adjoint)
     if trace not in (None, *get_args(TraceKind)):
         raise ValueError(f"trace is {trace!r}, but must be 'residuals', 'states' or None")
@@ -56,13 +68,15 @@ def fixed_point(
     flat_f = _flat(f, layout)
     if select is not None:
         flat_f = BatchMap(flat_f, lambda rows: _flat(select(rows), layout))
-    found = adjoint.equilibrium(flat_f, layout.flatten(z0), solver, trace)
+    found = adjoint.equilibrium(flat_f, layout.flatten(z0), solver, record)
     value, stats = _without_nonfinite(found)
+    on_the_way = closed(flat_f, found, adjoint, states_adjoint)
     return Solution(
         value=layout.unflatten(value),
         z0=z0,
         defect=found.defect,
         backward=found.backward,
+        states=tuple(layout.unflatten(each) for each in on_the_way),
         **vars(replace(stats, nfe=stats.nfe + 1)),  # the closing evaluation
     )
 

@@ -13,6 +13,17 @@ from fastdeq.timer import Stopwatch
 TraceKind: TypeAlias = Literal["residuals", "states"]
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What a solve keeps of its iterates, beside its result.
+
+    trace: the history to keep. steps: the steps after which a state is kept, ascending, from 1.
+    """
+
+    trace: TraceKind | None = None
+    steps: tuple[int, ...] = ()
+
+
 class Status(IntEnum):
     """How the solve of one sample ended."""
 
@@ -100,14 +111,20 @@ class SolveStats:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SolveResult(SolveStats):
-    """What a solver returns: `value` (B, D), never non-finite, and its statistics."""
+    """What a solver returns: `value` (B, D), never non-finite, and its statistics.
+
+    states: those after the steps that were asked for, each (B, D). A sample that has ended keeps
+        its last good state.
+    """
 
     value: Tensor
+    states: tuple[Tensor, ...] = ()
 
     @property
     def stats(self) -> SolveStats:
         """The statistics without the state."""
-        return SolveStats(**{name: kept for name, kept in vars(self).items() if name != "value"})
+        own = ("value", "states")
+        return SolveStats(**{name: kept for name, kept in vars(self).items() if name not in own})
 
     def __repr__(self) -> str:
         return f"SolveResult({self.summary()})"
@@ -137,6 +154,8 @@ class Solution(SolveStats):
     jacobian_loss: scalar estimate of ‖J‖²_F / D at z*, with `jacobian_loss=True`.
     backward: iterations, residual and status of the adjoint's solve (or the cost of its
         integration), once it has run.
+    states: f(z_k) after the steps k that `states` asked for, each shaped like `value`, with
+        gradients of their own; a sample that has ended by then keeps its last good z_k.
     """
 
     value: State
@@ -144,6 +163,7 @@ class Solution(SolveStats):
     defect: Tensor
     jacobian_loss: Tensor | None = None
     backward: BackwardReport = field(default_factory=BackwardReport)
+    states: tuple[State, ...] = ()
 
     def __repr__(self) -> str:
         return f"Solution({self.summary()})"

@@ -10,7 +10,7 @@ from fastdeq.autodiff import carries_tangent
 from fastdeq.notation import FlatMap
 from fastdeq.rows import wrapped
 from fastdeq.settings import settings
-from fastdeq.solution import BackwardReport, SolveResult, TraceKind
+from fastdeq.solution import BackwardReport, Recording, SolveResult
 from fastdeq.solvers import AbstractSolver, solve
 
 
@@ -47,15 +47,22 @@ class AbstractAdjoint(ABC):
         Raises: ValueError that names one that it supports.
         """
 
-    @abstractmethod
     def equilibrium(
-        self, f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
+        self, f: FlatMap, z0: Tensor, solver: AbstractSolver, record: Recording
     ) -> Equilibrium:
         """Solve from z0 (B, D) and attach the gradient. The solver has passed `check`."""
+        return self.close(f, solve_without_graph(f, z0, solver, record))
+
+    @abstractmethod
+    def close(self, f: FlatMap, forward: SolveResult) -> Equilibrium:
+        """Evaluate f at `forward.value`, (B, D), and attach the gradient.
+
+        Also called for each state on the way, with that state as `forward.value`.
+        """
 
 
 def solve_without_graph(
-    f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
+    f: FlatMap, z0: Tensor, solver: AbstractSolver, record: Recording
 ) -> SolveResult:
     """The solve whose memory does not grow with its steps.
 
@@ -63,7 +70,13 @@ def solve_without_graph(
         tangents would pass through the solver's steps, or be lost, instead of those of the adjoint.
     """
     with torch.no_grad():
-        result = solve(solver, wrapped(f, _without_tangents), z0.detach(), trace=trace)
+        result = solve(
+            solver,
+            wrapped(f, _without_tangents),
+            z0.detach(),
+            trace=record.trace,
+            states=record.steps,
+        )
     # Older torch would reuse, with gradients on, what autocast cast while they were off, and the
     # weights would get no gradient (pytorch issue 112583).
     torch.clear_autocast_cache()

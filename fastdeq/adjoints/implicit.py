@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium, solve_without_graph
+from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium
 from fastdeq.adjoints.once import differentiable_once
 from fastdeq.autocast import as_here
 from fastdeq.autodiff import edges_behind, vjp
@@ -16,7 +16,7 @@ from fastdeq.krylov import GMRES
 from fastdeq.notation import FlatMap
 from fastdeq.rows import BatchMap, wrapped
 from fastdeq.settings import setting, settings
-from fastdeq.solution import BackwardReport, Status, TraceKind
+from fastdeq.solution import BackwardReport, SolveResult, Status
 from fastdeq.solvers import AbstractSolver, solve
 
 _ONCE = (
@@ -45,10 +45,7 @@ class Implicit(AbstractAdjoint):
 
     solver: GMRES | AbstractSolver = setting(default=GMRES())
 
-    def equilibrium(
-        self, f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
-    ) -> Equilibrium:
-        forward = solve_without_graph(f, z0, solver, trace)
+    def close(self, f: FlatMap, forward: SolveResult) -> Equilibrium:
         if not torch.is_grad_enabled():
             output = f(forward.value)
             return Equilibrium(output, output - forward.value, forward)
@@ -60,7 +57,7 @@ class Implicit(AbstractAdjoint):
         report = BackwardReport()
         restrict = None
         if isinstance(f, BatchMap) and self.solver.compact:
-            restrict = wrapped(f, partial(as_here, device=z0.device)).restrict  # type: ignore[attr-defined]
+            restrict = wrapped(f, partial(as_here, device=z_sol.device)).restrict  # type: ignore[attr-defined]
         value = _ImplicitFunction.apply(output, z_sol, self.solver, restrict, report)  # type: ignore[no-untyped-call]
         return Equilibrium(value, output - z_sol.detach(), forward, report)
 

@@ -1,12 +1,9 @@
 """The Jacobian-free gradient."""
 
-from torch import Tensor
-
-from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium, solve_without_graph
+from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium
 from fastdeq.notation import FlatMap
 from fastdeq.settings import settings
-from fastdeq.solution import TraceKind
-from fastdeq.solvers import AbstractSolver
+from fastdeq.solution import SolveResult
 
 
 @settings
@@ -21,9 +18,6 @@ class JacobianFree(AbstractAdjoint):
     constant, and need not be a descent direction.
     """
 
-    def equilibrium(
-        self, f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
-    ) -> Equilibrium:
-        forward = solve_without_graph(f, z0, solver, trace)
+    def close(self, f: FlatMap, forward: SolveResult) -> Equilibrium:
         output = f(forward.value)
         return Equilibrium(output, output - forward.value, forward)

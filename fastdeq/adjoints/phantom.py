@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium, solve_without_graph
+from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium
 from fastdeq.notation import FlatMap
 from fastdeq.settings import setting, settings
-from fastdeq.solution import TraceKind
-from fastdeq.solvers import AbstractSolver
+from fastdeq.solution import SolveResult
 
 
 @settings
@@ -32,10 +31,7 @@ class Phantom(AbstractAdjoint):
     steps: int = setting(default=5, at_least=1)
     damping: float = setting(default=0.5, above=0, at_most=1)
 
-    def equilibrium(
-        self, f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
-    ) -> Equilibrium:
-        forward = solve_without_graph(f, z0, solver, trace)
+    def close(self, f: FlatMap, forward: SolveResult) -> Equilibrium:
         output = f(forward.value)
         defect = output - forward.value
         if not torch.is_grad_enabled():

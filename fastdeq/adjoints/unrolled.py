@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium
 from fastdeq.notation import FlatMap
 from fastdeq.settings import settings
-from fastdeq.solution import Status, TraceKind
+from fastdeq.solution import Recording, SolveResult, Status
 from fastdeq.solvers import AbstractSolver, solve
 
 
@@ -35,9 +35,11 @@ class Unrolled(AbstractAdjoint):
             )
 
     def equilibrium(
-        self, f: FlatMap, z0: Tensor, solver: AbstractSolver, trace: TraceKind | None
+        self, f: FlatMap, z0: Tensor, solver: AbstractSolver, record: Recording
     ) -> Equilibrium:
-        forward = solve(solver, f, z0, trace=trace)
+        return self.close(f, solve(solver, f, z0, trace=record.trace, states=record.steps))
+
+    def close(self, f: FlatMap, forward: SolveResult) -> Equilibrium:
         output = f(forward.value)
         # Where f is not finite even there, fixed_point warns.
         lost = (forward.status == Status.DIVERGED) & torch.isfinite(output.detach().sum(dim=1))

@@ -1,13 +1,17 @@
 """The base of all layers around a cell: equilibria, unrolled networks, neural ODEs."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastdeq._fixed_point import fixed_depth
+from fastdeq.adjoints import AbstractAdjoint
+from fastdeq.adjoints.states import StatesAt
 from fastdeq.autocast import Precision, check_precision
 from fastdeq.nn.call import CellCall, check_cell
 from fastdeq.nn.initializers import AbstractInitializer, zeros_of
@@ -32,6 +36,9 @@ class AbstractCellLayer(nn.Module):
     Raises: TypeError for a cell that is not a module, and for an initializer that is not an
     `AbstractInitializer`; ValueError for ordinary dropout in the cell and for another precision.
     """
+
+    takes_states: ClassVar[bool] = False
+    """Whether `solve` takes `states` and `states_adjoint`."""
 
     def __init__(
         self,
@@ -66,28 +73,39 @@ class AbstractCellLayer(nn.Module):
         self,
         x: Any,
         *,
+        z0: State | None = None,
         jacobian_loss: bool = False,
         depth: int | None = None,
         trace: TraceKind | None = None,
+        states: StatesAt | None = None,
+        states_adjoint: AbstractAdjoint | None = None,
     ) -> tuple[State, Solution]:
         """(z, solution) from the input x, (B, ...) or whatever the cell takes.
 
+        z0: start here instead of at the initializer's state: at the equilibrium of the last frame
+            or step, for example. It becomes `solution.z0`; gradients flow into it from the skip
+            loss, and from the result with the Unrolled adjoint or `depth`. `z0.detach()` stops
+            them, and frees the graph behind it.
         jacobian_loss: also estimate ‖J‖²_F / D at z, as `solution.jacobian_loss`; see
             `fastdeq.regularizers`.
         depth: unroll the cell this many times from z₀ with ordinary backpropagation instead
             (pretraining).
         trace: "residuals" or "states": keep the history of the forward solve, as `solution.trace`
             (equilibrium layers only).
+        states, states_adjoint: as in `fixed_point` (equilibrium layers only).
 
-        Raises and warns as `solve`.
+        Raises and warns as `solve`; also ValueError for a z0 of another shape than the state's, and
+        for states where there is no solver.
         """
+        options = self._options(depth, states, states_adjoint)
         with parametrizations_cached(self):
             f = CellCall(self.cell, x, self.precision)
-            z0 = _widened_in_autocast(self.initializer(f, x))
-            if depth is None:
-                solution = self.solve(f, z0, trace)
-            else:
-                solution = fixed_depth(f, z0, depth=depth)
+            start = _widened_in_autocast(self.initializer(f, x) if z0 is None else z0)
+            with _start_checked(f, z0):
+                if depth is None:
+                    solution = self.solve(f, start, trace, **options)
+                else:
+                    solution = fixed_depth(f, start, depth=depth)
             if jacobian_loss:
                 solution = replace(solution, jacobian_loss=hutchinson(f, solution.value))
             f.move_statistics(solution.value)
@@ -107,11 +125,47 @@ class AbstractCellLayer(nn.Module):
             z0: State = self.initializer(CellCall(self.cell, x, self.precision), x)
             return z0
 
+    def _options(
+        self, depth: int | None, states: StatesAt | None, states_adjoint: AbstractAdjoint | None
+    ) -> dict[str, Any]:
+        if states is None:
+            return {}
+        if not self.takes_states or depth is not None:
+            raise ValueError(
+                "states on the way are those of a solver: leave out `states` for a "
+                f"{type(self).__name__}" + (" with a depth" if self.takes_states else "")
+            )
+        return {"states": states, "states_adjoint": states_adjoint}
+
     def extra_repr(self) -> str:
         shown = self.settings
         if self.precision is not None:
             shown = {**shown, "precision": self.precision}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+@contextmanager
+def _start_checked(f: CellCall, z0: State | None) -> Iterator[None]:
+    """Name a given z0 in the error of a cell that does not take it: its first evaluation fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        if z0 is None or _takes(f, z0):
+            raise
+        shapes = [tuple(scale.shape) for scale in ((z0,) if isinstance(z0, Tensor) else z0)]
+        raise ValueError(
+            f"z0 has shape {', '.join(map(str, shapes))}, which the cell does not take "
+            f"({str(error).splitlines()[0]}): give a state of the shape that the layer returns"
+        ) from error
+
+
+def _takes(f: CellCall, z0: State) -> bool:
+    try:
+        with torch.no_grad():
+            f(z0)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _widened_in_autocast(z0: State) -> State:

@@ -5,8 +5,11 @@ from typing import Any
 
 from torch import nn
 
+from fastdeq.adjoints import AbstractAdjoint
+from fastdeq.adjoints.states import StatesAt
 from fastdeq.nn.base import AbstractCellLayer
 from fastdeq.nn.initialization import Initialization, initialize
+from fastdeq.notation import State
 from fastdeq.solution import Solution, TraceKind
 
 
@@ -54,17 +57,33 @@ class DEQChain(nn.Module):
         self,
         x: Any,
         *,
+        z0: State | None = None,
         jacobian_loss: bool = False,
         depth: int | None = None,
         trace: TraceKind | None = None,
+        states: StatesAt | None = None,
+        states_adjoint: AbstractAdjoint | None = None,
     ) -> tuple[Any, Solution]:
         """(y, solution); the options are those of `AbstractCellLayer.forward`."""
+        options: dict[str, Any] = {
+            **{"z0": z0, "jacobian_loss": jacobian_loss, "depth": depth, "trace": trace},
+            **{"states": states, "states_adjoint": states_adjoint},
+        }
         for name, layer in self._layers():
             if name == self._equilibrium_name:
-                x, solution = layer(x, jacobian_loss=jacobian_loss, depth=depth, trace=trace)
+                x, solution = layer(x, **options)
             else:
                 x = layer(x)
         return x, solution
+
+    def predict_from(self, z: State) -> Any:
+        """The prediction from a state: the layers after the equilibrium, applied to it."""
+        layers = list(self._layers())
+        place = [name for name, _ in layers].index(self._equilibrium_name)
+        y: Any = z
+        for _, layer in layers[place + 1 :]:
+            y = layer(y)
+        return y
 
     def explicit(self, x: Any) -> Any:
         """The prediction without a solve: the layers after the equilibrium applied to its z₀.

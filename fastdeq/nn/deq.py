@@ -1,11 +1,12 @@
 """The equilibrium layer, and the one that starts at a prediction."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
 from fastdeq._fixed_point import check_settings, fixed_point
 from fastdeq.adjoints import AbstractAdjoint, Implicit
+from fastdeq.adjoints.states import StatesAt
 from fastdeq.autocast import Precision
 from fastdeq.krylov import GMRES
 from fastdeq.nn.base import AbstractCellLayer
@@ -38,6 +39,8 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
     ValueError for `per_sample=True` with a cell that couples the samples in evaluation too.
     """
 
+    takes_states: ClassVar[bool] = True
+
     def __init__(
         self,
         cell: nn.Module,
@@ -54,11 +57,24 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         check_settings(self.solver, self.adjoint)
         check_coupling(cell, self.solver, self.adjoint)
 
-    def solve(self, f: StateMap, z0: State, trace: TraceKind | None) -> Solution:
+    def solve(
+        self,
+        f: StateMap,
+        z0: State,
+        trace: TraceKind | None,
+        states: StatesAt | None = None,
+        states_adjoint: AbstractAdjoint | None = None,
+    ) -> Solution:
         """Raises and warns as `fixed_point`."""
-        select = f.select if isinstance(f, CellCall) else None
         return fixed_point(
-            f, z0, solver=self.solver, adjoint=self.adjoint, trace=trace, select=select
+            f,
+            z0,
+            solver=self.solver,
+            adjoint=self.adjoint,
+            trace=trace,
+            states=states,
+            states_adjoint=states_adjoint,
+            select=f.select if isinstance(f, CellCall) else None,
         )
 
     @property

@@ -14,7 +14,7 @@ Departures from a plain `while residual > tol`:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,19 +25,25 @@ from fastdeq.autocast import full_precision
 from fastdeq.flatten import check_floating
 from fastdeq.notation import FlatMap
 from fastdeq.rows import BatchMap, Compaction
-from fastdeq.solution import SolveResult, Trace, TraceKind
+from fastdeq.solution import Recording, SolveResult, Trace, TraceKind
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.termination import Iterate, Measures, Progress, ratio
 from fastdeq.timer import Stopwatch
 
 
 def solve(
-    solver: AbstractSolver, f: FlatMap, z0: Tensor, *, trace: TraceKind | None = None
+    solver: AbstractSolver,
+    f: FlatMap,
+    z0: Tensor,
+    *,
+    trace: TraceKind | None = None,
+    states: Collection[int] = (),
 ) -> SolveResult:
     """Iterate `solver` on f from z0 until every sample has converged or failed.
 
     f: (B, D) → (B, D). z0: (B, D), floating point; a non-finite row ends as DIVERGED, at zero.
     trace: also return the history of residual norms, or of residual norms and states.
+    states: steps (from 1) after which the state is returned, too; only these states are kept.
     With `solver.compact`, f is a `BatchMap`.
     For states of other shapes, and for gradients, see `fixed_point`.
 
@@ -53,14 +59,12 @@ def solve(
         )
     watch = Stopwatch(z0.device)
     with full_precision(f, z0.device) as guarded:
-        result = _iterated(solver, guarded, z0, trace)
+        result = _iterated(solver, guarded, z0, Recording(trace, tuple(states)))
     return replace(result, elapsed=watch.stop())
 
 
-def _iterated(
-    solver: AbstractSolver, f: FlatMap, z0: Tensor, trace: TraceKind | None
-) -> SolveResult:
-    run = _Run(solver, f, z0, trace)
+def _iterated(solver: AbstractSolver, f: FlatMap, z0: Tensor, record: Recording) -> SolveResult:
+    run = _Run(solver, f, z0, record)
     memory = solver.init(run.problem, run.current)
     left = solver.max_steps
     while left and run.unfinished:
@@ -77,13 +81,11 @@ def _iterated(
 class _Run:
     """The state of one solve: the progress of every sample, its counts, and its best iterate."""
 
-    def __init__(
-        self, solver: AbstractSolver, f: FlatMap, z0: Tensor, trace: TraceKind | None
-    ) -> None:
+    def __init__(self, solver: AbstractSolver, f: FlatMap, z0: Tensor, record: Recording) -> None:
         lost = _not_finite(z0.detach())
         if lost is not None:
             z0 = z0.masked_fill(lost, 0.0)
-        self.rule, self.trace = solver.rule, trace
+        self.rule, self.record = solver.rule, record
         self.problem = Problem(f, z0, solver.pooling, guarded=solver.guarded)
         self.progress = Progress(solver.rule, solver.pooling, z0)
         # A shared norm says that f may couple the samples.
@@ -94,9 +96,11 @@ class _Run:
         self._counted, self._taken = self.progress.active, -1
         self._evaluated: int | Tensor = 0
         self.steps = self.nfe = torch.zeros_like(self.progress.status)
-        # For the trace: residual and state of the last good iterate.
+        # For the record: residual and state of the last good iterate, and what is kept of them.
         self.last = self.progress.residual, z0
         self.history: list[tuple[Tensor, Tensor | None]] = []
+        self.states: dict[int, Tensor] = {}
+        self._number = -1  # of the step recorded last; 0 is the start
         self.unfinished = True
         first = self.problem.evaluate(z0)
         self.current = first
@@ -119,7 +123,7 @@ class _Run:
             self._taken += 1  # the first evaluation is not a step
             self._evaluated = self._evaluated + count
             self._keep(step.iterate, progress.test(step.iterate, measures, stuck))
-            if self.trace:
+            if self.record.trace or self.record.steps:
                 self._record(step.iterate, measures.residual)
             if progress.active is not self._counted:
                 self._count()
@@ -170,9 +174,12 @@ class _Run:
     def _record(self, at: Iterate, residual: Tensor) -> None:
         good, (last, z) = self.progress.good, self.last
         rows = good.to(z.device)[:, None]
-        self.last = torch.where(good, residual, last), torch.where(rows, at.z.detach(), z.detach())
-        last, z = self.last
-        self.history.append((last, z if self.trace == "states" else None))
+        last, z = self.last = torch.where(good, residual, last), torch.where(rows, at.z, z)
+        self._number += 1
+        if self._number in self.record.steps:
+            self.states[self._number] = z
+        if self.record.trace:
+            self.history.append((last, z.detach() if self.record.trace == "states" else None))
 
     def _frozen(self, at: Iterate) -> Iterate:
         """Freeze the samples that have ended; returns `at` with their frozen states."""
@@ -199,10 +206,11 @@ class _Run:
             nfe=self.nfe.to(device),
             status=progress.ended().to(device),
             trace=self._traced(),
+            states=tuple(self.states.get(step, self.last[1]) for step in self.record.steps),
         )
 
     def _traced(self) -> Trace | None:
-        if not self.trace:
+        if not self.record.trace:
             return None
         states = [z for _, z in self.history if z is not None]
         return Trace(
