@@ -1,8 +1,13 @@
 """The terms that are added to the task's loss, and the spectral radius, a measure of their effect.
 
 L = task + λ_skip Σ_scales mean|z₀ − z*| + λ_jac E‖εᵀJ‖² / D + λ_res ‖z* − f(z*, x)‖
-(Pal et al. 2022, arXiv 2201.12240, §3; Bai et al. 2021, arXiv 2106.14342, for the Jacobian term.)
+  + λ_cor Σ_i w_i task(z_i)
+(Pal et al. 2022, arXiv 2201.12240, §3; Bai et al. 2021, arXiv 2106.14342, for the Jacobian term;
+Bai et al. 2022, arXiv 2204.08442, for the correction.)
 """
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +18,8 @@ from fastdeq.flatten import Layout
 from fastdeq.norms import sample_norm
 from fastdeq.notation import State, StateMap
 from fastdeq.solution import Solution
+
+CorrectionWeights: TypeAlias = Literal["constant", "linear", "exponential"]
 
 
 def skip_loss(solution: Solution) -> Tensor:
@@ -29,6 +36,38 @@ def residual_loss(solution: Solution) -> Tensor:
     differentiate it through their steps.) Needs no further evaluation.
     """
     return sample_norm(at_least_float32(solution.defect)).mean()
+
+
+def correction_loss(
+    loss: Callable[[Any], Tensor],
+    solution: Solution,
+    *,
+    weights: CorrectionWeights = "exponential",
+    decay: float = 0.8,
+) -> Tensor:
+    """Σ_i w_i loss(z_i), over the states on the way z_1 … z_n: the fixed-point correction (Bai et
+    al. 2022, arXiv 2204.08442), a scalar.
+
+    loss: the task's loss of a state, such as z ↦ cross_entropy(head(z), labels). That of the
+        equilibrium itself, of weight 1, is the task's and is not included.
+    weights: w_i = 1 ("constant"), i / (n + 1) ("linear") or decay^(n + 1 − i) ("exponential").
+
+    Raises: ValueError for a solution without states, for other weights, and for a decay that is not
+    positive.
+    """
+    n = len(solution.states)
+    if not n:
+        raise ValueError("the solution has no states on the way: give the layer states=3")
+    if weights not in get_args(CorrectionWeights) or not decay > 0:
+        names = ", ".join(get_args(CorrectionWeights))
+        raise ValueError(
+            f"weights is {weights!r} and decay {decay}, but must be one of {names}, and above 0"
+        )
+    parts = []
+    for i, state in enumerate(solution.states, 1):
+        weight = {"constant": 1.0, "linear": i / (n + 1), "exponential": decay ** (n + 1 - i)}
+        parts.append(weight[weights] * loss(state))
+    return torch.stack(parts).sum()
 
 
 def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:

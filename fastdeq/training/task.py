@@ -36,9 +36,10 @@ OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Opt
 
 _C = TypeVar("_C", bound=Callback)
 
+
 STAGES = ("train", "val", "test")
 METRICS = (
-    *("loss", "loss_task", "loss_skip", "loss_jacobian", "loss_residual"),
+    *("loss", "loss_task", "loss_skip", "loss_jacobian", "loss_residual", "loss_correction"),
     *("accuracy", "accuracy_top5"),
     *("nfe", "residual", "unconverged"),
     *("nfe_backward", "residual_backward", "unconverged_backward"),
@@ -66,8 +67,8 @@ class AbstractTask(LightningModule):
     as means over its batches if gradients are accumulated. For an optimizer that evaluates a batch
     several times per step (LBFGS) they are those of the first evaluation.
 
-    - loss (in training with its regularizers, whose parts are loss_task, loss_skip, loss_jacobian
-      and loss_residual) and accuracy.
+    - loss (in training with its regularizers, whose parts are loss_task, loss_skip, loss_jacobian,
+      loss_residual and loss_correction) and accuracy.
     - nfe, residual (relative) and unconverged (share) of the forward solve: means over samples.
     - seconds (of a whole optimizer step, or of a prediction) and solve_seconds (of the forward
       solve of a batch): means over steps or batches.
@@ -77,7 +78,8 @@ class AbstractTask(LightningModule):
     - In evaluation, for models that predict z₀: explicit_loss, explicit_accuracy and
       explicit_seconds of the head on z₀, without a solve.
 
-    Raises: ValueError for a skip loss with a model that does not predict z₀.
+    Raises: ValueError for a skip loss with a model that does not predict z₀, and for a correction
+    loss of states that the model's solver does not reach.
     """
 
     monitor: tuple[str, Literal["min", "max"]]
@@ -97,11 +99,7 @@ class AbstractTask(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # the whole step is in `training_step`
-        if weights.skip and not model.equilibrium.initializer.predicts:
-            raise ValueError(
-                "the skip loss would draw z* to zero in a model that predicts nothing: use a skip "
-                "model (model=skip_deq), or no skip loss (loss.skip=0)"
-            )
+        weights.check(model.equilibrium)
         self.model = model
         self.make_optimizer = optimizer
         self.weights = weights
@@ -204,8 +202,16 @@ class AbstractTask(LightningModule):
         """
         x, targets, weight = batch
         estimate = self.weights.wants_jacobian(step, self.seed)
-        prediction, solution = self.model(x, jacobian_loss=estimate, depth=depth, trace=trace)
-        parts = {"task": self.criterion(prediction, targets), **self.weights.parts(solution)}
+        states = {} if depth is not None else self.weights.states  # unrolled steps have none
+        prediction, solution = self.model(
+            x, jacobian_loss=estimate, depth=depth, trace=trace, **states
+        )
+        parts = {
+            "task": self.criterion(prediction, targets),
+            **self.weights.parts(
+                solution, lambda z: self.criterion(self.model.predict_from(z), targets)
+            ),
+        }
         loss = reduce(torch.add, parts.values())
         named = {f"loss_{name}": part.detach() for name, part in parts.items()}
         scores = self.scores(prediction.detach(), targets)

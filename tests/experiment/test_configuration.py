@@ -13,7 +13,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from fastdeq.adjoints import Implicit
+from fastdeq.adjoints import Implicit, JacobianFree
 from fastdeq.experiment import renamed
 from fastdeq.experiment.build import build_model, build_task, link
 from fastdeq.experiment.checks import check_values
@@ -347,6 +347,17 @@ def test_the_multiscale_models_have_the_published_parameter_counts(
 def test_one_key_computes_f_of_every_model_in_bfloat16(model: str) -> None:
     assert build_model(composed(model)).equilibrium.precision is None
     assert build_model(composed(model, "precision=bf16")).equilibrium.precision == "bf16"
+
+
+def test_the_correction_of_states_on_the_way_is_set_by_keys_of_the_loss() -> None:
+    cfg = composed(
+        "model=deq",
+        "loss.correction=0.5",
+        "loss.correction_states=[2,4]",
+        "loss.correction_adjoint={_target_: fastdeq.adjoints.JacobianFree}",
+    )
+    one_step(cfg)
+    assert build_task(cfg).weights.states == {"states": [2, 4], "states_adjoint": JacobianFree()}
 
 
 def test_one_key_makes_every_kernel_channels_last_and_archs_with_batch_norm_set_it() -> None:

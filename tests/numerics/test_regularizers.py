@@ -13,7 +13,13 @@ from torch.nn.functional import conv2d
 from fastdeq import Solution, fixed_depth, fixed_point
 from fastdeq.adjoints import Implicit, JacobianFree, Phantom
 from fastdeq.krylov import GMRES
-from fastdeq.regularizers import jacobian_loss, residual_loss, skip_loss, spectral_radius
+from fastdeq.regularizers import (
+    correction_loss,
+    jacobian_loss,
+    residual_loss,
+    skip_loss,
+    spectral_radius,
+)
 from fastdeq.solvers import LimitedMemoryBroydenSolver, Picard
 from tests.loops import each
 
@@ -257,3 +263,44 @@ def test_counts_below_one_are_refused():
         jacobian_loss(doubled, torch.ones(2, 3), samples=0)
     with pytest.raises(ValueError, match="iterations is 0, but must be at least 1"):
         spectral_radius(doubled, torch.ones(2, 3), iterations=0)
+
+
+# The correction
+
+
+@each(
+    "weights, expected",
+    [("constant", [1, 1, 1]), ("linear", [0.25, 0.5, 0.75]), ("exponential", [0.125, 0.25, 0.5])],
+)
+def test_the_correction_is_the_weighted_sum_of_the_losses_of_the_states(weights, expected):
+    solver = Picard(tol=1e-12, max_steps=50)
+    solution = fixed_point(lambda z: z / 2 + 1, torch.zeros(2, 1), solver=solver, states=[1, 2, 3])
+    values = [1.5, 1.75, 1.875]  # after these steps and one evaluation
+    loss = correction_loss(Tensor.mean, solution, weights=weights, decay=0.5)
+    assert loss == pytest.approx(sum(w * v for w, v in zip(expected, values, strict=True)))
+
+
+def test_the_correction_trains_through_every_state():
+    a = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    solver = Picard(tol=1e-12, max_steps=50)
+    start = torch.ones(1, 1, dtype=F64)
+    solution = fixed_point(
+        lambda z: a * z + 1, start, solver=solver, adjoint=JacobianFree(), states=[1, 2]
+    )
+    loss = correction_loss(Tensor.sum, solution, weights="constant")
+    (got,) = torch.autograd.grad(loss, a)
+    assert got == pytest.approx(1.5 + 1.75)  # ∂f/∂a is the state itself
+
+
+@each(
+    "options, message",
+    [
+        ({}, "no states on the way: give the layer states=3"),
+        ({"weights": "cubic"}, "weights is 'cubic'.*constant, linear, exponential"),
+        ({"decay": 0.0}, "decay 0.0, but must be.*above 0"),
+    ],
+)
+def test_a_correction_of_no_states_or_other_weights_is_refused(options, message):
+    solution = fixed_point(lambda z: z / 2, torch.ones(1, 1), states=2 if options else None)
+    with pytest.raises(ValueError, match=message):
+        correction_loss(Tensor.sum, solution, **options)

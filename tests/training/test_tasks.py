@@ -1,13 +1,16 @@
 """What tasks minimize, what they report, and what they refuse."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from fastdeq import DeepEquilibriumNetwork, DEQChain
-from fastdeq.adjoints import JacobianFree
+from fastdeq.adjoints import JacobianFree, Unrolled
 from fastdeq.data import Batch, Batches
+from fastdeq.nn import DenseCell, UnrolledNetwork
 from fastdeq.regularizers import residual_loss, skip_loss
 from fastdeq.training import (
     ClassificationTask,
@@ -16,6 +19,8 @@ from fastdeq.training import (
 )
 from tests.training.tasks import (
     CLASSES,
+    FEATURES,
+    WIDTH,
     evaluated,
     make_task,
     network,
@@ -74,6 +79,46 @@ def test_the_parts_are_weight_times_regularizer(tmp_path):
     assert weighted["loss_residual"] == 4 * once["loss_residual"]
     assert weighted["loss_jacobian"] == 0.25 * once["loss_jacobian"] > 0
     assert weighted["loss_task"] == once["loss_task"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_correction_is_the_tasks_loss_of_the_states_on_the_way(kind, tmp_path):
+    given: dict[str, Any] = {"correction_states": [1, 2], "correction_weights": "linear"}
+    task, batch = make_task(kind, correction=2.0, **given), samples(5, kind)
+    metrics = train_metrics(task, [batch], tmp_path)
+    _, solution = task.model(batch.inputs, states=[1, 2])
+    losses = [
+        task.criterion(task.model.predict_from(state), batch.targets).item()
+        for state in solution.states
+    ]
+    assert metrics["loss_correction"] == pytest.approx(2 * (losses[0] + 2 * losses[1]) / 3)
+    assert metrics["loss"] == pytest.approx(metrics["loss_task"] + metrics["loss_correction"])
+
+
+def test_pretraining_leaves_the_correction_out_and_evaluation_too(tmp_path):
+    task, batch = make_task(correction=1.0), samples(5)
+    _, solution, metrics = task.evaluate(batch, 0, depth=3)
+    assert not solution.states
+    assert "loss_correction" not in metrics
+    assert "loss_correction" not in evaluated(task, [batch], tmp_path)
+
+
+def test_a_correction_of_states_that_there_are_not_is_refused():
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"correction_states": [60]}, ValueError, "loss.correction_states is .60.*max_steps=50"),
+        ({"correction_states": 0}, ValueError, "loss.correction_states is 0"),
+        ({"correction_adjoint": Unrolled()}, ValueError, "loss.correction_adjoint is Unrolled"),
+    ]
+    for weights, error, message in cases:
+        with pytest.raises(error, match=message):
+            make_task(correction=1.0, **weights)
+    chain = DEQChain(
+        stem=nn.Linear(FEATURES, WIDTH),
+        deq=UnrolledNetwork(DenseCell(WIDTH), steps=2),
+        head=nn.Linear(WIDTH, CLASSES),
+    )
+    with pytest.raises(ValueError, match=r"UnrolledNetwork has none: use loss\.correction=0"):
+        make_task(model=chain, correction=1.0)
 
 
 def test_parts_without_a_weight_are_not_logged(tmp_path):
