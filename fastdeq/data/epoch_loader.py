@@ -72,6 +72,7 @@ class EpochLoader(ABC):
         self._epoch = 0
         self._position = 0  # batches of this epoch yielded so far
         self._restored = False  # the next iteration continues at the position
+        self._ordered: tuple[tuple[int, int], Tensor] | None = None  # the order of (seed, epoch)
 
     @abstractmethod
     def _batches_from(self, first: int) -> Iterator[Batch]:
@@ -97,6 +98,17 @@ class EpochLoader(ABC):
             # Counted before it is yielded: a state saved while it is used does not repeat it.
             self._position = position + 1
             yield batch
+
+    @property
+    def samples(self) -> int:
+        """The number of samples, N."""
+        return self._samples
+
+    @property
+    def indices(self) -> Tensor:
+        """The samples of the batch yielded last: places in stored order, int64 (B,), on the CPU."""
+        window, _ = self._part(self._position - 1)
+        return self._order()[window]
 
     @property
     def epoch(self) -> int:
@@ -139,9 +151,12 @@ class EpochLoader(ABC):
 
     def _order(self) -> Tensor:
         """Return the order of the epoch, a permutation int64 (N,) on the CPU."""
-        if not self._shuffle:
-            return torch.arange(self._samples)
-        return torch.randperm(self._samples, generator=self._generator())
+        key = (self._seed, self._epoch)
+        if self._ordered is None or self._ordered[0] != key:
+            n = self._samples
+            shuffled = torch.randperm(n, generator=self._generator()) if self._shuffle else None
+            self._ordered = key, torch.arange(n) if shuffled is None else shuffled
+        return self._ordered[1]
 
     def _generator(self, key: tuple[int, ...] = ()) -> torch.Generator:
         # SeedSequence mixes the pair, so that (0, 1) and (1, 0) have nothing to do with each other.

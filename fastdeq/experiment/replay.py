@@ -148,8 +148,12 @@ def _batch(
     # The process had its own device; here there is one, or none.
     random["cuda"] = random["cuda"][device : device + 1] if torch.cuda.is_available() else []
     set_random_state(random)
+    start = kept.get("start")
+    if start is not None:
+        single = isinstance(start, Tensor)
+        start = start.to(task.device) if single else tuple(z.to(task.device) for z in start)
     loss, solution, _ = task.evaluate(
-        batch, failure["step"], depth=failure["depth"], trace="residuals"
+        batch, failure["step"], z0=start, depth=failure["depth"], trace="residuals"
     )
     loss = loss / failure.get("accumulates", 1)
     loss.backward()

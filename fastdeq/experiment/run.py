@@ -37,6 +37,7 @@ from fastdeq.runs.log import logging_to
 from fastdeq.runs.reading import is_done, read_summary
 from fastdeq.runs.resuming import check_same, same_run_beside, saved_state
 from fastdeq.runs.status import created, recorded
+from fastdeq.training import Reuse
 
 
 def run(cfg: DictConfig) -> Path:
@@ -193,9 +194,11 @@ def _check_parts(
     """
     parts = copy.deepcopy(cfg)  # Hydra resolves it; the original keeps its interpolations
     cfg = link(cfg)
-    for key in ("solver", "adjoint", "loss", "scheduler", "callbacks"):
+    for key in ("solver", "adjoint", "loss", "scheduler"):
         with error_context(cfg, key):
             instantiate(parts.get(key), _convert_="all")
+    with error_context(cfg, "callbacks"):
+        callbacks = instantiate(parts.get("callbacks"), _convert_="all") or {}
     with error_context(cfg, "data"):
         data = instantiate(parts.data, _convert_="all")
     if data.batch_size < ranks:
@@ -206,6 +209,8 @@ def _check_parts(
     with error_context(cfg, "model"):
         model = build_model(parts)
     _check_skip_loss(cfg, model)
+    if any(isinstance(each, Reuse) for each in callbacks.values()):
+        Reuse.check(model.equilibrium, ranks)
     with error_context(cfg, "task"):
         task = build_task(parts, model)
     with error_context(cfg, "optimizer"):

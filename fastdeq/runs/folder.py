@@ -17,6 +17,8 @@ RESUME, BEFORE = "resume.ckpt", "resume.before.ckpt"
 """The newest state to resume from, and the one before it."""
 FAILURE = "failure.ckpt"
 """The failed step that mode=replay computes again."""
+EQUILIBRIA = "equilibria.h5"
+"""What `callbacks.reuse` keeps on disk; removed at the end of training."""
 LOCK = ".lock"
 WANDB_ID = ".wandb_id"
 

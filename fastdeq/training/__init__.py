@@ -22,6 +22,7 @@ from fastdeq.training.pretraining import Pretraining
 from fastdeq.training.random_state import set_random_state
 from fastdeq.training.regression import RegressionTask
 from fastdeq.training.resumption import Resumption, rows_of
+from fastdeq.training.reuse import Reuse
 from fastdeq.training.schedules import (
     AbstractSchedule,
     Constant,
@@ -53,6 +54,7 @@ __all__ = [
     "ProgressBar",
     "RegressionTask",
     "Resumption",
+    "Reuse",
     "SealedCheckpointIO",
     "Staircase",
     "StepResult",

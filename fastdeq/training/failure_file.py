@@ -48,4 +48,4 @@ def _on_host(node: Any) -> Any:
         return node.cpu()
     if isinstance(node, dict):
         return {name: _on_host(value) for name, value in node.items()}
-    return [_on_host(value) for value in node] if isinstance(node, list) else node
+    return type(node)(map(_on_host, node)) if isinstance(node, list | tuple) else node

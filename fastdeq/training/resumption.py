@@ -17,6 +17,7 @@ from fastdeq.training.ddp import payload_strategy
 from fastdeq.training.diagnosis import Reading
 from fastdeq.training.loggers.metrics_file import MetricsFile
 from fastdeq.training.random_state import gathered, random_state, set_random_state
+from fastdeq.training.reuse import Reuse
 from fastdeq.training.task import AbstractTask
 
 _KEY = "fastdeq"
@@ -185,6 +186,8 @@ class Resumption(Callback):
         }
         if self._saving is not None:  # not into the other checkpoints of the run
             self._saving.put_into(checkpoint)
+            for each in trainer.callbacks:  # type: ignore[attr-defined]  # run time
+                checkpoint.update(each.saved() if isinstance(each, Reuse) else {})
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastdeq.notation import State
 from fastdeq.solution import Solution
 from fastdeq.timer import Stopwatch
 from fastdeq.training.diagnosis import joined
@@ -29,7 +30,7 @@ class BatchResult:
     watch: from the start of the batch to its end; of the last batch, to the end of the step.
     measures: see `diagnosis.measure`.
     random: the random state before the batch, if the step may be kept.
-    states: start and equilibrium, if the step may be kept.
+    states: start and equilibrium, if the step may be kept; `start` where it was given.
     """
 
     batch: Any
@@ -51,13 +52,17 @@ class BatchResult:
         watch: Stopwatch,
         random: tuple[Any, ...] | None,
         *,
+        start: State | None = None,
         keep_states: bool,
     ) -> "BatchResult":
-        """From a solution that the backward pass has completed."""
+        """From a solution that the backward pass has completed. start: a z₀ that was given."""
         backward = solution.backward
         seconds: dict[str, Value] = {"solve_seconds": solution.elapsed}
         if backward.stats is not None:
             seconds["backward_seconds"] = backward.stats.elapsed
+        states = _states(solution) if keep_states and batch[2] else {}
+        if states and start is not None:
+            states["start"] = start
         return cls(
             batch=batch,
             samples=len(solution.status) if batch[2] else 0,
@@ -66,7 +71,7 @@ class BatchResult:
             watch=watch.stop(),
             measures=measures,
             random=random,
-            states=_states(solution) if keep_states and batch[2] else {},
+            states=states,
         )
 
 

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fastdeq.nn import DEQChain, ExplicitNetwork
+from fastdeq.notation import State
 from fastdeq.solution import TraceKind
 from fastdeq.timer import Stopwatch
 from fastdeq.training.ddp import averaged_gradients
@@ -26,6 +27,7 @@ from fastdeq.training.metrics import (
     solver_metrics,
 )
 from fastdeq.training.pretraining import Pretraining
+from fastdeq.training.reuse import Reuse
 from fastdeq.training.schedules import AbstractSchedule, Constant, SchedulerFactory, as_schedule
 from fastdeq.training.step import BatchResult, Evaluation, StepResult
 
@@ -158,7 +160,9 @@ class AbstractTask(LightningModule):
         # Forward: stem, solve, head, and the loss with its regularizers.
         if not step.batches:
             optimizer.zero_grad()
-        loss, solution, metrics = self.evaluate(batch, step.number, depth=step.depth)
+        reuse = self._callback(Reuse) if step.depth is None else None
+        z0 = None if reuse is None else reuse.start(self.trainer, self.device)
+        loss, solution, metrics = self.evaluate(batch, step.number, depth=step.depth, z0=z0)
         part = loss / step.accumulates
         measures = cache(lambda: measure(batch, solution, part.detach()))
 
@@ -166,10 +170,12 @@ class AbstractTask(LightningModule):
         payloads = {VERDICT: lambda: step.measures(measures())}
         with averaged_gradients(self.trainer, last=last, weight=batch[2], payloads=payloads):
             self._backward(part)
-        # Gradients are accumulated to save memory: states are then not kept.
-        keep = random is not None and step.accumulates == 1
+        if reuse is not None:
+            reuse.keep(self.trainer, solution)
+        # Gradients are accumulated to save memory: states are then kept only if a replay needs z0.
+        keep = random is not None and (step.accumulates == 1 or reuse is not None)
         result = BatchResult.of(
-            batch, solution, metrics, measures(), watch, random, keep_states=keep
+            batch, solution, metrics, measures(), watch, random, start=z0, keep_states=keep
         )
         step = step.with_batch(result)
         self._accumulated = None if last else step
@@ -182,7 +188,8 @@ class AbstractTask(LightningModule):
         else:
             self._clip(optimizer)
             losses = [loss]  # the first evaluation is done; LBFGS needs more
-            optimizer.step(lambda: losses.pop() if losses else self._evaluate_again(batch, step))
+            again = partial(self._evaluate_again, batch, step, z0)
+            optimizer.step(lambda: losses.pop() if losses else again())
         self._move_schedule("step", step.number + 1)
 
         watch.stop()
@@ -194,17 +201,18 @@ class AbstractTask(LightningModule):
         batch: Batch,
         step: int,
         *,
+        z0: State | None = None,
         depth: int | None = None,
         trace: TraceKind | None = None,
     ) -> Evaluation:
         """The loss that optimizer step number `step` (from 0) minimizes on this batch, times the
-        batch's weight. depth, trace: as in `DEQChain.forward`.
+        batch's weight. z0, depth, trace: as in `DEQChain.forward`.
         """
         x, targets, weight = batch
         estimate = self.weights.wants_jacobian(step, self.seed)
         states = {} if depth is not None else self.weights.states  # unrolled steps have none
         prediction, solution = self.model(
-            x, jacobian_loss=estimate, depth=depth, trace=trace, **states
+            x, z0=z0, jacobian_loss=estimate, depth=depth, trace=trace, **states
         )
         parts = {
             "task": self.criterion(prediction, targets),
@@ -316,11 +324,11 @@ class AbstractTask(LightningModule):
         clip = precision.clip_grad_by_value if by_value else precision.clip_grad_by_norm
         clip(optimizer.optimizer, self.gradient_clip_val * scale)
 
-    def _evaluate_again(self, batch: Batch, step: StepResult) -> Tensor:
+    def _evaluate_again(self, batch: Batch, step: StepResult, z0: State | None) -> Tensor:
         """For an optimizer that evaluates the batch several times."""
         optimizer = self._optimizer()
         optimizer.zero_grad()
-        loss, _, _ = self.evaluate(batch, step.number, depth=step.depth)
+        loss, _, _ = self.evaluate(batch, step.number, z0=z0, depth=step.depth)
         self._backward(loss)
         self._clip(optimizer)
         return loss

@@ -38,6 +38,21 @@ def test_inputs_and_targets_stay_together():
         assert weight == 1.0
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_indices_are_those_of_the_batch_yielded_last_in_every_epoch_and_after_resuming(rank):
+    batches = make(rank=rank, ranks=2)
+    for _ in range(2):
+        for _, targets, _ in batches:
+            assert torch.equal(batches.indices, targets)
+            state = batches.state_dict()
+            if state["position"] == 2:
+                middle = state
+    resumed = make(rank=rank, ranks=2)
+    resumed.load_state_dict(middle)
+    for _, targets, _ in resumed:
+        assert torch.equal(resumed.indices, targets)
+
+
 def test_drop_last_leaves_out_only_the_incomplete_batch():
     batches = make(drop_last=True)
     given = one_epoch(batches)

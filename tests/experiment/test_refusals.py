@@ -75,6 +75,7 @@ VALUES = {
     "arch.channels=[8,a]": ("arch.channels.1 is 'a'", "whole number"),
     "arch.channels={a:1}": ("arch.channels is a list", "write arch.channels=[...]"),
     "callbacks.resumption.minutes={a:1}": ("callbacks.resumption.minutes is {'a': 1}",),
+    "callbacks=reuse": ("callbacks.reuse chooses the start", "model=deq"),  # of skip_mdeq
     "callbacks.pretraining=3": ("callbacks.pretraining is 3", "a Callback"),
     "trainer._target_=null": ("trainer._target_ is None", "dotted name"),
     "trainer._target_=torch.nn.Linear": ("trainer.",),

@@ -33,6 +33,7 @@ NETWORKS = {
         *("model=skip_mdeq", "arch.normalization=batch", "arch.dropout=0.3"),
         *("arch.channels=[4,4]", "loss.jacobian=0.1"),
     ),
+    "reused equilibria": ("model=deq", "callbacks=reuse"),
     "in bf16": ("model=skip_deq", "trainer.precision=bf16-mixed"),
 }
 
@@ -75,6 +76,19 @@ def test_a_step_made_again_has_the_loss_and_the_gradient_it_had(
     assert lines[0].startswith(f"step 0 of {folder / FAILURE}: 360 samples")
     then_numbers, now_numbers = lines[1].removeprefix("then"), lines[2].removeprefix("now")
     assert then_numbers.strip() == now_numbers.strip()
+
+
+def test_a_step_that_started_at_reused_equilibria_starts_there_again(tmp_path: Path) -> None:
+    overrides = (
+        *("model=deq", "callbacks=reuse", *NEVER[:2], KEEP),
+        *("callbacks.failures.patience=6", "trainer.max_epochs=2"),  # the second epoch's second
+    )
+    folder = run(tmp_path / "run", *overrides)
+    failure = kept(folder)["failure"]
+    assert failure["step"] == 5
+    assert failure["ranks"][0]["start"].any()
+    found = replay(composed(*SHORT, *overrides, "mode=replay", f"from_run={folder}"))
+    assert_equal(found.gradients, gradients(folder, 5))
 
 
 def test_a_later_step_too_with_the_draws_of_its_number(tmp_path: Path) -> None:

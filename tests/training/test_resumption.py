@@ -36,6 +36,7 @@ NETWORKS = {
         ),
     ),
     "random regularization": ("model=deq", "loss.jacobian=0.1", "loss.jacobian_probability=0.5"),
+    "equilibria reused": ("model=deq", "callbacks=reuse"),
     "some steps skipped": (
         *("model=deq", "solver.max_steps=7", "scheduler=cosine"),
         *("callbacks.failures.on_failure=skip_step", "callbacks.failures.unconverged=0.002"),
