@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.measuring import HAS_TORCHDEQ, Case
 from fastdeq import GMRES, fixed_point
 from fastdeq.adjoints import Implicit
+from fastdeq.flatten import scales_of
 from fastdeq.notation import State, StateMap
 from fastdeq.solvers import AbstractSolver, Anderson, LimitedMemoryBroydenSolver, Picard, solve
 
@@ -46,7 +47,7 @@ class Problem:
     @property
     def scales(self) -> tuple[Tensor, ...]:
         """The state as a tuple."""
-        return self.z0 if isinstance(self.z0, tuple) else (self.z0,)
+        return scales_of(self.z0)
 
     def evaluations(self) -> None:
         """The evaluations of a solve alone."""
@@ -61,7 +62,7 @@ class Problem:
         self.evaluations()
         z = tuple(scale.clone().requires_grad_() for scale in self.scales)
         y = self.f(z if isinstance(self.z0, tuple) else z[0])
-        output = y if isinstance(y, tuple) else (y,)
+        output = scales_of(y)
         w = [torch.randn_like(scale) for scale in output]
         for _ in range(self.backward):
             torch.autograd.grad(output, z, w, retain_graph=True)
@@ -76,8 +77,7 @@ def clear(parameters: Iterable[Tensor]) -> None:
 
 def loss_of(z: State) -> Tensor:
     """Mean squares of all scales."""
-    scales = z if isinstance(z, tuple) else (z,)
-    return torch.stack([scale.square().mean() for scale in scales]).sum()
+    return torch.stack([scale.square().mean() for scale in scales_of(z)]).sum()
 
 
 def our_solve(name: str, problem: Problem, **settings: Any) -> Case:

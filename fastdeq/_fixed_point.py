@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -31,14 +31,17 @@ def fixed_point(
     states: StatesAt | None = None,
     states_adjoint: AbstractAdjoint | None = None,
     select: Callable[[Tensor], StateMap] | None = None,
+    batched: bool = True,
+    has_aux: bool = False,
 ) -> Solution:
     """Solve z = f(z) for every sample of a batch; the result is differentiable in all that f closes
     over.
 
     f: maps a state to one of the same shape. What it needs besides z (input, parameters) it closes
         over; their gradients arrive by ordinary backpropagation.
-    z0: the initial state: a (B, ...) floating-point tensor, or a tuple of them, one per scale. It
-        gets gradients only from the unrolled adjoint: an equilibrium does not depend on its start.
+    z0: the initial state: a (B, ...) floating-point tensor, or a tuple or dictionary of them, one
+        per scale. It gets gradients only from the unrolled adjoint: an equilibrium does not depend
+        on its start. An empty batch, B = 0, is not solved: f is evaluated once.
     trace: record the history of residual norms ("residuals"), or of states too ("states").
     states: also return states on the way, as `solution.states`: n of them, after steps evenly
         spaced up to the solver's max_steps (n=3 of 40: after steps 10, 20 and 30), or those after
@@ -48,13 +51,16 @@ def fixed_point(
         the linear solve that `Implicit` makes for each; None: `adjoint`.
     select: rows ↦ f for these samples of the batch alone, with rows (n,) int64; needed by a solver
         with `compact`. For f(z) = cell(z, x) it is rows ↦ (z ↦ cell(z, x[rows])).
+    batched: False: a state has no batch axis and is one sample; statistics are those of one, (1,).
+    has_aux: f returns (value, aux). `solution.aux` is that of its last evaluation in the forward
+        pass: the closing one, at the solution, or the last step of `Phantom`.
 
     Returns a `Solution`. A sample that does not converge is not an error: its best iterate is
     returned, and `solution.status` reports what happened.
 
     Raises: TypeError for settings that are not a solver or an adjoint, and for a z0 or an f(z) that
-        is not floating point; ValueError for an empty batch, for f(z) of another shape than z, for
-        an adjoint that does not support the solver, and for states beyond the solver's last step;
+        is not floating point; ValueError for f(z) of another shape than z, for an adjoint that does
+        not support the solver, and for states beyond the solver's last step;
         RuntimeError in forward-mode differentiation, except with the unrolled adjoint. Warns
         (RuntimeWarning) where f itself is not finite.
     """
@@ -64,14 +70,20 @@ def fixed_point(
     _check_select(select, solver, adjoint)
     if trace not in (None, *get_args(TraceKind)):
         raise ValueError(f"trace is {trace!r}, but must be 'residuals', 'states' or None")
-    layout = Layout.of(z0)
-    flat_f = _flat(f, layout)
+    layout, aux = Layout.of(z0, batched=batched), _Aux(has_aux)
+    flat_f = _flat(aux.removed(f), layout)
     if select is not None:
-        flat_f = BatchMap(flat_f, lambda rows: _flat(select(rows), layout))
-    found = adjoint.equilibrium(flat_f, layout.flatten(z0), solver, record)
+        flat_f = BatchMap(flat_f, lambda rows: _flat(aux.removed(select(rows)), layout))
+    start = layout.flatten(z0)
+    if not len(start):
+        solution = _of_nothing(flat_f, layout, z0, start, len(record.steps))
+        return replace(solution, aux=aux.last)
+    found = adjoint.equilibrium(flat_f, start, solver, record)
+    last = aux.last
     value, stats = _without_nonfinite(found)
     on_the_way = closed(flat_f, found, adjoint, states_adjoint)
     return Solution(
+        aux=last,
         value=layout.unflatten(value),
         z0=z0,
         defect=found.defect,
@@ -115,6 +127,37 @@ def unsolved(
         nfe=nfe,
         status=torch.full_like(steps, int(Status.NOT_SOLVED)),
     )
+
+
+def _of_nothing(f: FlatMap, layout: Layout, z0: State, start: Tensor, states: int) -> Solution:
+    """The solution for an empty batch: f(z0), whose gradients are zero."""
+    none = torch.zeros(0, dtype=torch.int64, device=start.device)
+    solution = unsolved(layout, z0, start, f(start), steps=none, nfe=none)
+    return replace(solution, states=(solution.value,) * states)
+
+
+class _Aux:
+    """What f returns beside its value, of its last evaluation."""
+
+    def __init__(self, present: bool) -> None:
+        self.present, self.last = present, None
+
+    def removed(self, f: Callable[[Any], Any]) -> StateMap:
+        """f without it. Raises: TypeError for an f that does not return a pair."""
+        if not self.present:
+            return f
+
+        def value_alone(z: Any) -> Any:
+            output = f(z)
+            if not isinstance(output, tuple) or len(output) != 2:
+                raise TypeError(
+                    f"f returns a {type(output).__name__}, but with has_aux=True it returns a pair "
+                    "(value, aux)"
+                )
+            value, self.last = output
+            return value
+
+        return value_alone
 
 
 def _flat(f: StateMap, layout: Layout) -> FlatMap:

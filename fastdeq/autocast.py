@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from fastdeq.flatten import map_scales, scales_of
 from fastdeq.notation import FlatMap, State, StateMap
 from fastdeq.rows import wrapped
 
@@ -23,14 +24,12 @@ def check_precision(precision: Precision | None) -> None:
 
 def in_bf16(f: StateMap, z: State) -> State:
     """f(z) under autocast to bfloat16, but in the dtype of z."""
-    first = z if isinstance(z, Tensor) else z[0]
+    first = scales_of(z)[0]
     # No cache of cast weights: inside another autocast it outlives this evaluation, and may hold
     # weights in another dtype.
     with torch.autocast(first.device.type, torch.bfloat16, cache_enabled=False):
         output = f(z)
-    if isinstance(output, tuple):
-        return tuple(_from_bf16(scale, first.dtype) for scale in output)
-    return _from_bf16(output, first.dtype)
+    return map_scales(partial(_from_bf16, dtype=first.dtype), output)
 
 
 def _from_bf16(y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,12 +1,13 @@
-"""A tuple of scales ↔ one flat (B, D) tensor.
+"""A tuple or dictionary of scales ↔ one flat (B, D) tensor.
 
 The solvers see one (B, D) tensor and the cell sees its scales as views of it, so the concatenation
 of the cell's outputs is the only copy an evaluation makes; a single scale is not copied at all. A
 scale that is channels_last in z0 is flattened in its order in memory, (H, W, C), and the cell sees
 it as channels_last again. States in half precision are widened to float32 on the way in: f may run
-in bf16, the solver's arithmetic does not.
+in bf16, the solver's arithmetic does not. A state without a batch axis is one row, (1, D).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,26 +24,32 @@ class Layout:
     dtypes: tuple[torch.dtype, ...]
     channels_last: tuple[bool, ...]
     single: bool
+    names: tuple[str, ...] | None = None  # of a dictionary's scales
+    batched: bool = True
 
     @staticmethod
-    def of(z0: State, name: str = "z0") -> "Layout":
+    def of(z0: State, name: str = "z0", *, batched: bool = True) -> "Layout":
         """The layout of a start, or of another state, which errors then call `name`.
 
-        Raises: TypeError for what is not a floating-point tensor; ValueError for an empty batch, an
-        unbatched tensor, or scales that disagree about the batch.
+        Raises: TypeError for what is not a floating-point tensor; ValueError for an empty axis
+        other than the batch, a tensor without a batch, or scales that disagree about the batch.
         """
-        scales = _as_tuple(z0, name)
+        scales = scales_of(z0, name)
         for scale in scales:
-            _check_scale(scale, name)
-        if len({len(scale) for scale in scales}) > 1:
+            _check_scale(scale, name, batched)
+        if batched and len({len(scale) for scale in scales}) > 1:
             sizes = [len(scale) for scale in scales]
             raise ValueError(f"the scales of {name} have batch sizes {sizes}: give all the same")
         if len({scale.device for scale in scales}) > 1:
             raise ValueError(f"the scales of {name} are on different devices: move them to one")
-        shapes = tuple(scale.shape[1:] for scale in scales)
-        dtypes = tuple(scale.dtype for scale in scales)
-        channels_last = tuple(is_channels_last(scale) for scale in scales)
-        return Layout(shapes, dtypes, channels_last, single=isinstance(z0, Tensor))
+        return Layout(
+            shapes=tuple(scale.shape[1:] if batched else scale.shape for scale in scales),
+            dtypes=tuple(scale.dtype for scale in scales),
+            channels_last=tuple(batched and is_channels_last(scale) for scale in scales),
+            single=isinstance(z0, Tensor),
+            names=tuple(z0) if isinstance(z0, dict) else None,
+            batched=batched,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,9 +64,12 @@ class Layout:
 
         A scale of another memory format costs a copy.
         """
+        kinds = zip(self._scales(state, "the state"), self.shapes, self.channels_last, strict=True)
         flat = [
-            (scale.movedim(1, -1) if last else scale).reshape(len(scale), -1).to(self.dtype)
-            for scale, last in zip(_as_tuple(state, "the state"), self.channels_last, strict=True)
+            (scale.movedim(1, -1) if last else scale)
+            .reshape(len(scale) if self.batched else 1, shape.numel())  # not −1: B may be 0
+            .to(self.dtype)
+            for scale, shape, last in kinds
         ]
         return flat[0] if self.single else torch.cat(flat, dim=1)
 
@@ -69,12 +79,9 @@ class Layout:
         Raises: TypeError or ValueError where f(z) does not have the dtype and shape of z: its
             imaginary part, or its gradients, would be lost.
         """
-        scales = _as_tuple(output, "f(z)")
-        wanted = [(len(z), *shape) for shape in self.shapes]
+        scales = self._scales(output, "f(z)")
+        wanted = [(len(z), *shape) if self.batched else tuple(shape) for shape in self.shapes]
         found = [tuple(scale.shape) for scale in scales]
-        if isinstance(output, Tensor) != self.single:
-            kinds = ("a tuple", "a tensor") if self.single else ("a tensor", "a tuple")
-            raise ValueError(f"f(z) is {kinds[0]} but z is {kinds[1]}: let f return what it takes")
         if found != wanted:
             raise ValueError(
                 f"f(z) has shape {_listed(found)} but z has shape {_listed(wanted)}: an "
@@ -90,8 +97,27 @@ class Layout:
         # Not split() for one scale: writing into its views raises an obscure error.
         parts = (flat,) if self.single else flat.split(sizes, dim=1)
         kinds = zip(parts, self.shapes, self.dtypes, self.channels_last, strict=True)
-        scales = tuple(_scale(part, shape, last).to(dtype) for part, shape, dtype, last in kinds)
+        views = (_scale(part, shape, last).to(dtype) for part, shape, dtype, last in kinds)
+        scales = tuple(view if self.batched else view[0] for view in views)
+        if self.names is not None:
+            return dict(zip(self.names, scales, strict=True))
         return scales[0] if self.single else scales
+
+    def _scales(self, state: State, name: str) -> tuple[Tensor, ...]:
+        """The scales in the order of z0's. Raises: ValueError for a state of another structure."""
+        scales = scales_of(state, name)
+        given, own = _structure(state), self.names or ("a tensor" if self.single else "a tuple")
+        if isinstance(state, dict) and isinstance(own, tuple) and set(given) == set(own):
+            return tuple(state[key] for key in own)
+        if given != own:
+            shown = [
+                each if isinstance(each, str) else f"a dictionary of {', '.join(each)}"
+                for each in (given, own)
+            ]
+            raise ValueError(
+                f"{name} is {shown[0]} but z is {shown[1]}: let f return what it takes"
+            )
+        return scales
 
 
 def is_channels_last(scale: Tensor) -> bool:
@@ -113,19 +139,39 @@ def _scale(part: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
     return part.view(len(part), *shape)
 
 
-def _as_tuple(state: State, name: str) -> tuple[Tensor, ...]:
+def scales_of(state: State, name: str = "the state") -> tuple[Tensor, ...]:
+    """The tensors of a state, in order: itself, or its entries.
+
+    Raises: TypeError for what is not a state; ValueError for one without a scale.
+    """
+    kind = type(state).__name__
     scales = (state,) if isinstance(state, Tensor) else state
+    if isinstance(scales, dict):
+        scales = tuple(scales.values())
     if not isinstance(scales, tuple) or not all(isinstance(scale, Tensor) for scale in scales):
-        kind = type(state).__name__
         if isinstance(scales, tuple):
             odd = [type(scale).__name__ for scale in scales if not isinstance(scale, Tensor)]
-            kind = f"tuple with {', '.join(odd)}"
+            kind = f"{kind} with {', '.join(odd)}"
         raise TypeError(
-            f"{name} must be a tensor or a tuple of tensors, one per scale; it is a {kind}"
+            f"{name} must be a tensor or a tuple of tensors, one per scale, or a dictionary of "
+            f"them; it is a {kind}"
         )
     if not scales:
-        raise ValueError(f"{name} is an empty tuple: give at least one scale")
+        raise ValueError(f"{name} is an empty {kind}: give at least one scale")
     return scales
+
+
+def map_scales(function: Callable[[Tensor], Tensor], state: State) -> State:
+    """The state with the function applied to each of its scales."""
+    if isinstance(state, dict):
+        return {name: function(scale) for name, scale in state.items()}
+    return tuple(map(function, state)) if isinstance(state, tuple) else function(state)
+
+
+def _structure(state: State) -> str | tuple[str, ...]:
+    if isinstance(state, dict):
+        return tuple(state)
+    return "a tensor" if isinstance(state, Tensor) else "a tuple"
 
 
 def check_floating(tensor: Tensor, name: str) -> None:
@@ -139,12 +185,12 @@ def check_floating(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}: convert it with {name}.float()")
 
 
-def _check_scale(scale: Tensor, name: str) -> None:
+def _check_scale(scale: Tensor, name: str, batched: bool) -> None:
     check_floating(scale, name)
-    if scale.ndim < 1 or scale.numel() == 0:
+    if (batched and scale.ndim < 1) or 0 in scale.shape[int(batched) :]:
         raise ValueError(
-            f"{name} has shape {tuple(scale.shape)}: the first axis is the batch, and none may be "
-            "empty"
+            f"{name} has shape {tuple(scale.shape)}: the first axis is the batch (or give "
+            "batched=False), and no other may be empty"
         )
 
 

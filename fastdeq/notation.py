@@ -22,8 +22,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-State: TypeAlias = Tensor | tuple[Tensor, ...]
-"""What a user's f takes and returns: a (B, ...) tensor, or one (B, ...) tensor per scale."""
+State: TypeAlias = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+"""What a user's f takes and returns: a (B, ...) tensor, or one (B, ...) tensor per scale, in a
+tuple or by name."""
 
 StateMap: TypeAlias = Callable[[Any], State]
 """The user's f with its input bound, z ↦ f(z, x): takes a state of the structure of z0."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdeq.autocast import at_least_float32
 from fastdeq.autodiff import unfused_attention, vjp
-from fastdeq.flatten import Layout
+from fastdeq.flatten import Layout, scales_of
 from fastdeq.norms import sample_norm
 from fastdeq.notation import State, StateMap
 from fastdeq.solution import Solution
@@ -24,7 +24,7 @@ CorrectionWeights: TypeAlias = Literal["constant", "linear", "exponential"]
 
 def skip_loss(solution: Solution) -> Tensor:
     """Σ_scales mean|z₀ − z*|, a scalar; gradients flow into both, z₀ and z*."""
-    pairs = zip(_scales(solution.z0), _scales(solution.value), strict=True)
+    pairs = zip(scales_of(solution.z0), scales_of(solution.value), strict=True)
     return torch.stack([at_least_float32(z0 - z).abs().mean() for z0, z in pairs]).sum()
 
 
@@ -131,7 +131,3 @@ def _check_can_differentiate(name: str) -> None:
 
 def _differentiable(z: Tensor) -> Tensor:
     return z if z.requires_grad else z.clone().requires_grad_()  # detaching would drop its tangent
-
-
-def _scales(state: State) -> tuple[Tensor, ...]:
-    return (state,) if isinstance(state, Tensor) else state

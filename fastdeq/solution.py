@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -156,6 +156,7 @@ class Solution(SolveStats):
         integration), once it has run.
     states: f(z_k) after the steps k that `states` asked for, each shaped like `value`, with
         gradients of their own; a sample that has ended by then keeps its last good z_k.
+    aux: what f returned beside its value in its last evaluation, with `has_aux=True`.
     """
 
     value: State
@@ -164,6 +165,7 @@ class Solution(SolveStats):
     jacobian_loss: Tensor | None = None
     backward: BackwardReport = field(default_factory=BackwardReport)
     states: tuple[State, ...] = ()
+    aux: Any = None
 
     def __repr__(self) -> str:
         return f"Solution({self.summary()})"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdeq.flatten import Layout
+from fastdeq.flatten import Layout, map_scales
 from fastdeq.notation import State
 from fastdeq.settings import settings
 from fastdeq.solvers import (
@@ -87,7 +87,7 @@ class Problem:
 
     def rows(self, rows: Tensor) -> "Problem":
         """The problem of some of the samples."""
-        z0 = self.z0[rows] if isinstance(self.z0, Tensor) else tuple(s[rows] for s in self.z0)
+        z0 = map_scales(lambda scale: scale[rows], self.z0)
         return replace(
             self,
             x=self.x.detach()[rows].requires_grad_(),
@@ -97,7 +97,7 @@ class Problem:
         )
 
     def in_float32(self) -> "Problem":
-        z0 = self.z0.float() if isinstance(self.z0, Tensor) else tuple(s.float() for s in self.z0)
+        z0 = map_scales(Tensor.float, self.z0)
         leaves = [leaf.detach().float().requires_grad_() for leaf in self.leaves]
         return replace(self.bound(*leaves), z0=z0)
 

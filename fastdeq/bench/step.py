@@ -18,6 +18,7 @@ from fastdeq.adjoints import AbstractAdjoint, JacobianFree
 from fastdeq.autocast import Precision, in_bf16
 from fastdeq.autodiff import edges_behind
 from fastdeq.experiment.parts import Parts
+from fastdeq.flatten import scales_of
 from fastdeq.notation import State, StateMap
 from fastdeq.solution import Solution
 from fastdeq.solvers import AbstractSolver, Picard
@@ -148,7 +149,7 @@ def _parameters(path: str, solve: _Solve, per_sample: bool) -> list[Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         solution = solve(Picard(max_steps=1, per_sample=per_sample), JacobianFree(), None)
-    scales = solution.value if isinstance(solution.value, tuple) else (solution.value,)
+    scales = scales_of(solution.value)
     if not all(bool(torch.isfinite(scale).all()) for scale in (*scales, solution.residual)):
         raise ValueError(f"f of {path} is not finite at its start: look for NaN in its input")
     leaves = {
@@ -166,11 +167,10 @@ def _parameters(path: str, solve: _Solve, per_sample: bool) -> list[Tensor]:
 
 
 def _loss(z: State) -> Tensor:
-    scales = z if isinstance(z, tuple) else (z,)
     draw = torch.Generator().manual_seed(0)
     return torch.stack(
         [
             (z * torch.randn(z.shape, generator=draw, dtype=z.dtype).to(z.device)).mean()
-            for z in scales
+            for z in scales_of(z)
         ]
     ).sum()

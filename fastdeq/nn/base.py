@@ -13,6 +13,7 @@ from fastdeq._fixed_point import fixed_depth
 from fastdeq.adjoints import AbstractAdjoint
 from fastdeq.adjoints.states import StatesAt
 from fastdeq.autocast import Precision, check_precision
+from fastdeq.flatten import map_scales, scales_of
 from fastdeq.nn.call import CellCall, check_cell
 from fastdeq.nn.initializers import AbstractInitializer, zeros_of
 from fastdeq.nn.weight_norm import parametrizations_cached
@@ -47,6 +48,11 @@ class AbstractCellLayer(nn.Module):
         precision: Precision | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(cell, AbstractCellLayer):
+            raise TypeError(
+                f"the cell is a {type(cell).__name__}, which returns (z, solution): give a cell "
+                "that calls it and returns a state, such as self.inner(z + x)[0]"
+            )
         check_cell(cell)
         check_precision(precision)
         if not isinstance(initializer, AbstractInitializer | None):
@@ -152,7 +158,7 @@ def _start_checked(f: CellCall, z0: State | None) -> Iterator[None]:
     except RuntimeError as error:
         if z0 is None or _takes(f, z0):
             raise
-        shapes = [tuple(scale.shape) for scale in ((z0,) if isinstance(z0, Tensor) else z0)]
+        shapes = [tuple(scale.shape) for scale in scales_of(z0)]
         raise ValueError(
             f"z0 has shape {', '.join(map(str, shapes))}, which the cell does not take "
             f"({str(error).splitlines()[0]}): give a state of the shape that the layer returns"
@@ -170,9 +176,7 @@ def _takes(f: CellCall, z0: State) -> bool:
 
 def _widened_in_autocast(z0: State) -> State:
     """Under autocast the state stays float32, whatever f computes in."""
-    if isinstance(z0, tuple):
-        return tuple(_widen(scale) for scale in z0)
-    return _widen(z0)
+    return map_scales(_widen, z0)
 
 
 def _widen(z0: Tensor) -> Tensor:

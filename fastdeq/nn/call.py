@@ -12,6 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fastdeq.autocast import Precision, in_bf16
+from fastdeq.flatten import scales_of
 from fastdeq.nn.dropout import Masks, VariationalDropout, masks_of_call
 from fastdeq.notation import State
 from fastdeq.rows import select_rows
@@ -37,7 +38,7 @@ class CellCall:
         ]
 
     def __call__(self, z: State) -> State:
-        self._batch = len(z if isinstance(z, Tensor) else z[0])
+        self._batch = len(scales_of(z)[0])
         with ExitStack() as contexts:
             if self._dropouts:
                 contexts.enter_context(masks_of_call(self._dropouts, self._masks))

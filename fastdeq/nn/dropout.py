@@ -60,10 +60,14 @@ class VariationalDropout(nn.Module):
 
 @contextmanager
 def masks_of_call(modules: list[VariationalDropout], masks: Masks) -> Iterator[None]:
-    """Within, the modules use the masks of `masks` and add what is missing there."""
+    """Within, the modules use the masks of `masks` and add what is missing there.
+
+    A layer that is called in a cell of another one keeps the masks of the outer call: else that
+    cell would be another function at every evaluation.
+    """
     before = [module._masks for module in modules]
-    for module in modules:
-        module._masks, module._in_cell, module._uses = masks, True, 0
+    for module, outer in zip(modules, before, strict=True):
+        module._masks, module._in_cell, module._uses = masks if outer is None else outer, True, 0
     try:
         yield
     finally:

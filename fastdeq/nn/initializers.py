@@ -25,7 +25,8 @@ class Zeros(AbstractInitializer):
     """z₀ = 0, the vanilla start.
 
     shape: of one sample's state, without the batch axis; None takes the input's, a tensor or a
-        list or tuple of them. A list of shapes makes a state of several scales.
+        list or tuple of them. A list or a dictionary of shapes makes a state of several
+        scales.
 
     With a shape, the input may be of any structure (see `tensors_in`): its first tensor with a
     batch axis gives B, the device and the memory format (contiguous or channels_last).
@@ -36,7 +37,9 @@ class Zeros(AbstractInitializer):
 
     predicts = False
 
-    def __init__(self, shape: int | list[int] | list[list[int]] | None = None) -> None:
+    def __init__(
+        self, shape: int | list[int] | list[list[int]] | dict[str, list[int]] | None = None
+    ) -> None:
         super().__init__()
         self.shape = [shape] if isinstance(shape, int) else shape
 
@@ -46,6 +49,8 @@ class Zeros(AbstractInitializer):
         reference = _batched_tensor(x)
         # Integers (tokens, which the cell embeds) are an input, but not a state.
         dtype = reference.dtype if reference.is_floating_point() else torch.get_default_dtype()
+        if isinstance(self.shape, dict):
+            return {name: _zeros(reference, shape, dtype) for name, shape in self.shape.items()}
         if not self.shape or isinstance(self.shape[0], int):
             return _zeros(reference, self.shape, dtype)
         return tuple(_zeros(reference, shape, dtype) for shape in self.shape)

@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from fastdeq.data import EpochLoader
-from fastdeq.flatten import Layout
+from fastdeq.flatten import Layout, map_scales
 from fastdeq.nn import AbstractCellLayer, DeepEquilibriumNetwork, DEQChain, Zeros
 from fastdeq.notation import State
 from fastdeq.runs.folder import EQUILIBRIA
@@ -116,9 +116,7 @@ class Reuse(Callback):
         """Say how much is going to be kept, and make room for it."""
         layout, n = Layout.of(value), _loader(trainer).samples
         entries = sum(shape.numel() for shape in layout.shapes)
-        scales = (value,) if isinstance(value, Tensor) else value
-        one = tuple(z[:1].detach().cpu() for z in scales)
-        self._example = one[0] if layout.single else one
+        self._example = map_scales(lambda z: z[:1].detach().cpu(), value)
         size = n * entries * layout.dtype.itemsize / 1e6
         place = {"memory": "in memory", "hdf5": f"in {EQUILIBRIA}"}[self.store]
         LOG.info("reuse       %s equilibria of %s entries: %.1f MB %s", n, entries, size, place)

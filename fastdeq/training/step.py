@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastdeq.flatten import scales_of
 from fastdeq.notation import State
 from fastdeq.solution import Solution
 from fastdeq.timer import Stopwatch
@@ -123,10 +124,7 @@ def _states(solution: Solution) -> dict[str, Any]:
     scales = {"z0": solution.z0, "z_star": solution.value}
     backward = solution.backward.stats
     return {
-        **{
-            name: [z.detach() for z in ((state,) if isinstance(state, Tensor) else state)]
-            for name, state in scales.items()
-        },
+        **{name: [z.detach() for z in scales_of(state)] for name, state in scales.items()},
         "status": solution.status,
         "residual": solution.residual.detach(),
         "relative_residual": solution.relative_residual.detach(),

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastdeq._fixed_point import _flat
 from fastdeq.adjoints import Implicit, JacobianFree, Phantom, Unrolled
-from fastdeq.flatten import Layout, is_channels_last
+from fastdeq.flatten import Layout, is_channels_last, scales_of
 from fastdeq.krylov import GMRES
 from fastdeq.nn import (
     DeepEquilibriumNetwork,
@@ -23,7 +23,6 @@ from fastdeq.nn import (
     SkipDeepEquilibriumNetwork,
 )
 from fastdeq.nn.call import CellCall
-from fastdeq.notation import State
 from fastdeq.solvers import Picard
 from tests.loops import each
 from tests.nn.scales import Convolved, image_cell
@@ -62,10 +61,6 @@ def images(batch: int = 3) -> Tensor:
 
 def as_channels_last(module: nn.Module) -> Any:
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def scales_of(state: State) -> tuple[Tensor, ...]:
-    return (state,) if isinstance(state, Tensor) else state
 
 
 @each("name", LAYERS)

@@ -15,7 +15,7 @@ from fastdeq import (
     Status,
 )
 from fastdeq.adjoints import Implicit, JacobianFree
-from fastdeq.flatten import Layout
+from fastdeq.flatten import Layout, scales_of
 from fastdeq.nn import (
     DenseCell,
     MultiScaleCell,
@@ -177,7 +177,7 @@ def test_the_published_skip_network_predicts_the_scales_of_its_cell():
     explicit = MultiScaleExplicitNetwork([2, 4], normalization="group")
     layer = MultiScaleSkipDeepEquilibriumNetwork(cell, explicit)
     predicted = layer.explicit(torch.randn(3, 2, 4, 4))
-    assert [scale.shape[1:] for scale in predicted] == cell.scales
+    assert [scale.shape[1:] for scale in scales_of(predicted)] == cell.scales
 
 
 # Gradients

@@ -7,6 +7,7 @@ import torch
 
 from fastdeq import GMRES, fixed_point
 from fastdeq.adjoints import Implicit, JacobianFree, Phantom, Unrolled
+from fastdeq.flatten import scales_of
 from fastdeq.solvers import Anderson, LimitedMemoryBroydenSolver, Picard
 from tests.loops import each
 from tests.problems import SOLVERS, problem_named
@@ -75,7 +76,7 @@ def test_the_states_of_a_state_of_several_scales_are_tuples_of_them():
     problem = problem_named("two_scale")
     solution = solved(problem.f, problem.z0, states=2)
     for state in solution.states:
-        assert [each.shape for each in state] == [each.shape for each in problem.z0]
+        assert [each.shape for each in state] == [each.shape for each in scales_of(problem.z0)]
 
 
 def test_every_state_has_the_gradient_of_its_own_adjoint():
