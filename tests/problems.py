@@ -25,6 +25,7 @@ from fastdeq.solvers import (
     LimitedMemoryBroydenSolver,
     NewtonKrylov,
     Picard,
+    ReversibleSolver,
     Step,
 )
 from fastdeq.solvers import Problem as Evaluations
@@ -36,6 +37,7 @@ SOLVERS: dict[str, Callable[..., AbstractSolver]] = {
     "broyden": BroydenSolver,
     "lbroyden": LimitedMemoryBroydenSolver,
     "newton_krylov": NewtonKrylov,
+    "reversible": ReversibleSolver,
     "tsit5": partial(ContinuousSolver, method="tsit5"),
     "bs3": partial(ContinuousSolver, method="bs3"),
     "vcab3": partial(ContinuousSolver, method="vcab3"),
@@ -43,7 +45,7 @@ SOLVERS: dict[str, Callable[..., AbstractSolver]] = {
 CONTINUOUS = ("tsit5", "bs3", "vcab3")
 
 # ∂f/∂z has the eigenvalue −3 in `non_contractive`, so the error triples at every plain step.
-HOPELESS = {("picard", "non_contractive")}
+HOPELESS = {("picard", "non_contractive"), ("reversible", "non_contractive")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium
+from fastdeq.adjoints.reversible import Reversible
 from fastdeq.adjoints.unrolled import Unrolled
 from fastdeq.notation import FlatMap
 
@@ -50,11 +51,12 @@ def check_closing(closing: AbstractAdjoint | None, adjoint: AbstractAdjoint) -> 
             f"states_adjoint is {closing!r}, but must be an adjoint, such as "
             "fastdeq.adjoints.Phantom()"
         )
-    if isinstance(closing, Unrolled) and not isinstance(adjoint, Unrolled):
-        raise ValueError(
-            "states_adjoint is Unrolled, but the solve is not unrolled: give the same adjoint, or "
-            "Phantom"
-        )
+    for kind in (Unrolled, Reversible):
+        if isinstance(closing, kind) and not isinstance(adjoint, kind):
+            raise ValueError(
+                f"states_adjoint is {kind.__name__}, but the adjoint of the solve is another: give "
+                "the same, or Phantom"
+            )
 
 
 def closed(

@@ -10,6 +10,7 @@ from fastdeq.nn.initializers import (
     AbstractInitializer,
     ExplicitNetwork,
     FirstEvaluation,
+    RandomNormal,
     Zeros,
 )
 from fastdeq.nn.multiscale import (
@@ -23,6 +24,7 @@ from fastdeq.nn.multiscale import (
     MultiScaleStem,
     image_scales,
 )
+from fastdeq.nn.random_steps import RandomSteps
 from fastdeq.nn.side_by_side import SideBySideCell, WidthStackedDEQ
 from fastdeq.nn.unrolled import UnrolledNetwork
 from fastdeq.nn.weight_norm import weight_norm
@@ -44,6 +46,8 @@ __all__ = [
     "MultiScaleResidualNetwork",
     "MultiScaleSkipDeepEquilibriumNetwork",
     "MultiScaleStem",
+    "RandomNormal",
+    "RandomSteps",
     "SideBySideCell",
     "SkipDeepEquilibriumNetwork",
     "TwoLayerCell",

@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fastdeq.autocast import Precision, in_bf16
 from fastdeq.flatten import scales_of
 from fastdeq.nn.dropout import Masks, VariationalDropout, masks_of_call
+from fastdeq.nn.weight_norm import computed_parametrizations, parametrizations_restored
 from fastdeq.notation import State
 from fastdeq.rows import select_rows
 
@@ -21,6 +22,7 @@ from fastdeq.rows import select_rows
 class CellCall:
     """z ↦ cell(z, x), the same function at every evaluation of one call.
 
+    Parametrized weights are those that were computed when it was made.
     Dropout masks are drawn once and belong to this call: later evaluations (of the backward pass)
     use them too, whatever calls came in between. Running statistics of batch and instance norms
     are frozen, and updated once by `move_statistics`.
@@ -29,6 +31,7 @@ class CellCall:
     def __init__(self, cell: nn.Module, x: Any, precision: Precision | None = None) -> None:
         self.cell, self.x, self.precision = cell, x, precision
         self._masks: Masks = {}
+        self._weights = computed_parametrizations(cell)
         self._batch = 0  # of the last evaluation
         self._dropouts = [m for m in cell.modules() if isinstance(m, VariationalDropout)]
         self._tracking = [
@@ -40,6 +43,8 @@ class CellCall:
     def __call__(self, z: State) -> State:
         self._batch = len(scales_of(z)[0])
         with ExitStack() as contexts:
+            if self._weights:
+                contexts.enter_context(parametrizations_restored(self._weights))
             if self._dropouts:
                 contexts.enter_context(masks_of_call(self._dropouts, self._masks))
             if self._tracking:

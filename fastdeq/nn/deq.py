@@ -1,5 +1,6 @@
 """The equilibrium layer, and the one that starts at a prediction."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -19,6 +20,7 @@ from fastdeq.nn.initializers import (
     Zeros,
     zeros_of,
 )
+from fastdeq.nn.random_steps import RandomSteps
 from fastdeq.notation import State, StateMap
 from fastdeq.solution import Solution, TraceKind
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver
@@ -31,6 +33,7 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
     cell, initializer, precision: as in `AbstractCellLayer`.
     solver, adjoint: settings; any of either (see `fastdeq.solvers`, `fastdeq.adjoints`). By default
         limited-memory Broyden and GMRES, with the `per_sample` that matches the cell.
+    steps: draws the number of steps of a training call, see `RandomSteps`; None: as the solver.
 
     A batch norm that uses batch statistics couples the samples of a batch: use `per_sample=False`
     with it. Where it always does (track_running_stats=False), anything else is refused.
@@ -49,6 +52,7 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         adjoint: AbstractAdjoint | None = None,
         initializer: AbstractInitializer | None = None,
         precision: Precision | None = None,
+        steps: RandomSteps | None = None,
     ) -> None:
         super().__init__(cell, initializer, precision)
         alone = coupling(cell) is None
@@ -56,6 +60,12 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         self.adjoint = Implicit(solver=GMRES(per_sample=alone)) if adjoint is None else adjoint
         check_settings(self.solver, self.adjoint)
         check_coupling(cell, self.solver, self.adjoint)
+        if not isinstance(steps, RandomSteps | None):
+            raise TypeError(
+                f"steps is {steps!r}, but must be a RandomSteps or None: set a fixed number by "
+                "the solver's max_steps"
+            )
+        self.steps = steps
 
     def solve(
         self,
@@ -69,13 +79,20 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         return fixed_point(
             f,
             z0,
-            solver=self.solver,
+            solver=self._solver(),
             adjoint=self.adjoint,
             trace=trace,
             states=states,
             states_adjoint=states_adjoint,
             select=f.select if isinstance(f, CellCall) else None,
         )
+
+    def _solver(self) -> AbstractSolver:
+        if self.steps is None:
+            return self.solver
+        most = self.steps()
+        least = most if self.training else min(self.solver.min_steps, most)
+        return replace(self.solver, max_steps=most, min_steps=least)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -102,6 +119,7 @@ class SkipDeepEquilibriumNetwork(DeepEquilibriumNetwork):
         solver: AbstractSolver | None = None,
         adjoint: AbstractAdjoint | None = None,
         precision: Precision | None = None,
+        steps: RandomSteps | None = None,
     ) -> None:
         if explicit is not None and zeros is not None:
             raise ValueError("an explicit network makes z₀ itself: leave out `zeros`")
@@ -111,5 +129,10 @@ class SkipDeepEquilibriumNetwork(DeepEquilibriumNetwork):
         else:
             initializer = ExplicitNetwork(explicit)
         super().__init__(
-            cell, solver=solver, adjoint=adjoint, initializer=initializer, precision=precision
+            cell,
+            solver=solver,
+            adjoint=adjoint,
+            initializer=initializer,
+            precision=precision,
+            steps=steps,
         )

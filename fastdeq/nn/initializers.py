@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastdeq.flatten import is_channels_last
 from fastdeq.nn.inputs import tensors_in
 from fastdeq.notation import State, StateMap
+from fastdeq.settings import check_value
 
 
 class AbstractInitializer(nn.Module):
@@ -89,6 +90,31 @@ def zeros_of(cell: nn.Module) -> Zeros:
     """The zero state of a cell: of its `scales`, if it has that attribute, or the input's shape."""
     scales = getattr(cell, "scales", None)
     return Zeros(None if scales is None else [list(shape) for shape in scales])
+
+
+class RandomNormal(AbstractInitializer):
+    """z₀ ~ N(0, std²) in training, from torch's generator, and 0 in evaluation.
+
+    Starts of one sample that differ from call to call let training see whether its equilibrium
+    depends on the start. `zeros` is the 0, whose shape z₀ has.
+
+    Raises: ValueError for a std that is not above 0.
+    """
+
+    predicts = False
+
+    def __init__(self, std: float = 1.0, zeros: Zeros | None = None) -> None:
+        super().__init__()
+        check_value("RandomNormal.std", std, float, {"above": 0})
+        self.std, self.zeros = std, Zeros() if zeros is None else zeros
+
+    def forward(self, f: StateMap, x: Any) -> State:
+        z0: State = self.zeros(f, x)
+        if not self.training:
+            return z0
+        if isinstance(z0, Tensor):
+            return self.std * torch.randn_like(z0)
+        return tuple(self.std * torch.randn_like(scale) for scale in z0)
 
 
 class ExplicitNetwork(AbstractInitializer):

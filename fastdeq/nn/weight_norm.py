@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm as _torch_weight_norm
 
@@ -43,4 +44,30 @@ def parametrizations_cached(module: nn.Module) -> Iterator[None]:
             if parametrize.is_parametrized(layer):
                 for name in layer.parametrizations:  # type: ignore[union-attr]
                     getattr(layer, name)
+        yield
+
+
+Parametrizations: TypeAlias = dict[tuple[int, str], Tensor]
+"""Computed tensors, by the id of their module and their name."""
+
+
+def computed_parametrizations(module: nn.Module) -> Parametrizations:
+    """The parametrized tensors of `module` within `parametrizations_cached`; outside, none."""
+    if not parametrize._cache_enabled:
+        return {}
+    ids = {id(layer) for layer in module.modules()}
+    return {
+        key: value
+        for key, value in parametrize._cache.items()
+        if key[0] in ids and value is not None
+    }
+
+
+@contextmanager
+def parametrizations_restored(computed: Parametrizations) -> Iterator[None]:
+    """Within, these tensors are used again, also after their `parametrizations_cached` has ended:
+    for evaluations that the backward pass repeats."""
+    with parametrize.cached():
+        for key, value in computed.items():
+            parametrize._cache.setdefault(key, value)
         yield

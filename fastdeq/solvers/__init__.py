@@ -8,6 +8,7 @@ from fastdeq.solvers.limited_memory_broyden import LimitedMemoryBroydenSolver
 from fastdeq.solvers.loop import solve
 from fastdeq.solvers.newton_krylov import NewtonKrylov
 from fastdeq.solvers.picard import Picard
+from fastdeq.solvers.reversible import ReversibleSolver
 from fastdeq.solvers.termination import Iterate
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "NewtonKrylov",
     "Picard",
     "Problem",
+    "ReversibleSolver",
     "Step",
     "solve",
 ]

@@ -51,6 +51,13 @@ def solve(
     for an f that changes the shape or does not return floating-point numbers, and for
     `solver.compact` with an f that cannot be restricted.
     """
+    return solve_with_memory(solver, f, z0, Recording(trace, tuple(states)))[0]
+
+
+def solve_with_memory(
+    solver: AbstractSolver, f: FlatMap, z0: Tensor, record: Recording
+) -> tuple[SolveResult, Any]:
+    """The same, and the method's memory after its last step (see `AbstractSolver.init`)."""
     _check_start(z0)
     if solver.compact and not isinstance(f, BatchMap):
         raise ValueError(
@@ -59,11 +66,13 @@ def solve(
         )
     watch = Stopwatch(z0.device)
     with full_precision(f, z0.device) as guarded:
-        result = _iterated(solver, guarded, z0, Recording(trace, tuple(states)))
-    return replace(result, elapsed=watch.stop())
+        result, memory = _iterated(solver, guarded, z0, record)
+    return replace(result, elapsed=watch.stop()), memory
 
 
-def _iterated(solver: AbstractSolver, f: FlatMap, z0: Tensor, record: Recording) -> SolveResult:
+def _iterated(
+    solver: AbstractSolver, f: FlatMap, z0: Tensor, record: Recording
+) -> tuple[SolveResult, Any]:
     run = _Run(solver, f, z0, record)
     memory = solver.init(run.problem, run.current)
     left = solver.max_steps
@@ -75,7 +84,7 @@ def _iterated(solver: AbstractSolver, f: FlatMap, z0: Tensor, record: Recording)
             steps.append((step, run.problem.take_count()))
         left -= len(steps)
         run.take(steps)
-    return run.result()
+    return run.result(), memory
 
 
 class _Run:
@@ -87,7 +96,7 @@ class _Run:
             z0 = z0.masked_fill(lost, 0.0)
         self.rule, self.record = solver.rule, record
         self.problem = Problem(f, z0, solver.pooling, guarded=solver.guarded)
-        self.progress = Progress(solver.rule, solver.pooling, z0)
+        self.progress = Progress(solver.rule, solver.pooling, z0, solver.min_steps)
         # A shared norm says that f may couple the samples.
         self._may_spread = solver.pooling.shared and not solver.guarded
         self._compaction = Compaction(f, solver.compact, len(z0))

@@ -191,9 +191,11 @@ class Progress:
     best iterate, infinite where f was never good.
     """
 
-    def __init__(self, rule: Termination, pooling: Pooling, z: Tensor) -> None:
-        """z: the start, (B, D), which is read for its shape and dtype."""
+    def __init__(self, rule: Termination, pooling: Pooling, z: Tensor, min_steps: int = 0) -> None:
+        """z: the start, (B, D), which is read for its shape and dtype. min_steps: before this many,
+        no sample ends for its residual."""
         self.rule, self.pooling = rule, pooling
+        self._early = min_steps  # tests, the first of them of the start, that end no sample
         self.active = self.alive = self.good = torch.ones(len(z), dtype=torch.bool)
         self.status = torch.full((len(z),), _RUNNING)
         self.ran_away: Tensor | None = None  # by the last iterate; None: no sample
@@ -221,9 +223,10 @@ class Progress:
         m: of the iterate, on the host. stuck: (B,) which samples cannot continue.
         """
         good = self.active
+        early, self._early = self._early > 0, self._early - 1
         if self.pooling.shared:
             m, good = self._pooled(m)
-        if stuck is None and good is self.active and self._improves(m):
+        if stuck is None and good is self.active and self._improves(m, early):
             return None
         du, size = m.du, m.size
         first_size, du_cap, objective_cap = self._bounds()
@@ -242,8 +245,11 @@ class Progress:
         passed = self.rule.passed(at, m, bound if self.rule.mode == "rel" else scale)
         if self.pooling.shared:
             passed = (passed | ~self.alive).all().expand_as(passed)
+        stalled = self._stalled(du, scale)
+        if early:
+            passed, stalled = torch.zeros_like(passed), None
         going = good & ~passed
-        for here in (stuck, self._stalled(du, scale)):
+        for here in (stuck, stalled):
             if here is not None:
                 going = going & ~here
         better = better & good
@@ -267,9 +273,10 @@ class Progress:
         self.alive = self.alive & (good | ~self.active)
         return m.pooled(self.rule, self.pooling, self.alive), good
 
-    def _improves(self, m: Measures) -> bool:
-        """Whether every sample is active, better than before, within all bounds, and not done, as
-        in most steps. Then it is recorded, with a third of the operations."""
+    def _improves(self, m: Measures, early: bool) -> bool:
+        """Whether every sample is active, better than before, within all bounds, and not done (as
+        none is in `early` steps): the usual case. Then it is recorded, with a third of the
+        operations."""
         du, size, rule = m.du, m.size, self.rule
         if not self._all_active or rule.mode == "rel" or len(self._window) >= STALL_WINDOW - 1:
             return False
@@ -279,7 +286,7 @@ class Progress:
         # A size in between also keeps the objective below its cap, where du is not above the first.
         elif not _is_within(size, self._floor, self._bound) or not _is_within(du, None, self._best):
             return False
-        if bool(rule.passed_norm(du, size).any()):
+        if not early and bool(rule.passed_norm(du, size).any()):
             return False
         if self._first is None:
             self._move_bounds(du, size)

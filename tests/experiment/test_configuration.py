@@ -32,6 +32,7 @@ REQUIRED = {
         *("arch=cifar_tiny", "data.size=32", "sizes.outputs=10", "model=skip_mdeq"),
         *("solver.max_steps=3", "adjoint.solver.max_steps=3"),
     ],
+    "adjoint=reversible": ["solver=reversible", "solver.keep_every=1"],  # f is no contraction yet
     "solver=newton_krylov": ["solver.max_steps=3"],  # it uses all the evaluations it may
     "arch=dynamics": ["data=polynomial"],
     "arch=polynomial": ["data=polynomial"],
@@ -112,6 +113,18 @@ def test_every_choice_trains_for_a_step(choice: str) -> None:
 def test_every_model_trains_with_every_kind_of_solver(model: str, solver: str) -> None:
     beside = REQUIRED.get(model, ())
     one_step(composed(model, f"solver={solver}", "loss.jacobian=0.1", *beside))
+
+
+def test_random_starts_and_a_random_number_of_steps_are_set_by_their_targets() -> None:
+    one_step(
+        composed(
+            "model=deq",
+            *("solver=picard", "adjoint=unrolled", "solver.max_steps=3"),
+            *("+model.deq.initializer._target_=fastdeq.nn.RandomNormal",),
+            *("+model.deq.steps._target_=fastdeq.nn.RandomSteps",),
+            *("+model.deq.steps.least=1", "+model.deq.steps.most=4"),
+        )
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdeq import GMRES, Solution, fixed_point
-from fastdeq.adjoints import AbstractAdjoint, Implicit, Unrolled
+from fastdeq.adjoints import AbstractAdjoint, Implicit, Reversible, Unrolled
 from fastdeq.flatten import Layout
 from fastdeq.solvers import AbstractSolver
 from tests.problems import SOLVERS, Problem
@@ -21,6 +21,8 @@ BACKWARD: dict[str, AbstractAdjoint] = {
     **{name: Implicit(solver=solver) for name, solver in FORWARD.items()},
     "unrolled": Unrolled(),
 }
+EXACT: dict[str, AbstractAdjoint] = {**BACKWARD, "backwards": Reversible()}
+"""With those that need a solver of their own."""
 
 
 def cotangent(problem: Problem) -> Tensor:

@@ -311,3 +311,31 @@ def test_a_start_at_the_equilibrium_costs_one_evaluation(name):
     assert result.steps.tolist() == [0, 0, 0]
     assert result.nfe.tolist() == [1, 1, 1]
     assert (result.status == Status.CONVERGED).all()
+
+
+@every_solver
+@each("per_sample", [True, False])
+def test_no_sample_ends_before_min_steps_and_later_ends_are_as_before(name, per_sample):
+    problem = problem_named("tanh")
+    plain = run(made(name, per_sample=per_sample), problem)
+    few = int(plain.steps.min())
+    assert_same_statistics(plain, run(made(name, per_sample=per_sample, min_steps=few), problem))
+    longer = int(plain.steps.max()) + 3
+    result = run(made(name, per_sample=per_sample, min_steps=longer, check_every=2), problem)
+    assert (result.steps >= longer).all()
+    assert (result.status == Status.CONVERGED).all()
+
+
+@every_solver
+def test_a_start_at_the_equilibrium_stays_there_for_min_steps(name):
+    z0 = torch.zeros(3, 2, dtype=torch.float64)
+    with torch.no_grad():
+        result = solve(made(name, min_steps=4), lambda z: 0.5 * z, z0)
+    assert result.steps.tolist() == [4, 4, 4]
+    assert (result.value == 0).all()
+    assert (result.status == Status.CONVERGED).all()
+
+
+def test_min_steps_above_max_steps_is_refused():
+    with pytest.raises(ValueError, match="min_steps is 9, but must be at most max_steps"):
+        Picard(min_steps=9, max_steps=8)

@@ -6,6 +6,7 @@ from fastdeq.adjoints import AbstractAdjoint
 from fastdeq.autocast import Precision
 from fastdeq.nn.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
 from fastdeq.nn.multiscale.cell import MultiScaleCell
+from fastdeq.nn.random_steps import RandomSteps
 from fastdeq.solvers import AbstractSolver
 
 
@@ -24,9 +25,10 @@ class MultiScaleDeepEquilibriumNetwork(DeepEquilibriumNetwork):
         solver: AbstractSolver | None = None,
         adjoint: AbstractAdjoint | None = None,
         precision: Precision | None = None,
+        steps: RandomSteps | None = None,
     ) -> None:
         _check_scales(cell)
-        super().__init__(cell, solver=solver, adjoint=adjoint, precision=precision)
+        super().__init__(cell, solver=solver, adjoint=adjoint, precision=precision, steps=steps)
 
 
 class MultiScaleSkipDeepEquilibriumNetwork(SkipDeepEquilibriumNetwork):
@@ -46,9 +48,12 @@ class MultiScaleSkipDeepEquilibriumNetwork(SkipDeepEquilibriumNetwork):
         solver: AbstractSolver | None = None,
         adjoint: AbstractAdjoint | None = None,
         precision: Precision | None = None,
+        steps: RandomSteps | None = None,
     ) -> None:
         _check_scales(cell)
-        super().__init__(cell, explicit, solver=solver, adjoint=adjoint, precision=precision)
+        super().__init__(
+            cell, explicit, solver=solver, adjoint=adjoint, precision=precision, steps=steps
+        )
 
 
 def _check_scales(cell: nn.Module) -> None:
