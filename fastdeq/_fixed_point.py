@@ -3,19 +3,21 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from fastdeq.adjoints import AbstractAdjoint, Equilibrium, Implicit
+from fastdeq.adjoints import AbstractAdjoint, Direct, Equilibrium, Implicit, Shine
 from fastdeq.adjoints.states import StatesAt, check_closing, chosen_steps, closed
 from fastdeq.flatten import Layout
 from fastdeq.norms import sample_norm
 from fastdeq.notation import FlatMap, State, StateMap
 from fastdeq.rows import BatchMap
-from fastdeq.solution import Recording, Solution, SolveStats, Status, TraceKind
+from fastdeq.solution import Recording, Solution, Status, TraceKind
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver
+from fastdeq.transforms import Transforms, mapped_only, plain
 
 _DEFAULT_SOLVER = LimitedMemoryBroydenSolver()
 _DEFAULT_ADJOINT = Implicit()
@@ -60,9 +62,9 @@ def fixed_point(
 
     Raises: TypeError for settings that are not a solver or an adjoint, and for a z0 or an f(z) that
         is not floating point; ValueError for f(z) of another shape than z, for an adjoint that does
-        not support the solver, and for states beyond the solver's last step;
-        RuntimeError in forward-mode differentiation, except with the unrolled adjoint. Warns
-        (RuntimeWarning) where f itself is not finite.
+        not support the solver, and for states beyond the solver's last step; RuntimeError for
+        derivatives that the adjoint does not have. Warns (RuntimeWarning) where f itself is not
+        finite.
     """
     check_settings(solver, adjoint)
     check_closing(states_adjoint, adjoint)
@@ -78,18 +80,44 @@ def fixed_point(
     if not len(start):
         solution = _of_nothing(flat_f, layout, z0, start, len(record.steps))
         return replace(solution, aux=aux.last)
-    found = adjoint.equilibrium(flat_f, start, solver, record)
-    last = aux.last
-    value, stats = _without_nonfinite(found)
+    find = _found_by_vmap if mapped_only() else _found
+    found, last = find(flat_f, start, solver, adjoint, record), aux.last
+    stats = found.forward.stats
     on_the_way = closed(flat_f, found, adjoint, states_adjoint)
     return Solution(
         aux=last,
-        value=layout.unflatten(value),
+        value=layout.unflatten(found.value),
         z0=z0,
         defect=found.defect,
         backward=found.backward,
         states=tuple(layout.unflatten(each) for each in on_the_way),
         **vars(replace(stats, nfe=stats.nfe + 1)),  # the closing evaluation
+    )
+
+
+def _found(
+    f: FlatMap, z0: Tensor, solver: AbstractSolver, adjoint: AbstractAdjoint, record: Recording
+) -> Equilibrium:
+    return _without_nonfinite(adjoint.equilibrium(f, z0, solver, record))
+
+
+def _found_by_vmap(
+    f: FlatMap, z0: Tensor, solver: AbstractSolver, adjoint: AbstractAdjoint, record: Recording
+) -> Equilibrium:
+    """One solve of all that torch.vmap maps, also differentiated outside of it."""
+    around = Transforms()
+    solver = around.settings(solver)
+    if isinstance(adjoint, Implicit):
+        adjoint = replace(adjoint, solver=around.settings(adjoint.solver))
+    elif isinstance(adjoint, Direct | Shine):
+        around.check(adjoint.per_sample)
+    run = partial(_found, solver=solver, adjoint=adjoint, record=record)
+    found = around.outside(run, f, z0)
+    return replace(
+        found,
+        value=around.within(found.value),
+        defect=around.within(found.defect),
+        forward=around.record(found.forward),
     )
 
 
@@ -182,23 +210,23 @@ def _flat(f: StateMap, layout: Layout) -> FlatMap:
     return flat_f
 
 
-def _without_nonfinite(found: Equilibrium) -> tuple[Tensor, SolveStats]:
+def _without_nonfinite(found: Equilibrium) -> Equilibrium:
     """Keep the solver's state where f is not finite even there, and warn."""
     value, forward = found.value, found.forward
     finite = torch.isfinite(value.detach().sum(dim=1))
-    if bool(finite.all()):  # waits for the device, once per solve
-        return value, forward.stats
-    lost = int((~finite).sum())
+    seen = plain(finite)
+    if bool(seen.all()):  # waits for the device, once per solve
+        return found
     warnings.warn(
-        f"f is not finite at the returned state of {lost} of {len(finite)} samples: "
+        f"f is not finite at the returned state of {int((~seen).sum())} of {len(seen)} samples: "
         "their last good state is returned, their status is DIVERGED, and gradients of parameters "
         "may be NaN; look for NaN in the input or for a division or logarithm in f",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     status = torch.where(finite, forward.status, int(Status.DIVERGED))
     value = torch.where(finite[:, None], value, forward.value)
-    return value, replace(forward.stats, status=status)
+    return replace(found, value=value, forward=replace(forward, status=status))
 
 
 def _check_select(select: object, solver: AbstractSolver, adjoint: AbstractAdjoint) -> None:

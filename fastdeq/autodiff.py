@@ -3,6 +3,7 @@ they need."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ def vjp(output: Tensor, z: Tensor, v: Tensor, *, create_graph: bool = False) -> 
     return product
 
 
+def vjp_here(output: Tensor, z: Tensor, v: Tensor) -> Tensor:
+    """Jᵀ v as by `vjp`, with a graph where gradients are enabled."""
+    return vjp(output, z, v, create_graph=torch.is_grad_enabled())
+
+
 def jvp(f: FlatMap, z: Tensor, v: Tensor) -> Tensor:
     """J v at z, (B, D), by forward-mode differentiation of f; call within `unfused_attention`.
 
@@ -42,6 +48,35 @@ def jvp(f: FlatMap, z: Tensor, v: Tensor) -> Tensor:
             "use another solver than NewtonKrylov, or another operation"
         ) from error
     return torch.zeros_like(z) if tangent is None else tangent.to(z.dtype)
+
+
+def jvp_by_vjps(output: Tensor, z: Tensor) -> FlatMap:
+    """u ↦ J u, (B, D), through the graph from z to output = f(z): Jᵀ y is linear in y, and J u is
+    its vjp with u.
+
+    With gradients enabled, J u has a graph. f needs a double backward, see `unfused_attention`.
+    """
+
+    @cache
+    def transposed() -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            y = torch.zeros_like(output).requires_grad_()
+            return vjp(output, z, y, create_graph=True), y
+
+    return lambda u: vjp_here(*transposed(), u)
+
+
+def jvp_by_transforms(output: Tensor, z: Tensor) -> FlatMap:
+    """The same as `jvp_by_vjps`, within and around transforms of torch.func."""
+    transposed = partial(vjp, output, z, create_graph=True)
+
+    def product(u: Tensor) -> Tensor:
+        zeros = torch.zeros(u.shape, dtype=u.dtype, device=u.device)
+        push = torch.func.vjp(transposed, zeros)[1]
+        found: Tensor = push(u)[0]
+        return found
+
+    return product
 
 
 def edges_behind(tensor: Tensor) -> Iterator[tuple[Any, int]]:
@@ -60,8 +95,19 @@ def edges_behind(tensor: Tensor) -> Iterator[tuple[Any, int]]:
 
 
 def carries_tangent(v: Tensor) -> bool:
-    """Whether v takes part in forward-mode differentiation (torch.func.jvp, forward_ad)."""
+    """Whether v takes part in forward-mode differentiation (torch.func.jvp, forward_ad).
+
+    Of a tensor that torch.vmap maps, it is not known: False.
+    """
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(v) or functorch.is_legacy_batchedtensor(v):
+        return False
     return forward_ad.unpack_dual(v).tangent is not None
+
+
+def primal(v: Tensor) -> Tensor:
+    """v without its tangent, if it has one."""
+    return forward_ad.unpack_dual(v).primal if carries_tangent(v) else v
 
 
 def is_recorded(v: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,9 @@ from fastdeq.notation import FlatMap
 from fastdeq.rows import wrapped
 from fastdeq.settings import settings
 from fastdeq.solution import BackwardReport, Recording, SolveResult
-from fastdeq.solvers import AbstractSolver, solve
+from fastdeq.solvers import AbstractSolver
+from fastdeq.solvers.loop import solve_with_memory
+from fastdeq.transforms import Transforms, transformed
 
 
 @dataclass(frozen=True)
@@ -64,36 +68,41 @@ class AbstractAdjoint(ABC):
 def solve_without_graph(
     f: FlatMap, z0: Tensor, solver: AbstractSolver, record: Recording
 ) -> SolveResult:
-    """The solve whose memory does not grow with its steps.
+    """The solve whose memory does not grow with its steps; no derivative passes through it."""
+    return solve_with_constants(f, z0, solver, record)[0]
 
-    Raises: RuntimeError in forward-mode differentiation, which `no_grad` does not switch off: its
-        tangents would pass through the solver's steps, or be lost, instead of those of the adjoint.
-    """
+
+def solve_with_constants(
+    f: FlatMap, z0: Tensor, solver: AbstractSolver, record: Recording
+) -> tuple[SolveResult, Any]:
+    """The same, and the method's memory after its last step: None within transforms."""
+    f, z0 = wrapped(f, _constant), z0.detach()
     with torch.no_grad():
-        result = solve(
-            solver,
-            wrapped(f, _without_tangents),
-            z0.detach(),
-            trace=record.trace,
-            states=record.steps,
-        )
+        if transformed():
+            around = Transforms()
+            run = partial(_solved, around.settings(solver), record)
+            found = around.record(around.outside(run, f, z0)[0]), None
+        else:
+            found = _solved(solver, record, f, z0)
     # Older torch would reuse, with gradients on, what autocast cast while they were off, and the
     # weights would get no gradient (pytorch issue 112583).
     torch.clear_autocast_cache()
-    return result
+    return found
 
 
-def _without_tangents(f: FlatMap) -> FlatMap:
-    """f, refused at its first evaluation if it closes over tensors with tangents."""
+def _solved(
+    solver: AbstractSolver, record: Recording, f: FlatMap, z0: Tensor
+) -> tuple[SolveResult, Any]:
+    return solve_with_memory(solver, f, z0, record)
 
-    def checked(z: Tensor) -> Tensor:
+
+def _constant(f: FlatMap) -> FlatMap:
+    """f without derivatives by what it closes over; `no_grad` does not switch off all of them."""
+
+    def constant(z: Tensor) -> Tensor:
         output = f(z)
-        if carries_tangent(output) and not carries_tangent(z):  # a Newton step's z has its own
-            raise RuntimeError(
-                "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) do not pass "
-                "through this adjoint: use the Unrolled adjoint with a tight tolerance, or reverse "
-                "mode"
-            )
+        if transformed() or (carries_tangent(output) and not carries_tangent(z)):
+            return output.detach()  # not where z has a tangent: in a Newton step
         return output
 
-    return checked
+    return constant

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium
+from fastdeq.autodiff import is_recorded
 from fastdeq.notation import FlatMap
 from fastdeq.settings import setting, settings
 from fastdeq.solution import SolveResult
@@ -34,7 +35,7 @@ class Phantom(AbstractAdjoint):
     def close(self, f: FlatMap, forward: SolveResult) -> Equilibrium:
         output = f(forward.value)
         defect = output - forward.value
-        if not torch.is_grad_enabled():
+        if not is_recorded(output):
             return Equilibrium(output, defect, forward)
         z = forward.value + self.damping * defect
         for _ in range(self.steps - 1):

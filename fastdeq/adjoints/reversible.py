@@ -18,6 +18,7 @@ from fastdeq.solvers import AbstractSolver, ReversibleSolver
 from fastdeq.solvers.loop import solve_with_memory
 from fastdeq.solvers.reversible import Pairs, image
 from fastdeq.solvers.termination import Iterate
+from fastdeq.transforms import transformed
 
 _ONCE = (
     "the Reversible adjoint can be differentiated once, not twice: use the Unrolled adjoint where "
@@ -58,6 +59,11 @@ class Reversible(AbstractAdjoint):
     def equilibrium(
         self, f: FlatMap, z0: Tensor, solver: AbstractSolver, record: Recording
     ) -> Equilibrium:
+        if transformed():
+            raise RuntimeError(
+                "the Reversible adjoint does not work within transforms of torch.func: use the "
+                "Implicit adjoint"
+            )
         if not torch.is_grad_enabled():
             return self.close(f, solve_without_graph(f, z0, solver, record))
         assert isinstance(solver, ReversibleSolver)

@@ -10,6 +10,7 @@ from fastdeq.notation import FlatMap
 from fastdeq.settings import settings
 from fastdeq.solution import Recording, SolveResult, Status
 from fastdeq.solvers import AbstractSolver, solve
+from fastdeq.transforms import Transforms, plain, transformed
 
 
 @settings
@@ -37,13 +38,18 @@ class Unrolled(AbstractAdjoint):
     def equilibrium(
         self, f: FlatMap, z0: Tensor, solver: AbstractSolver, record: Recording
     ) -> Equilibrium:
+        if transformed() and Transforms().mapped:
+            raise RuntimeError(
+                "the Unrolled adjoint does not work under torch.vmap together with a derivative of "
+                "torch.func: use the Implicit adjoint, or differentiate around torch.vmap"
+            )
         return self.close(f, solve(solver, f, z0, trace=record.trace, states=record.steps))
 
     def close(self, f: FlatMap, forward: SolveResult) -> Equilibrium:
         output = f(forward.value)
         # Where f is not finite even there, fixed_point warns.
         lost = (forward.status == Status.DIVERGED) & torch.isfinite(output.detach().sum(dim=1))
-        if torch.is_grad_enabled() and bool(lost.any()):
+        if torch.is_grad_enabled() and bool(plain(lost).any()):
             warnings.warn(
                 "a sample diverged, and gradients through its steps may be NaN: use the Implicit "
                 "adjoint, or damp the solver",

@@ -56,6 +56,10 @@ class BroydenSolver(AbstractSolver):
         matrix = _update(memory.matrix, new.z - current.z, new.g - current.g)
         return Step(new), _Inverse(matrix, memory.count + 1)
 
+    def adjoint_estimate(self, memory: _Inverse, w: Tensor) -> Tensor:
+        """−Bᵀ w, which estimates (I − Jᵀ)⁻¹ w, both (B, D). memory: after the last step."""
+        return -project(memory.matrix.mT, w)
+
 
 def _minus_identity(z: Tensor) -> Tensor:
     eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)

@@ -54,6 +54,15 @@ class _Product:
         self._weights = writable(self._weights)
         self._weights[:, len(self.steps) - 1] = weight
 
+    def adjoint(self, following: Tensor, w: Tensor) -> Tensor:
+        """−Bᵀ w, (B, D). following: the step after the last one that was added."""
+        rows = self.steps.rows if len(self.steps) else following[:, None][:, :0]
+        for j in reversed(range(len(self.steps))):
+            product = self._weights[:, j] * torch.linalg.vecdot(following, w)
+            following = rows[:, j]
+            w = w + product[:, None] * following
+        return w
+
 
 @settings
 class LimitedMemoryBroydenSolver(AbstractSolver):
@@ -96,3 +105,8 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
         factor = torch.where(good, squared, 1.0) / torch.where(good, denominator, 1.0)
         b.weigh(torch.where(good, squared, torch.inf).reciprocal())
         return Step(new), (newton * factor[:, None], b)
+
+    def adjoint_estimate(self, memory: tuple[Tensor, _Product], w: Tensor) -> Tensor:
+        """−Bᵀ w, which estimates (I − Jᵀ)⁻¹ w, both (B, D). memory: after the last step."""
+        following, b = memory
+        return b.adjoint(following, w)

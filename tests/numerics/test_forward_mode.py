@@ -1,5 +1,5 @@
-"""Forward-mode derivatives of an equilibrium: right where autograd runs through the steps, refused
-elsewhere; never None or silently wrong (jaxopt issue 474, optimistix issue 50)."""
+"""Forward-mode derivatives of an equilibrium: right or refused, never None or silently wrong
+(jaxopt issue 474, optimistix issue 50)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,18 +9,24 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from fastdeq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork, fixed_depth, fixed_point
+from fastdeq import (
+    GMRES,
+    DeepEquilibriumNetwork,
+    SkipDeepEquilibriumNetwork,
+    fixed_depth,
+    fixed_point,
+)
 from fastdeq.adjoints import AbstractAdjoint, Implicit, JacobianFree, Phantom, Unrolled
 from fastdeq.nn import DenseCell, ExplicitNetwork, UnrolledNetwork
 from fastdeq.regularizers import jacobian_loss, spectral_radius
 from fastdeq.solvers import NewtonKrylov, Picard, solve
 from tests.cells import DenseTanh
 from tests.loops import each
-from tests.numerics.gradients import FORWARD, flat, solved
+from tests.numerics.gradients import BACKWARD, FORWARD, TIGHT, flat, solved
 from tests.problems import SOLVERS, Problem, problem_named
 
 F64 = torch.float64
-WITHOUT_GRAPH = [Implicit(), Implicit(solver=Picard()), JacobianFree(), Phantom()]
+ORDER_2 = Implicit(solver=GMRES(tol=TIGHT, max_steps=60), order=2)
 TANGENT = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=F64)
 
 
@@ -60,15 +66,61 @@ def directional(problem: Problem, tangent: Tensor) -> Tensor:
 
 @each("frozen", [True, False])
 @each("mode", MODES)
-@pytest.mark.parametrize("adjoint", WITHOUT_GRAPH, ids=repr)
-def test_an_adjoint_that_solves_without_a_graph_refuses_tangents_with_the_cure(
-    adjoint, mode, frozen
+@each("adjoint", [BACKWARD["gmres"], BACKWARD["lbroyden"], ORDER_2])
+@pytest.mark.parametrize("problem_name", ["linear", "tanh", "two_scale", "non_contractive"])
+def test_the_forward_mode_derivative_through_implicit_is_that_of_the_equilibrium(
+    problem_name, adjoint, mode, frozen
+):
+    problem = problem_named(problem_name)
+    value = equilibrium(problem, adjoint, FORWARD["anderson"], frozen)
+    tangent = TANGENT[: len(problem.x)]
+    got = mode(value, problem.x.detach(), tangent)
+    torch.testing.assert_close(got, directional(problem, tangent), rtol=1e-8, atol=1e-9)
+
+
+@each("mode", MODES)
+@each("adjoint", [JacobianFree(), Phantom(steps=1, damping=1.0)])
+def test_forward_mode_derivatives_of_jacobian_free_adjoints_are_those_of_one_evaluation(
+    adjoint, mode
 ):
     problem = problem_named("tanh")
-    for solver in (FORWARD["anderson"], NewtonKrylov()):
-        value = equilibrium(problem, adjoint, solver, frozen)
-        with pytest.raises(RuntimeError, match="use the Unrolled adjoint with a tight tolerance"):
-            mode(value, problem.x.detach(), TANGENT)
+    value = equilibrium(problem, adjoint, FORWARD["anderson"], frozen=True)
+    expected = torch.func.jvp(
+        lambda x: problem.bound(x, *(p.detach() for p in problem.parameters)).f(problem.exact),
+        (problem.x.detach(),),
+        (TANGENT,),
+    )[1]
+    torch.testing.assert_close(mode(value, problem.x.detach(), TANGENT), expected)
+
+
+@each("mode", MODES)
+def test_newton_krylov_names_the_cure_in_forward_mode(mode):
+    problem = problem_named("tanh")
+    value = equilibrium(problem, Implicit(), NewtonKrylov(), frozen=True)
+    with pytest.raises(RuntimeError, match="use another solver"):
+        mode(value, problem.x.detach(), TANGENT)
+
+
+def test_forward_and_reverse_mode_combine_up_to_the_order():
+    problem = problem_named("tanh")
+    x, adjoint = problem.x.detach().requires_grad_(), ORDER_2
+    value = equilibrium(problem, adjoint, FORWARD["lbroyden"], frozen=True)
+    by_reverse = torch.autograd.grad(value(x).exp().sum(), x, create_graph=True)[0]
+    (expected,) = torch.autograd.grad((by_reverse * TANGENT).sum(), x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, TANGENT)
+        loss = value(dual).exp().sum()
+        (gradient,) = torch.autograd.grad(loss, dual, retain_graph=True)
+        over_reverse = forward_ad.unpack_dual(gradient).tangent
+        tangent = forward_ad.unpack_dual(loss).tangent
+    (over_forward,) = torch.autograd.grad(tangent, x)
+    torch.testing.assert_close(over_reverse, expected, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(over_forward, expected, rtol=1e-8, atol=1e-9)
+    value = equilibrium(problem, Implicit(), FORWARD["lbroyden"], frozen=True)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, TANGENT)
+        with pytest.raises(RuntimeError, match="set order=2"):
+            torch.autograd.grad(value(dual).exp().sum(), dual)
 
 
 @each("mode", MODES)
@@ -107,7 +159,8 @@ def test_an_equilibrium_has_no_tangent_from_its_start():
 
 def of_layer(layer: nn.Module, where: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """The layer's state as a function of its input "x" or of a parameter, and its argument."""
-    named = {"x": torch.randn(3, 4), **dict(layer.named_parameters())}
+    draw = torch.Generator().manual_seed(2)
+    named = {"x": torch.randn(3, 4, generator=draw, dtype=F64), **dict(layer.named_parameters())}
 
     def value(tensor: Tensor) -> Tensor:
         given = {**named, where: tensor}
@@ -119,17 +172,20 @@ def of_layer(layer: nn.Module, where: str) -> tuple[Callable[[Tensor], Tensor], 
 
 @each("training", [True, False])
 @each("where", ["x", "cell.state.weight"])
-def test_layers_refuse_tangents_of_the_input_and_of_parameters(where, training):
-    cell = DenseCell(4)
+def test_layers_have_the_tangents_of_the_input_and_of_parameters(where, training):
+    cell = DenseTanh(4, 0.5)
+    given: dict[str, Any] = {"solver": FORWARD["lbroyden"], "adjoint": BACKWARD["gmres"]}
     for layer in (
-        DeepEquilibriumNetwork(cell),
-        SkipDeepEquilibriumNetwork(cell, adjoint=JacobianFree()),
-        SkipDeepEquilibriumNetwork(cell, nn.Linear(4, 4)),
+        DeepEquilibriumNetwork(cell, **given),
+        SkipDeepEquilibriumNetwork(cell, **given),
+        SkipDeepEquilibriumNetwork(cell, nn.Linear(4, 4).double(), **given),
     ):
-        layer.requires_grad_(False).train(training)
+        layer.double().requires_grad_(False).train(training)
         value, at = of_layer(layer, where)
-        with pytest.raises(RuntimeError, match="Unrolled adjoint"):
-            by_dual_level(value, at, torch.ones_like(at))
+        tangent, h = torch.ones_like(at), 1e-6
+        differences = (value(at + h * tangent) - value(at - h * tangent)) / (2 * h)
+        got = by_dual_level(value, at, tangent)
+        torch.testing.assert_close(got, differences, rtol=1e-6, atol=1e-7)
 
 
 def test_an_unrolled_network_has_forward_mode_derivatives():
@@ -149,7 +205,7 @@ def test_a_neural_ode_refuses_tangents(where, frozen):
     from fastdeq.nn.neural_ode import NeuralODE
 
     start = ExplicitNetwork(nn.Linear(4, 4))
-    layer = NeuralODE(DenseCell(4), initializer=start).requires_grad_(not frozen)
+    layer = NeuralODE(DenseCell(4), initializer=start).double().requires_grad_(not frozen)
     value, at = of_layer(layer, where)
     with pytest.raises(RuntimeError, match="NeuralODE: use reverse mode"):
         by_dual_level(value, at, torch.ones_like(at))
@@ -164,24 +220,13 @@ def test_newton_krylov_inside_a_forward_mode_differentiation_names_the_cure():
         solve(NewtonKrylov(), lambda z: 0.5 * z + 1, torch.zeros(3, 4))
 
 
-@each("adjoint", [Implicit(), JacobianFree()])
-def test_an_equilibrium_inside_the_f_of_newton_krylov_is_refused(adjoint):
-    def f(z: Any) -> Any:
-        start = torch.zeros_like(z)
-        inner = fixed_point(lambda y: torch.tanh(0.4 * y + z), start, adjoint=adjoint).value
-        assert isinstance(inner, Tensor)
-        return 0.5 * inner
-
-    with pytest.raises(RuntimeError, match="Unrolled adjoint"):
-        fixed_point(f, torch.ones(2, 3), solver=NewtonKrylov())
-
-
-def test_newton_krylov_solves_with_an_unrolled_equilibrium_inside():
+@each("adjoint", [Unrolled(), BACKWARD["gmres"]])
+def test_newton_krylov_solves_with_an_equilibrium_inside(adjoint):
     def f(z: Any) -> Any:
         start = torch.zeros_like(z)
         solver = Picard(tol=1e-12, max_steps=200)
         inner = fixed_point(
-            lambda y: torch.tanh(0.4 * y + z), start, solver=solver, adjoint=Unrolled()
+            lambda y: torch.tanh(0.4 * y + z), start, solver=solver, adjoint=adjoint
         ).value
         assert isinstance(inner, Tensor)
         return 0.5 * inner + 1

@@ -38,6 +38,7 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.solvers": 1,
     "fastdeq.krylov": 1,
     "fastdeq.history": 1,
+    "fastdeq.transforms": 2,
     "fastdeq.adjoints": 2,
     "fastdeq._fixed_point": 3,
     "fastdeq.regularizers": 3,
