@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         MultiScaleDeepEquilibriumNetwork,
         MultiScaleSkipDeepEquilibriumNetwork,
         SkipDeepEquilibriumNetwork,
+        WidthStackedDEQ,
     )
     from fastdeq.solution import Solution, SolveStats, Status
 
@@ -33,6 +34,7 @@ __all__ = [
     "Solution",
     "SolveStats",
     "Status",
+    "WidthStackedDEQ",
     "adjoints",
     "fixed_depth",
     "fixed_point",
@@ -51,6 +53,7 @@ _MODULES = {
         "MultiScaleDeepEquilibriumNetwork",
         "MultiScaleSkipDeepEquilibriumNetwork",
         "SkipDeepEquilibriumNetwork",
+        "WidthStackedDEQ",
     ),
     "fastdeq.solution": ("Solution", "SolveStats", "Status"),
 }

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, SupportsFloat, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastdeq.notation import State
-from fastdeq.timer import Stopwatch
 
 TraceKind: TypeAlias = Literal["residuals", "states"]
 
@@ -83,7 +82,7 @@ class SolveStats:
     steps: Tensor
     nfe: Tensor
     status: Tensor
-    elapsed: Stopwatch | float = 0.0
+    elapsed: SupportsFloat = 0.0
     trace: Trace | None = None
 
     @property
@@ -156,6 +155,7 @@ class Solution(SolveStats):
         integration), once it has run.
     states: f(z_k) after the steps k that `states` asked for, each shaped like `value`, with
         gradients of their own; a sample that has ended by then keeps its last good z_k.
+    parts: the solutions that this one joins, of a network with several equilibria.
     aux: what f returned beside its value in its last evaluation, with `has_aux=True`.
     """
 
@@ -165,6 +165,7 @@ class Solution(SolveStats):
     jacobian_loss: Tensor | None = None
     backward: BackwardReport = field(default_factory=BackwardReport)
     states: tuple[State, ...] = ()
+    parts: tuple["Solution", ...] = ()
     aux: Any = None
 
     def __repr__(self) -> str:

@@ -1,6 +1,8 @@
 """Time on a device, without waiting for the device until the time is read."""
 
 import time
+from dataclasses import dataclass
+from typing import SupportsFloat
 
 import torch
 
@@ -43,6 +45,16 @@ class Stopwatch:
         """Copied and pickled as a number of seconds: events belong to their process."""
         seconds = self.seconds
         return {**vars(self), "_seconds": seconds}
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """The sum of several times; reading it waits for the device."""
+
+    parts: tuple[SupportsFloat, ...]
+
+    def __float__(self) -> float:
+        return sum(map(float, self.parts))
 
 
 def _reading(device: torch.device) -> float | torch.cuda.Event:

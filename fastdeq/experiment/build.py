@@ -81,7 +81,8 @@ def build_model(cfg: DictConfig) -> DEQChain:
     model: DEQChain = instantiate(link(cfg).model, _convert_="all")
     # Configurations of earlier versions have neither key.
     if cfg.get("precision") is not None:
-        model.equilibrium.precision = cfg.precision
+        for layer in model.equilibria:
+            layer.precision = cfg.precision
     if cfg.get("memory_format") == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
@@ -89,7 +90,7 @@ def build_model(cfg: DictConfig) -> DEQChain:
 
 def predicts(model: DEQChain) -> bool:
     """Whether the model predicts z₀."""
-    return model.equilibrium.initializer.predicts
+    return model.predicts
 
 
 def link(cfg: DictConfig) -> DictConfig:

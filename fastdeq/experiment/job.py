@@ -269,7 +269,7 @@ def _summary(
 
 
 def _announce(task: AbstractTask, trainer: lightning.Trainer, job: Job) -> None:
-    layer, device = task.model.equilibrium, trainer.strategy.root_device
+    layer, device = task.model.equilibria[0], trainer.strategy.root_device
     LOG.info("run folder  %s", job.folder)
     if job.resume is not None:
         LOG.info("resuming    from %s", job.resume.name)

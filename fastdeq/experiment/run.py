@@ -210,7 +210,7 @@ def _check_parts(
         model = build_model(parts)
     _check_skip_loss(cfg, model)
     if any(isinstance(each, Reuse) for each in callbacks.values()):
-        Reuse.check(model.equilibrium, ranks)
+        Reuse.check(model, ranks)
     with error_context(cfg, "task"):
         task = build_task(parts, model)
     with error_context(cfg, "optimizer"):

@@ -1,6 +1,6 @@
 """Equilibrium layers, cells, whole networks, and baselines in place of equilibria."""
 
-from fastdeq.nn.base import AbstractCellLayer
+from fastdeq.nn.base import AbstractCellLayer, AbstractSolvingModule
 from fastdeq.nn.cells import DenseCell, TwoLayerCell
 from fastdeq.nn.chain import DEQChain
 from fastdeq.nn.deq import DeepEquilibriumNetwork, SkipDeepEquilibriumNetwork
@@ -13,6 +13,7 @@ from fastdeq.nn.initializers import (
     RandomNormal,
     Zeros,
 )
+from fastdeq.nn.joined import joined
 from fastdeq.nn.multiscale import (
     MultiScaleCell,
     MultiScaleDeepEquilibriumNetwork,
@@ -25,13 +26,16 @@ from fastdeq.nn.multiscale import (
     image_scales,
 )
 from fastdeq.nn.random_steps import RandomSteps
-from fastdeq.nn.side_by_side import SideBySideCell, WidthStackedDEQ
+from fastdeq.nn.side_by_side import SideBySideCell
 from fastdeq.nn.unrolled import UnrolledNetwork
 from fastdeq.nn.weight_norm import weight_norm
+from fastdeq.nn.width_stacked import Concatenation, WidthStackedDEQ
 
 __all__ = [
     "AbstractCellLayer",
     "AbstractInitializer",
+    "AbstractSolvingModule",
+    "Concatenation",
     "DEQChain",
     "DeepEquilibriumNetwork",
     "DenseCell",
@@ -57,5 +61,6 @@ __all__ = [
     "Zeros",
     "image_scales",
     "initialize",
+    "joined",
     "weight_norm",
 ]

@@ -22,7 +22,31 @@ from fastdeq.regularizers import jacobian_loss as hutchinson
 from fastdeq.solution import Solution, TraceKind
 
 
-class AbstractCellLayer(nn.Module):
+class AbstractSolvingModule(nn.Module):
+    """A module whose call returns (output, solution): an equilibrium layer, or a network with some.
+
+    Its `forward` takes the options of `AbstractCellLayer.forward`.
+    """
+
+    @property
+    @abstractmethod
+    def equilibria(self) -> tuple["AbstractCellLayer", ...]:
+        """The equilibrium layers, in order."""
+
+    @abstractmethod
+    def explicit(self, x: Any) -> Any:
+        """The output without a solve, from the predictions z₀.
+
+        Raises: ValueError where an equilibrium layer does not predict.
+        """
+
+    @property
+    def predicts(self) -> bool:
+        """Whether all equilibrium layers predict their z₀."""
+        return all(layer.initializer.predicts for layer in self.equilibria)
+
+
+class AbstractCellLayer(AbstractSolvingModule):
     """From x to a state, by evaluations of one cell from z₀ (see `solve`).
 
     cell: f, an nn.Module called as cell(z, x), that returns a state of the shape of z.
@@ -63,6 +87,10 @@ class AbstractCellLayer(nn.Module):
         self.cell = cell
         self.initializer = zeros_of(cell) if initializer is None else initializer
         self.precision = precision
+
+    @property
+    def equilibria(self) -> tuple["AbstractCellLayer", ...]:
+        return (self,)
 
     @abstractmethod
     def solve(self, f: StateMap, z0: State, trace: TraceKind | None) -> Solution:

@@ -1,4 +1,4 @@
-"""An equilibrium layer between ordinary ones."""
+"""Equilibrium layers between ordinary ones."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,23 +7,28 @@ from torch import nn
 
 from fastdeq.adjoints import AbstractAdjoint
 from fastdeq.adjoints.states import StatesAt
-from fastdeq.nn.base import AbstractCellLayer
+from fastdeq.nn.base import AbstractCellLayer, AbstractSolvingModule
 from fastdeq.nn.initialization import Initialization, initialize
+from fastdeq.nn.joined import joined
 from fastdeq.notation import State
 from fastdeq.solution import Solution, TraceKind
 
 
-class DEQChain(nn.Module):
-    """Layers in sequence, exactly one of them an equilibrium layer; returns its solution beside y.
+class DEQChain(AbstractSolvingModule):
+    """Layers in sequence, one or more of them equilibrium layers; returns the solution beside y.
 
     layers: modules in order, given by position or by name (`stem=..., deq=..., head=...`); names
-        appear in the state_dict. An equilibrium layer is any `AbstractCellLayer`: a
-        `DeepEquilibriumNetwork`, plain or skip, or a baseline in its place.
+        appear in the state_dict. An equilibrium layer is any `AbstractSolvingModule`: a
+        `DeepEquilibriumNetwork`, plain or skip, a baseline in its place, or a network of several
+        (`WidthStackedDEQ`, another chain).
     initialization: draws all weights again, see `fastdeq.nn.initialize`; None keeps those that
         the layers have.
 
-    Raises: TypeError for what is not a module, ValueError for no or several equilibrium layers, and
-    as `initialize`.
+    The solution of several equilibria is that of `fastdeq.nn.joined`: every loss and metric is of
+    all of them, and `solution.parts` are their own.
+
+    Raises: TypeError for what is not a module, ValueError without an equilibrium layer, and as
+    `initialize`.
     """
 
     def __init__(
@@ -36,63 +41,84 @@ class DEQChain(nn.Module):
                     f"layer '{name}' of the chain is a {type(layer).__name__}, not an nn.Module"
                 )
             self.add_module(name, layer)
-        found = [name for name, layer in self._layers() if _is_equilibrium(layer)]
-        if len(found) != 1:
-            raise ValueError(
-                f"a DEQChain has exactly one equilibrium layer, but got {len(found)} {found}: "
-                "stack further ones outside the chain, each with its own solution"
-            )
-        self._equilibrium_name = found[0]
+        self._solving = tuple(name for name, layer in self._layers() if _solves(layer))
+        if not self._solving:
+            raise ValueError("a DEQChain has at least one equilibrium layer, but got none")
         if initialization is not None:
             initialize(self, initialization)
 
     @property
+    def equilibria(self) -> tuple[AbstractCellLayer, ...]:
+        """The equilibrium layers, in order."""
+        solving = [layer for _, layer in self._layers() if isinstance(layer, AbstractSolvingModule)]
+        return tuple(each for layer in solving for each in layer.equilibria)
+
+    @property
     def equilibrium(self) -> AbstractCellLayer:
-        """The equilibrium layer."""
-        layer = self._modules[self._equilibrium_name]  # also of a layer named "equilibrium"
-        assert isinstance(layer, AbstractCellLayer)
-        return layer
+        """The equilibrium layer. Raises: ValueError for several."""
+        if len(self._solving) != 1 or len(self.equilibria) != 1:
+            raise ValueError(f"this chain has {len(self.equilibria)} equilibria: use `equilibria`")
+        return self.equilibria[0]
 
     def forward(
         self,
         x: Any,
         *,
-        z0: State | None = None,
+        z0: State | dict[str, Any] | None = None,
         jacobian_loss: bool = False,
         depth: int | None = None,
         trace: TraceKind | None = None,
         states: StatesAt | None = None,
         states_adjoint: AbstractAdjoint | None = None,
     ) -> tuple[Any, Solution]:
-        """(y, solution); the options are those of `AbstractCellLayer.forward`."""
+        """(y, solution); the options are those of `AbstractCellLayer.forward`, for every
+        equilibrium layer.
+
+        z0: of several layers, a dictionary of the starts of some of them by name.
+        """
+        starts = self._starts(z0)
         options: dict[str, Any] = {
-            **{"z0": z0, "jacobian_loss": jacobian_loss, "depth": depth, "trace": trace},
+            **{"jacobian_loss": jacobian_loss, "depth": depth, "trace": trace},
             **{"states": states, "states_adjoint": states_adjoint},
         }
+        solutions = []
         for name, layer in self._layers():
-            if name == self._equilibrium_name:
-                x, solution = layer(x, **options)
+            if name in self._solving:
+                x, solution = layer(x, z0=starts.get(name), **options)
+                solutions.append(solution)
             else:
                 x = layer(x)
-        return x, solution
+        return x, joined(solutions)
 
     def predict_from(self, z: State) -> Any:
-        """The prediction from a state: the layers after the equilibrium, applied to it."""
+        """The prediction from a state: the layers after the last equilibrium, applied to it."""
         layers = list(self._layers())
-        place = [name for name, _ in layers].index(self._equilibrium_name)
+        last = [name for name, _ in layers].index(self._solving[-1])
         y: Any = z
-        for _, layer in layers[place + 1 :]:
+        for _, layer in layers[last + 1 :]:
             y = layer(y)
         return y
 
     def explicit(self, x: Any) -> Any:
-        """The prediction without a solve: the layers after the equilibrium applied to its z₀.
+        """The prediction without a solve: every equilibrium layer returns its z₀.
 
-        Raises: ValueError where the equilibrium layer does not predict.
+        Raises: ValueError where one does not predict.
         """
-        for name, layer in self._layers():
-            x = self.equilibrium.explicit(x) if name == self._equilibrium_name else layer(x)
+        for _, layer in self._layers():
+            x = layer.explicit(x) if isinstance(layer, AbstractSolvingModule) else layer(x)
         return x
+
+    def _starts(self, z0: Any) -> dict[str, Any]:
+        if z0 is None:
+            return {}
+        if len(self._solving) == 1:
+            return {self._solving[0]: z0}
+        if not isinstance(z0, dict) or not z0.keys() <= set(self._solving):
+            raise ValueError(
+                "this chain has several equilibrium layers: give z0 as a dictionary of their names "
+                f"({', '.join(self._solving)}) and starts"
+            )
+        return z0
 
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
         # Not named_children(), which leaves out the second use of a module.
@@ -101,5 +127,5 @@ class DEQChain(nn.Module):
             yield name, layer
 
 
-def _is_equilibrium(layer: nn.Module) -> bool:
-    return isinstance(layer, AbstractCellLayer)
+def _solves(layer: nn.Module) -> bool:
+    return isinstance(layer, AbstractSolvingModule)

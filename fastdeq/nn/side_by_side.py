@@ -1,19 +1,15 @@
-"""Several equilibria side by side, as one."""
+"""Several cells side by side, as one."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastdeq.adjoints import AbstractAdjoint
-from fastdeq.autocast import Precision
-from fastdeq.nn.deq import DeepEquilibriumNetwork
-from fastdeq.nn.initializers import FirstEvaluation, zeros_of
-from fastdeq.solvers import AbstractSolver
-
 
 class SideBySideCell(nn.Module):
     """f(z, x) = (f₁(z₁, x₁), …, fₙ(zₙ, xₙ)), state and input cut into n parts along their features.
+
+    Solved as one system whose Jacobian has one block per cell, with one stopping test.
 
     cells: f₁ … fₙ. widths: features of each part; z and x are (B, sum of widths, ...).
 
@@ -38,29 +34,3 @@ class SideBySideCell(nn.Module):
             )
         parts = zip(z.split(self.widths, 1), x.split(self.widths, 1), strict=True)
         return torch.cat([cell(*part) for cell, part in zip(self.cells, parts, strict=True)], dim=1)
-
-
-class WidthStackedDEQ(DeepEquilibriumNetwork):
-    """Equilibria side by side, each on its part of the input's features, merged by concatenation.
-
-    cells, widths: as in `SideBySideCell`. skip: start at f(0, x) (Skip Reg.) instead of zero.
-    Solved as one system whose Jacobian has one block per cell: one solution, one stopping test, any
-    solver and adjoint, every regularizer. The other arguments and the errors are those of
-    `DeepEquilibriumNetwork`.
-    """
-
-    def __init__(
-        self,
-        cells: Sequence[nn.Module],
-        widths: Sequence[int],
-        *,
-        skip: bool = False,
-        solver: AbstractSolver | None = None,
-        adjoint: AbstractAdjoint | None = None,
-        precision: Precision | None = None,
-    ) -> None:
-        cell = SideBySideCell(cells, widths)
-        initializer = FirstEvaluation(zeros_of(cell)) if skip else None
-        super().__init__(
-            cell, solver=solver, adjoint=adjoint, initializer=initializer, precision=precision
-        )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastdeq.adjoints import AbstractAdjoint
 from fastdeq.adjoints.states import check_closing, chosen_steps
-from fastdeq.nn import AbstractCellLayer, DeepEquilibriumNetwork
+from fastdeq.nn import AbstractSolvingModule, DeepEquilibriumNetwork
 from fastdeq.regularizers import CorrectionWeights, correction_loss, residual_loss, skip_loss
 from fastdeq.settings import setting, settings
 from fastdeq.solution import Solution
@@ -37,22 +37,24 @@ class LossWeights:
     correction_weights: CorrectionWeights = setting(default="exponential")
     correction_adjoint: AbstractAdjoint | None = setting(default=None)
 
-    def check(self, layer: AbstractCellLayer) -> None:
-        """Refuse terms that an equilibrium layer does not have.
+    def check(self, model: AbstractSolvingModule) -> None:
+        """Refuse terms that a model does not have.
 
         Raises: TypeError or ValueError with the key to change.
         """
-        if self.skip and not layer.initializer.predicts:
+        if self.skip and not model.predicts:
             raise ValueError(
                 "the skip loss would draw z* to zero in a model that predicts nothing: use a skip "
                 "model (model=skip_deq), or no skip loss (loss.skip=0)"
             )
         if not self.correction:
             return
-        if not isinstance(layer, DeepEquilibriumNetwork):
+        layer, *others = model.equilibria
+        if others or not isinstance(layer, DeepEquilibriumNetwork):
+            name = "a model of several equilibria" if others else type(layer).__name__
             raise ValueError(
-                "the correction loss takes states of a solver, and "
-                f"{type(layer).__name__} has none: use loss.correction=0"
+                f"the correction loss takes the states of one solver, and {name} has none: use "
+                "loss.correction=0"
             )
         try:
             chosen_steps(self.correction_states, layer.solver.max_steps)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdeq.data import EpochLoader
 from fastdeq.flatten import Layout, map_scales
-from fastdeq.nn import AbstractCellLayer, DeepEquilibriumNetwork, DEQChain, Zeros
+from fastdeq.nn import DeepEquilibriumNetwork, DEQChain, Zeros
 from fastdeq.notation import State
 from fastdeq.runs.folder import EQUILIBRIA
 from fastdeq.runs.log import LOG
@@ -46,7 +46,7 @@ class Reuse(Callback):
         self._example: State | None = None  # a state of one sample
 
     @staticmethod
-    def check(layer: AbstractCellLayer, ranks: int) -> None:
+    def check(model: DEQChain, ranks: int) -> None:
         """Refuse a model that has no use for it, and several processes.
 
         Raises: ValueError.
@@ -55,6 +55,12 @@ class Reuse(Callback):
             raise ValueError(
                 "callbacks.reuse keeps the equilibria of one process, and the samples of a process "
                 "are others in every epoch: use trainer.devices=1, or leave it out"
+            )
+        layer, *others = model.equilibria
+        if others:
+            raise ValueError(
+                f"callbacks.reuse keeps one equilibrium per sample, but this model has "
+                f"{len(model.equilibria)}: leave it out"
             )
         solves = isinstance(layer, DeepEquilibriumNetwork)
         if not solves or not isinstance(layer.initializer, Zeros):
@@ -67,7 +73,7 @@ class Reuse(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises: as `check`."""
         if stage == "fit" and isinstance(model := pl_module.model, DEQChain):
-            self.check(model.equilibrium, trainer.world_size)
+            self.check(model, trainer.world_size)
 
     def start(self, trainer: Trainer, device: torch.device) -> State | None:
         """The start of the batch yielded last; None before the first solve of the run."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdeq.flatten import scales_of
 from fastdeq.notation import State
 from fastdeq.solution import Solution
-from fastdeq.timer import Stopwatch
+from fastdeq.timer import Seconds, Stopwatch
 from fastdeq.training.diagnosis import joined
 from fastdeq.training.metrics import Value, backward_metrics
 
@@ -104,19 +104,9 @@ class StepResult:
         return joined([*(batch.measures for batch in self.batches), *others])
 
     @property
-    def seconds(self) -> "Seconds":
+    def seconds(self) -> Seconds:
         """The seconds of the whole step: forward and backward passes, and the optimizer."""
         return Seconds(tuple(batch.watch for batch in self.batches))
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """The sum of several stopwatches; reading it waits for the device."""
-
-    watches: tuple[Stopwatch, ...]
-
-    def __float__(self) -> float:
-        return sum(watch.seconds for watch in self.watches)
 
 
 def _states(solution: Solution) -> dict[str, Any]:

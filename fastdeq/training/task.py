@@ -101,7 +101,7 @@ class AbstractTask(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # the whole step is in `training_step`
-        weights.check(model.equilibrium)
+        weights.check(model)
         self.model = model
         self.make_optimizer = optimizer
         self.weights = weights
@@ -128,7 +128,8 @@ class AbstractTask(LightningModule):
     @property
     def leaves_parameters_unused(self) -> bool:
         """Whether some parameters get no gradient: an explicit network without a skip loss."""
-        explicit = isinstance(self.model.equilibrium.initializer, ExplicitNetwork)
+        starts = [layer.initializer for layer in self.model.equilibria]
+        explicit = any(isinstance(each, ExplicitNetwork) for each in starts)
         return explicit and not self.weights.skip
 
     @property
@@ -393,7 +394,7 @@ class AbstractTask(LightningModule):
         seconds = {"seconds": watch.stop(), "solve_seconds": solution.elapsed}
         metrics = {"loss": self.criterion(prediction, targets)}
         metrics |= self.scores(prediction, targets) | solver_metrics(solution)
-        if self.model.equilibrium.initializer.predicts:
+        if self.model.predicts:
             watch = Stopwatch(self.device)
             explicit = self.model.explicit(x)
             seconds["explicit_seconds"] = watch.stop()

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fastdeq.timer import Stopwatch
-from fastdeq.training.step import Seconds, StepResult
+from fastdeq.nn import DEQChain
+from fastdeq.timer import Seconds, Stopwatch
+from fastdeq.training.step import StepResult
 from fastdeq.training.task import AbstractTask
 
 _WARM_UP = 5  # steps that allocate and tune; not in the median
@@ -90,7 +90,7 @@ class StepTimer(Callback):
             self._read()
             self._unread, self._sample = self._sample.completed(step), None
         if self._seen % _EVERY == _WARM_UP and isinstance(pl_module, AbstractTask):
-            self._sample = _Sample(pl_module.model.equilibrium.cell, pl_module.device)
+            self._sample = _Sample(pl_module.model, pl_module.device)
 
     def _read(self) -> None:
         """Add the seconds of the unread sample; its step is long over, or training is."""
@@ -109,9 +109,9 @@ class _Sample:
     watch: of the whole.
     """
 
-    def __init__(self, cell: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: DEQChain, device: torch.device) -> None:
         self.watch = Stopwatch(device)
-        self._cell, self._device = cell, device
+        self._cells, self._device = [layer.cell for layer in model.equilibria], device
         self._hooks: list[RemovableHandle] = []
         self._solving: list[Stopwatch] = []  # evaluations without a graph
         self._others: list[Stopwatch] = []
@@ -127,10 +127,11 @@ class _Sample:
             kind = self._others if torch.is_grad_enabled() else self._solving
             kind.append(running.pop().stop())
 
-        self._hooks = [
-            self._cell.register_forward_pre_hook(before),
-            self._cell.register_forward_hook(after),
-        ]
+        for cell in self._cells:
+            self._hooks += [
+                cell.register_forward_pre_hook(before),
+                cell.register_forward_hook(after),
+            ]
 
     def end(self) -> None:
         for hook in self._hooks:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdeq import DeepEquilibriumNetwork, DEQChain, Status
+from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork, Status
 from fastdeq.adjoints import Implicit
 from fastdeq.krylov import GMRES
 from fastdeq.nn import (
@@ -13,7 +13,6 @@ from fastdeq.nn import (
     MultiScaleResidualNetwork,
     SideBySideCell,
     UnrolledNetwork,
-    WidthStackedDEQ,
 )
 from tests.cells import EXACT, TIGHT, DenseTanh
 from tests.loops import each
@@ -74,7 +73,9 @@ def test_the_residual_network_makes_the_scales_of_the_cell_in_one_evaluation():
 
 def test_equilibria_side_by_side_are_those_of_their_cells_alone():
     cells, x = [DenseTanh(4, 0.7), DenseTanh(3, 0.5)], torch.randn(5, 7, dtype=torch.float64)
-    y, solution = WidthStackedDEQ(cells, [4, 3], solver=TIGHT, adjoint=EXACT)(x)
+    y, solution = DeepEquilibriumNetwork(
+        SideBySideCell(cells, [4, 3]), solver=TIGHT, adjoint=EXACT
+    )(x)
     parts = [
         DeepEquilibriumNetwork(cell, solver=TIGHT, adjoint=EXACT)(part)[0]
         for cell, part in zip(cells, x.split([4, 3], 1), strict=True)
@@ -91,13 +92,14 @@ def test_equilibria_side_by_side_are_those_of_their_cells_alone():
 
 
 def test_equilibria_side_by_side_may_start_at_their_first_evaluation():
-    layer, x = WidthStackedDEQ([DenseCell(2), DenseCell(3)], [2, 3], skip=True), torch.randn(4, 5)
+    cell, x = SideBySideCell([DenseCell(2), DenseCell(3)], [2, 3]), torch.randn(4, 5)
+    layer = SkipDeepEquilibriumNetwork(cell)
     torch.testing.assert_close(layer.explicit(x), layer.cell(torch.zeros_like(x), x))
     assert DEQChain(layer).equilibrium is layer
 
 
 def test_the_error_for_branches_of_another_width_than_the_input_names_both():
-    layer = WidthStackedDEQ([DenseCell(2), DenseCell(3)], [2, 3])
+    layer = DeepEquilibriumNetwork(SideBySideCell([DenseCell(2), DenseCell(3)], [2, 3]))
     with pytest.raises(ValueError, match=r"input has 6 features, but the branches take \[2, 3\]"):
         layer(torch.randn(4, 6))
 
@@ -120,4 +122,4 @@ def test_a_coupled_branch_couples_the_whole():
 
     cells = [DenseCell(2), Normalized()]
     with pytest.raises(ValueError, match=r"BatchNorm1d 'cells\.1\.norm'"):
-        WidthStackedDEQ(cells, [2, 3], adjoint=Implicit(solver=GMRES()))
+        DeepEquilibriumNetwork(SideBySideCell(cells, [2, 3]), adjoint=Implicit(solver=GMRES()))

@@ -10,9 +10,9 @@ from fastdeq.nn import (
     AbstractCellLayer,
     DeepEquilibriumNetwork,
     MultiScaleSkipDeepEquilibriumNetwork,
+    SideBySideCell,
     SkipDeepEquilibriumNetwork,
     UnrolledNetwork,
-    WidthStackedDEQ,
 )
 from fastdeq.solvers import Anderson, LimitedMemoryBroydenSolver, Picard
 from tests.cells import DenseTanh
@@ -25,7 +25,7 @@ LAYERS = {
     "zero": lambda cell, **kw: DeepEquilibriumNetwork(cell, **kw),
     "skip": lambda cell, **kw: SkipDeepEquilibriumNetwork(cell, nn.Linear(WIDTH, WIDTH), **kw),
     "skip reg": lambda cell, **kw: SkipDeepEquilibriumNetwork(cell, **kw),
-    "stacked": lambda cell, **kw: WidthStackedDEQ([cell], [WIDTH], skip=True, **kw),
+    "stacked": lambda cell, **kw: SkipDeepEquilibriumNetwork(SideBySideCell([cell], [WIDTH]), **kw),
 }
 
 

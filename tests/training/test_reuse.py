@@ -132,7 +132,7 @@ def test_what_reuse_cannot_do_is_refused_before_training(tmp_path):
         with pytest.raises(ValueError, match=message):
             fit(make_task(model=model), tmp_path, Reuse())
     with pytest.raises(ValueError, match=r"one process.*trainer\.devices=1"):
-        Reuse.check(network("zero").equilibrium, 2)
+        Reuse.check(network("zero"), 2)
     with pytest.raises(ValueError, match="a Listed does not: use a data module"):
         fit(make_task(model=network("zero")), tmp_path, Reuse(), batches=Listed(samples(5)))
     with pytest.raises(ValueError, match="store is 'disk', but must be 'memory' or 'hdf5'"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from fastdeq import DeepEquilibriumNetwork, DEQChain
+from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork
 from fastdeq.adjoints import JacobianFree, Unrolled
 from fastdeq.data import Batch, Batches
 from fastdeq.nn import DenseCell, UnrolledNetwork
@@ -93,6 +93,20 @@ def test_the_correction_is_the_tasks_loss_of_the_states_on_the_way(kind, tmp_pat
     ]
     assert metrics["loss_correction"] == pytest.approx(2 * (losses[0] + 2 * losses[1]) / 3)
     assert metrics["loss"] == pytest.approx(metrics["loss_task"] + metrics["loss_correction"])
+
+
+def test_every_loss_and_metric_is_of_all_equilibria_of_a_model(tmp_path):
+    layers = [SkipDeepEquilibriumNetwork(DenseCell(WIDTH)) for _ in range(2)]
+    model = DEQChain(nn.Linear(FEATURES, WIDTH), *layers, nn.Linear(WIDTH, CLASSES))
+    task, batch = make_task(model=model, skip=0.5, residual=1.0, jacobian=0.1), samples(5)
+    metrics = train_metrics(task, [batch], tmp_path)
+    _, solution = model(batch.inputs)
+    assert metrics["loss_skip"] == pytest.approx(0.5 * skip_loss(solution).item())
+    assert metrics["nfe"] == pytest.approx(solution.nfe.float().mean().item())
+    assert metrics["nfe_backward"] > 0
+    assert evaluated(task, [batch], tmp_path)["explicit_loss"] > 0
+    with pytest.raises(ValueError, match=r"a model of several equilibria has none"):
+        make_task(model=model, correction=1.0)
 
 
 def test_pretraining_leaves_the_correction_out_and_evaluation_too(tmp_path):

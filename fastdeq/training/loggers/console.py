@@ -69,7 +69,7 @@ def table_of(
         evaluated,
         "test" if on_test else "validation",
         accuracy=not regression,
-        explicit=pl_module.model.equilibrium.initializer.predicts,
+        explicit=pl_module.model.predicts,
         loss="{:.2e}" if regression else "{:.4f}",
         residual=residual,
     )
