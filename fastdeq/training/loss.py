@@ -23,8 +23,9 @@ class LossWeights:
         See `fastdeq.regularizers`.
     jacobian_probability: the share of steps that add the Jacobian's term, drawn at random.
     jacobian_until: the optimizer step from which the Jacobian's term is left out; None: never.
-    correction_states, correction_adjoint: `states` and `states_adjoint` of `fixed_point`.
-    correction_weights: of these states, see `fastdeq.regularizers.correction_loss`.
+    correction_states, correction_adjoint: `states` (None: 3) and `states_adjoint` of `fixed_point`.
+    correction_weights: of these states, see `fastdeq.regularizers.correction_loss`; None:
+        "exponential".
     """
 
     skip: float = setting(default=0.0, at_least=0)
@@ -32,9 +33,9 @@ class LossWeights:
     residual: float = setting(default=0.0, at_least=0)
     jacobian_probability: float = setting(default=1.0, above=0, at_most=1)
     jacobian_until: int | None = setting(default=None, at_least=0)
-    correction: float = setting(default=0.0, at_least=0)
-    correction_states: int | list[int] = setting(default=3)
-    correction_weights: CorrectionWeights = setting(default="exponential")
+    correction: float | None = setting(default=None, at_least=0)
+    correction_states: int | list[int] | None = setting(default=None)
+    correction_weights: CorrectionWeights | None = setting(default=None)
     correction_adjoint: AbstractAdjoint | None = setting(default=None)
 
     def check(self, model: AbstractSolvingModule) -> None:
@@ -57,7 +58,7 @@ class LossWeights:
                 "loss.correction=0"
             )
         try:
-            chosen_steps(self.correction_states, layer.solver.max_steps)
+            chosen_steps(self._states, layer.solver.max_steps)
             check_closing(self.correction_adjoint, layer.adjoint)
         except (TypeError, ValueError) as error:
             key = f"loss.correction_{error}".replace(
@@ -80,7 +81,11 @@ class LossWeights:
         """The options of a call that returns the states of the correction's term, if it has one."""
         if not self.correction:
             return {}
-        return {"states": self.correction_states, "states_adjoint": self.correction_adjoint}
+        return {"states": self._states, "states_adjoint": self.correction_adjoint}
+
+    @property
+    def _states(self) -> int | list[int]:
+        return 3 if self.correction_states is None else self.correction_states
 
     def parts(
         self, solution: Solution, task: Callable[[Any], Tensor] | None = None
@@ -97,6 +102,7 @@ class LossWeights:
         if self.residual:
             parts["residual"] = self.residual * residual_loss(solution)
         if self.correction and task is not None and solution.states:
-            loss = correction_loss(task, solution, weights=self.correction_weights)
+            weights = self.correction_weights or "exponential"
+            loss = correction_loss(task, solution, weights=weights)
             parts["correction"] = self.correction * loss
         return parts

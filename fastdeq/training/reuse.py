@@ -125,7 +125,8 @@ class Reuse(Callback):
         self._example = map_scales(lambda z: z[:1].detach().cpu(), value)
         size = n * entries * layout.dtype.itemsize / 1e6
         place = {"memory": "in memory", "hdf5": f"in {EQUILIBRIA}"}[self.store]
-        LOG.info("reuse       %s equilibria of %s entries: %.1f MB %s", n, entries, size, place)
+        count = f"{n:,} equilibria of {entries:,} entries"
+        LOG.info("reuse       %s: %.1f MB %s", count, size, place)
         if self.store == "memory":
             self._table = _Memory(torch.zeros(n, entries, dtype=layout.dtype))
         else:
