@@ -174,6 +174,9 @@ class Second:
     def stop(self) -> "Second":
         return self
 
+    def __float__(self) -> float:
+        return self.seconds
+
 
 def test_the_seconds_of_a_step_are_those_of_all_its_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
