@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdeq.flatten import is_channels_last
+from fastdeq.flatten import is_channels_last, map_scales
 from fastdeq.nn.inputs import tensors_in
 from fastdeq.notation import State, StateMap
 from fastdeq.settings import check_value
@@ -112,9 +112,7 @@ class RandomNormal(AbstractInitializer):
         z0: State = self.zeros(f, x)
         if not self.training:
             return z0
-        if isinstance(z0, Tensor):
-            return self.std * torch.randn_like(z0)
-        return tuple(self.std * torch.randn_like(scale) for scale in z0)
+        return map_scales(lambda scale: self.std * torch.randn_like(scale), z0)
 
 
 class ExplicitNetwork(AbstractInitializer):

@@ -58,7 +58,8 @@ class LossWeights:
                 "loss.correction=0"
             )
         try:
-            chosen_steps(self._states, layer.solver.max_steps)
+            fewest = layer.solver.max_steps if layer.steps is None else layer.steps.least
+            chosen_steps(self._states, fewest)
             check_closing(self.correction_adjoint, layer.adjoint)
         except (TypeError, ValueError) as error:
             key = f"loss.correction_{error}".replace(

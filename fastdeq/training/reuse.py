@@ -64,7 +64,7 @@ class Reuse(Callback):
             )
         solves = isinstance(layer, DeepEquilibriumNetwork)
         if not solves or not isinstance(layer.initializer, Zeros):
-            why = "predicts its start" if solves else "does not solve"
+            why = "starts elsewhere than at zero" if solves else "does not solve"
             raise ValueError(
                 f"callbacks.reuse chooses the start of a solve, but this model {why}: use "
                 "model=deq or model=mdeq, or leave it out"

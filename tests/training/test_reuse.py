@@ -125,8 +125,8 @@ def test_what_reuse_cannot_do_is_refused_before_training(tmp_path):
         head=nn.Linear(WIDTH, CLASSES),
     )
     for model, message in (
-        (network("explicit"), "predicts its start: use model=deq"),
-        (network("first"), "predicts its start"),
+        (network("explicit"), "starts elsewhere than at zero: use model=deq"),
+        (network("first"), "starts elsewhere"),
         (unrolled, "does not solve"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork
 from fastdeq.adjoints import JacobianFree, Unrolled
 from fastdeq.data import Batch, Batches
-from fastdeq.nn import DenseCell, UnrolledNetwork
+from fastdeq.nn import DenseCell, RandomSteps, UnrolledNetwork
 from fastdeq.regularizers import residual_loss, skip_loss
 from fastdeq.training import (
     ClassificationTask,
@@ -126,6 +126,9 @@ def test_a_correction_of_states_that_there_are_not_is_refused():
     for weights, error, message in cases:
         with pytest.raises(error, match=message):
             make_task(correction=1.0, **weights)
+    drawn = DeepEquilibriumNetwork(DenseCell(WIDTH), steps=RandomSteps(4, 9))
+    with pytest.raises(ValueError, match=r"max_steps=4"):
+        make_task(model=DEQChain(drawn), correction=1.0, correction_states=[5])
     chain = DEQChain(
         stem=nn.Linear(FEATURES, WIDTH),
         deq=UnrolledNetwork(DenseCell(WIDTH), steps=2),
