@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdeq import adjoints, nn, regularizers, solvers
+    from fastdeq._export import export
     from fastdeq._fixed_point import fixed_depth, fixed_point
     from fastdeq.krylov import GMRES, gmres
     from fastdeq.nn import (
@@ -36,6 +37,7 @@ __all__ = [
     "Status",
     "WidthStackedDEQ",
     "adjoints",
+    "export",
     "fixed_depth",
     "fixed_point",
     "gmres",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "fastdeq._export": ("export",),
     "fastdeq._fixed_point": ("fixed_depth", "fixed_point"),
     "fastdeq.krylov": ("GMRES", "gmres"),
     "fastdeq.nn": (

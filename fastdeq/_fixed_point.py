@@ -73,11 +73,11 @@ def fixed_point(
     if trace not in (None, *get_args(TraceKind)):
         raise ValueError(f"trace is {trace!r}, but must be 'residuals', 'states' or None")
     layout, aux = Layout.of(z0, batched=batched), _Aux(has_aux)
-    flat_f = _flat(aux.removed(f), layout)
+    flat_f = flat_map(aux.removed(f), layout)
     if select is not None:
-        flat_f = BatchMap(flat_f, lambda rows: _flat(aux.removed(select(rows)), layout))
+        flat_f = BatchMap(flat_f, lambda rows: flat_map(aux.removed(select(rows)), layout))
     start = layout.flatten(z0)
-    if not len(start):
+    if not start.shape[0]:
         solution = _of_nothing(flat_f, layout, z0, start, len(record.steps))
         return replace(solution, aux=aux.last)
     find = _found_by_vmap if mapped_only() else _found
@@ -129,11 +129,11 @@ def fixed_depth(f: StateMap, z0: State, *, depth: int) -> Solution:
     if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
         raise ValueError(f"depth is {depth!r}, but must be a whole number of at least 1")
     layout = Layout.of(z0)
-    flat_f = _flat(f, layout)
+    flat_f = flat_map(f, layout)
     z = last = layout.flatten(z0)
     for _ in range(depth):
         last, z = z, flat_f(z)
-    steps = torch.full((len(z),), depth, device=z.device)
+    steps = torch.full((z.shape[0],), depth, device=z.device)
     return unsolved(layout, z0, last, z, steps=steps, nfe=steps.clone())
 
 
@@ -188,7 +188,7 @@ class _Aux:
         return value_alone
 
 
-def _flat(f: StateMap, layout: Layout) -> FlatMap:
+def flat_map(f: StateMap, layout: Layout) -> FlatMap:
     """f on flat states, (B, D) → (B, D), checked.
 
     Raises: as `Layout.flatten_output`, and ValueError for an f that writes into its argument.

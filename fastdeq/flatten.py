@@ -37,8 +37,9 @@ class Layout:
         scales = scales_of(z0, name)
         for scale in scales:
             _check_scale(scale, name, batched)
-        if batched and len({len(scale) for scale in scales}) > 1:
-            sizes = [len(scale) for scale in scales]
+        # Not len, here and below: the batch of an exported model is symbolic.
+        sizes = [scale.shape[0] for scale in scales] if batched else []
+        if any(size != sizes[0] for size in sizes):
             raise ValueError(f"the scales of {name} have batch sizes {sizes}: give all the same")
         if len({scale.device for scale in scales}) > 1:
             raise ValueError(f"the scales of {name} are on different devices: move them to one")
@@ -67,7 +68,7 @@ class Layout:
         kinds = zip(self._scales(state, "the state"), self.shapes, self.channels_last, strict=True)
         flat = [
             (scale.movedim(1, -1) if last else scale)
-            .reshape(len(scale) if self.batched else 1, shape.numel())  # not −1: B may be 0
+            .reshape(scale.shape[0] if self.batched else 1, shape.numel())  # not −1: B may be 0
             .to(self.dtype)
             for scale, shape, last in kinds
         ]
@@ -80,7 +81,7 @@ class Layout:
             imaginary part, or its gradients, would be lost.
         """
         scales = self._scales(output, "f(z)")
-        wanted = [(len(z), *shape) if self.batched else tuple(shape) for shape in self.shapes]
+        wanted = [(z.shape[0], *shape) if self.batched else tuple(shape) for shape in self.shapes]
         found = [tuple(scale.shape) for scale in scales]
         if found != wanted:
             raise ValueError(
@@ -126,7 +127,7 @@ def is_channels_last(scale: Tensor) -> bool:
     The batch may have any stride: a scale is a part of a flat state. False where the formats do not
     differ, such as for one channel.
     """
-    if scale.ndim not in (4, 5) or not len(scale):
+    if scale.ndim not in (4, 5) or not scale.shape[0]:
         return False
     sample = scale.detach()[0]
     return not sample.is_contiguous() and sample.movedim(0, -1).is_contiguous()
@@ -135,8 +136,8 @@ def is_channels_last(scale: Tensor) -> bool:
 def _scale(part: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
     """The (B, *shape) view of the (B, D_i) part of a flat state."""
     if channels_last:
-        return part.view(len(part), *shape[1:], shape[0]).movedim(-1, 1)
-    return part.view(len(part), *shape)
+        return part.view(part.shape[0], *shape[1:], shape[0]).movedim(-1, 1)
+    return part.view(part.shape[0], *shape)
 
 
 def scales_of(state: State, name: str = "the state") -> tuple[Tensor, ...]:

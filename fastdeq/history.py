@@ -68,7 +68,7 @@ def writable(matrix: Tensor) -> Tensor:
 
 
 def _empty_rows(like: Tensor, rows: int) -> Tensor:
-    return like.new_empty(len(like), rows, like.shape[1])
+    return like.new_empty(like.shape[0], rows, like.shape[1])
 
 
 def project(history: Tensor, v: Tensor) -> Tensor:

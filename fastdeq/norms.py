@@ -63,10 +63,10 @@ class WholeBatch:
 
     def norm(self, norms: Tensor, alive: Tensor) -> Tensor:
         whole: Tensor = torch.linalg.vector_norm(_of_the_living(norms, alive))
-        return whole.expand(len(norms))
+        return whole.expand(norms.shape[0])
 
     def largest(self, largest: Tensor, alive: Tensor) -> Tensor:
-        return _of_the_living(largest, alive).amax().expand(len(largest))
+        return _of_the_living(largest, alive).amax().expand(largest.shape[0])
 
     def length(self, z: Tensor) -> int:
         return z.numel()

@@ -41,7 +41,7 @@ class CellCall:
         ]
 
     def __call__(self, z: State) -> State:
-        self._batch = len(scales_of(z)[0])
+        self._batch = scales_of(z)[0].shape[0]
         with ExitStack() as contexts:
             if self._weights:
                 contexts.enter_context(parametrizations_restored(self._weights))

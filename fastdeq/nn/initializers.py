@@ -61,8 +61,8 @@ def _zeros(reference: Tensor, shape: Any, dtype: torch.dtype) -> Tensor:
     """(B, *shape), in the memory format of the reference where both are images."""
     if len(shape) in (3, 4) and is_channels_last(reference):
         channels, *rest = shape
-        return reference.new_zeros(len(reference), *rest, channels, dtype=dtype).movedim(-1, 1)
-    return reference.new_zeros(len(reference), *shape, dtype=dtype)
+        return reference.new_zeros(reference.shape[0], *rest, channels, dtype=dtype).movedim(-1, 1)
+    return reference.new_zeros(reference.shape[0], *shape, dtype=dtype)
 
 
 def _zeros_like(x: Any) -> State:

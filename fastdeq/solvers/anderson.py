@@ -37,7 +37,7 @@ class _Differences:
         rows, k = self.dg.rows, len(self.dg)
         if self._gram is None:
             memory = self.dg.memory
-            self._gram = dg.new_empty(len(dg), memory, memory, dtype=torch.float64)
+            self._gram = dg.new_empty(dg.shape[0], memory, memory, dtype=torch.float64)
         overlap = project(rows, rows[:, place])
         overlap[:, place].fill_(1 + self.ridge)
         self._gram[:, place, :k] = overlap

@@ -35,7 +35,7 @@ class Problem:
         self.pooling = pooling
         self.guarded = guarded
         self.hold = z0  # (B, D): the state at which a finished sample is evaluated
-        self.active = torch.ones(len(z0), dtype=torch.bool, device=z0.device)
+        self.active = torch.ones(z0.shape[0], dtype=torch.bool, device=z0.device)
         self.alive = self.active  # (B,): all but the diverged ones
         self.all_active = True  # no sample is frozen
         self._rows: Tensor | None = None  # (n,), of the samples that f is evaluated for; None: all

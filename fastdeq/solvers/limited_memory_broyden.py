@@ -21,8 +21,8 @@ class _Product:
     def __init__(self, memory: int, like: Tensor) -> None:
         self.steps = History(memory)
         # Entries on the diagonal, which stands for ones, and above it are not read.
-        self._matrix = like.new_zeros(len(like), memory, memory)
-        self._weights = like.new_zeros(len(like), memory)  # ω
+        self._matrix = like.new_zeros(like.shape[0], memory, memory)
+        self._weights = like.new_zeros(like.shape[0], memory)  # ω
 
     @property
     def full(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from fastdeq._fixed_point import _flat
+from fastdeq._fixed_point import flat_map
 from fastdeq.adjoints import Implicit, JacobianFree, Phantom, Unrolled
 from fastdeq.flatten import Layout, is_channels_last, scales_of
 from fastdeq.krylov import GMRES
@@ -112,7 +112,7 @@ def test_an_evaluation_of_one_scale_copies_nothing_and_of_several_concatenates_o
         z = tuple(torch.randn(3, *s).contiguous(memory_format=torch.channels_last) for s in shapes)
         z0 = z[0] if len(z) == 1 else z
         layout = Layout.of(z0)
-        f, flat = _flat(CellCall(cell, x), layout), layout.flatten(z0)
+        f, flat = flat_map(CellCall(cell, x), layout), layout.flatten(z0)
         with torch.no_grad():
             found = copies(lambda f=f, flat=flat: f(flat))  # type: ignore[misc]
         if len(z) == 1:
@@ -150,7 +150,7 @@ def test_a_cell_that_returns_the_other_format_is_solved_for():
 
     def solved(z0: Tensor, kind: torch.memory_format) -> Tensor:
         layout = Layout.of(z0)
-        f = _flat(lambda z: (0.5 * 0.5 * z + 0.5 * x).contiguous(memory_format=kind), layout)
+        f = flat_map(lambda z: (0.5 * 0.5 * z + 0.5 * x).contiguous(memory_format=kind), layout)
         z = layout.flatten(z0)
         for _ in range(40):
             z = f(z)

@@ -43,6 +43,7 @@ LEVELS: dict[str, int | str] = {
     "fastdeq._fixed_point": 3,
     "fastdeq.regularizers": 3,
     "fastdeq.nn": 4,
+    "fastdeq._export": 4,
     "fastdeq.data.command": 7,  # around the data sets
     "fastdeq.data": DATA,
     "fastdeq.runs.files": 0,  # atomic writing, of data sets too
