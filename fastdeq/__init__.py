@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdeq import adjoints, nn, regularizers, solvers
+    from fastdeq import adjoints, diagnosis, nn, regularizers, solvers
     from fastdeq._export import export
     from fastdeq._fixed_point import fixed_depth, fixed_point
     from fastdeq.krylov import GMRES, gmres
@@ -37,6 +37,7 @@ __all__ = [
     "Status",
     "WidthStackedDEQ",
     "adjoints",
+    "diagnosis",
     "export",
     "fixed_depth",
     "fixed_point",

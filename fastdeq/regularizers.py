@@ -82,7 +82,7 @@ def jacobian_loss(f: StateMap, z: State, *, samples: int = 1) -> Tensor:
     Raises: ValueError for samples below 1; RuntimeError in inference mode, which cannot
     differentiate.
     """
-    _check_can_differentiate("jacobian_loss")
+    check_can_differentiate("jacobian_loss")
     if samples < 1:
         raise ValueError(f"samples is {samples}, but must be at least 1")
     layout, keeps_graph = Layout.of(z, "z"), torch.is_grad_enabled()
@@ -107,7 +107,7 @@ def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:
     Raises: ValueError for iterations below 1; RuntimeError in inference mode, which cannot
     differentiate.
     """
-    _check_can_differentiate("spectral_radius")
+    check_can_differentiate("spectral_radius")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}, but must be at least 1")
     layout = Layout.of(z, "z")
@@ -124,7 +124,8 @@ def spectral_radius(f: StateMap, z: State, *, iterations: int = 60) -> Tensor:
     return late.mean(dim=0).exp().detach()
 
 
-def _check_can_differentiate(name: str) -> None:
+def check_can_differentiate(name: str) -> None:
+    """Raises: RuntimeError in inference mode, which cannot differentiate."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(f"{name} differentiates f: leave inference mode, use torch.no_grad()")
 

@@ -151,6 +151,8 @@ class Solution(SolveStats):
     defect: (B, D) f(z_sol) − z_sol with the graph of that one evaluation (the residual loss reads
         it).
     jacobian_loss: scalar estimate of ‖J‖²_F / D at z*, with `jacobian_loss=True`.
+    error_bound: (B,) a bound of ‖z − z*‖, residual / (1 − L) (Banach), of `value` and of z_sol, up
+        to rounding; of layers whose cell has an attribute `lipschitz`, a bound L < 1 of f in z.
     backward: iterations, residual and status of the adjoint's solve (or the cost of its
         integration), once it has run.
     states: f(z_k) after the steps k that `states` asked for, each shaped like `value`, with
@@ -163,6 +165,7 @@ class Solution(SolveStats):
     z0: State
     defect: Tensor
     jacobian_loss: Tensor | None = None
+    error_bound: Tensor | None = None
     backward: BackwardReport = field(default_factory=BackwardReport)
     states: tuple[State, ...] = ()
     parts: tuple["Solution", ...] = ()

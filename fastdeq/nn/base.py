@@ -143,6 +143,9 @@ class AbstractCellLayer(AbstractSolvingModule):
             if jacobian_loss:
                 solution = replace(solution, jacobian_loss=hutchinson(f, solution.value))
             f.move_statistics(solution.value)
+        bound = getattr(self.cell, "lipschitz", None)
+        if bound is not None and self.precision is None:  # bfloat16 rounds beyond any bound
+            solution = replace(solution, error_bound=solution.residual / (1 - bound))
         return solution.value, solution
 
     def explicit(self, x: Any) -> State:

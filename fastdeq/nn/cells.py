@@ -5,21 +5,30 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastdeq.nn.lipschitz import check_lipschitz, clip_norm
+
 
 class DenseCell(nn.Module):
     """f(z, x) = relu(W z) + relu(U x) without biases: the cell of the fully connected MNIST
     experiment (arXiv 2201.12240, §4.1).
 
     width: features of z and of x, both (B, width). 2 · width² parameters.
+    lipschitz: L below 1: W is scaled down to ‖W‖₂ ≤ L where it is above, so that f is a contraction
+        with one equilibrium, and `solution.error_bound` is known. Costs a singular value
+        decomposition of W per call. None: W is free.
 
-    Raises: ValueError for a width below 1.
+    Raises: ValueError for a width below 1, and for a bound that is not between 0 and 1.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, lipschitz: float | None = None) -> None:
         super().__init__()
         _require_sizes(width=width)
+        check_lipschitz(lipschitz)
         self.state = nn.Linear(width, width, bias=False)
         self.injection = nn.Linear(width, width, bias=False)
+        self.lipschitz = lipschitz
+        if lipschitz is not None:
+            clip_norm(self.state, lipschitz)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return torch.relu(self.state(z)) + torch.relu(self.injection(x))
@@ -30,9 +39,11 @@ class TwoLayerCell(nn.Module):
     relu) and of its picture of the dynamics (σ tanh, no b₂) (arXiv 2201.12240).
 
     width: features of z and of x, both (B, width). hidden: rows of W₁ and U. activation: σ.
-    output_bias: whether there is b₂.
+    output_bias: whether there is b₂. lipschitz: L, as in `DenseCell`, with ‖W₁‖₂ and ‖W₂‖₂ at most
+        √L.
 
-    Raises: ValueError for another activation, and for sizes below 1.
+    Raises: ValueError for another activation, for sizes below 1, and for a bound that is not
+    between 0 and 1.
     """
 
     def __init__(
@@ -41,6 +52,7 @@ class TwoLayerCell(nn.Module):
         hidden: int,
         activation: Literal["relu", "tanh"] = "relu",
         output_bias: bool = True,
+        lipschitz: float | None = None,
     ) -> None:
         super().__init__()
         _require_sizes(width=width, hidden=hidden)
@@ -50,6 +62,11 @@ class TwoLayerCell(nn.Module):
         self.injection = nn.Linear(width, hidden)
         self.activation = torch.relu if activation == "relu" else torch.tanh
         self.output = nn.Linear(hidden, width, bias=output_bias)
+        check_lipschitz(lipschitz)
+        self.lipschitz = lipschitz
+        if lipschitz is not None:
+            clip_norm(self.state, lipschitz**0.5)
+            clip_norm(self.output, lipschitz**0.5)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         y: Tensor = self.output(self.activation(self.state(z) + self.injection(x)))

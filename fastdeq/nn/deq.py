@@ -91,7 +91,9 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         if self.steps is None:
             return self.solver
         most = self.steps()
-        least = most if self.training else min(self.solver.min_steps, most)
+        least = self.solver.min_steps
+        if self.training or (least is not None and least > most):
+            least = most
         return replace(self.solver, max_steps=most, min_steps=least)
 
     @property

@@ -121,7 +121,8 @@ class AbstractSolver(ABC):
         one that the termination mode does not use is refused.
     termination: one of the nine modes of `termination.py`.
     max_steps: iterations of the method at most, per sample.
-    min_steps: before this many, no sample ends, unless it diverges or its method cannot continue.
+    min_steps: before this many, no sample ends, unless it diverges or its method cannot continue;
+        None: a sample may end at its start.
     per_sample: stop, and choose steps, per sample; False uses the whole batch vector, as a cell
         that couples the samples of a batch (batch norm) needs.
     check_every: number of steps between two reads of whether all samples are done; more means fewer
@@ -143,7 +144,7 @@ class AbstractSolver(ABC):
     reltol: float | None = setting(default=None, at_least=0)
     termination: TerminationMode = setting(default="rel_deq_best")
     max_steps: int = setting(default=50, at_least=1)
-    min_steps: int = setting(default=0, at_least=0)
+    min_steps: int | None = setting(default=None, at_least=1)
     per_sample: bool = setting(default=True)
     check_every: int = setting(default=1, at_least=1)
     compact: float | None = setting(default=None, above=0, at_most=1)
@@ -151,7 +152,7 @@ class AbstractSolver(ABC):
     def validate(self) -> None:
         """Refuse a tolerance that the termination mode does not use, `compact` for a shared norm,
         and a `min_steps` above `max_steps`."""
-        if self.min_steps > self.max_steps:
+        if (self.min_steps or 0) > self.max_steps:
             raise ValueError(
                 f"{type(self).__name__}.min_steps is {self.min_steps}, but must be at most "
                 f"max_steps, which is {self.max_steps}"

@@ -48,7 +48,7 @@ class _Kept:
         if pooling.shared:
             passed = passed.all().expand_as(passed)
         self.taken += 1
-        if self.taken < self.solver.min_steps:
+        if self.taken < (self.solver.min_steps or 0):
             passed = torch.zeros_like(passed)
         better = m.du <= self.best if rule.returns_best else torch.ones_like(passed)
         better = better & ~(beyond & (m.du > FALLEN * self.peak))

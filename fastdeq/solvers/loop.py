@@ -96,7 +96,7 @@ class _Run:
             z0 = z0.masked_fill(lost, 0.0)
         self.rule, self.record = solver.rule, record
         self.problem = Problem(f, z0, solver.pooling, guarded=solver.guarded)
-        self.progress = Progress(solver.rule, solver.pooling, z0, solver.min_steps)
+        self.progress = Progress(solver.rule, solver.pooling, z0, solver.min_steps or 0)
         # A shared norm says that f may couple the samples.
         self._may_spread = solver.pooling.shared and not solver.guarded
         self._compaction = Compaction(f, solver.compact, len(z0))

@@ -60,7 +60,9 @@ def test_a_fixed_number_of_steps_returns_what_the_solve_returns(
     for fields in ({"tol": 1e-3}, {"tol": 1e-3, "min_steps": 2, "max_steps": 50}):
         solver = made(name, per_sample=per_sample, **fields)
         limited = made(
-            name, per_sample=per_sample, **{**fields, "max_steps": max(steps, solver.min_steps)}
+            name,
+            per_sample=per_sample,
+            **{**fields, "max_steps": max(steps, solver.min_steps or 0)},
         )
         with torch.no_grad():
             result = solve(limited, problem.flat_f, problem.flat_z0)

@@ -42,6 +42,7 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.adjoints": 2,
     "fastdeq._fixed_point": 3,
     "fastdeq.regularizers": 3,
+    "fastdeq.diagnosis": 3,
     "fastdeq.nn": 4,
     "fastdeq._export": 4,
     "fastdeq.data.command": 7,  # around the data sets

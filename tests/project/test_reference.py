@@ -23,6 +23,7 @@ MODULES = (
     "fastdeq.adjoints",
     "fastdeq.nn",
     "fastdeq.regularizers",
+    "fastdeq.diagnosis",
     "fastdeq.data",
     "fastdeq.training",
     "fastdeq.report",
