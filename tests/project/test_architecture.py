@@ -45,6 +45,7 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.diagnosis": 3,
     "fastdeq.nn": 4,
     "fastdeq._export": 4,
+    "fastdeq.compat": 4,
     "fastdeq.data.command": 7,  # around the data sets
     "fastdeq.data": DATA,
     "fastdeq.runs.files": 0,  # atomic writing, of data sets too

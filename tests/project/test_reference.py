@@ -24,6 +24,7 @@ MODULES = (
     "fastdeq.nn",
     "fastdeq.regularizers",
     "fastdeq.diagnosis",
+    "fastdeq.compat.torchdeq",
     "fastdeq.data",
     "fastdeq.training",
     "fastdeq.report",
