@@ -10,7 +10,6 @@ from torch import nn
 from fastdeq.compat import torchdeq as ours
 from tests.loops import each
 
-
 # Arguments
 
 
