@@ -7,7 +7,7 @@ from fastdeq.autocast import full_precision
 from fastdeq.norms import finite
 from fastdeq.notation import FlatMap
 from fastdeq.solvers.base import AbstractSolver, Problem
-from fastdeq.solvers.termination import FALLEN, Iterate
+from fastdeq.solvers.termination import _FALLEN, Iterate
 
 
 def iterate(solver: AbstractSolver, f: FlatMap, z0: Tensor, steps: int) -> Tensor:
@@ -51,7 +51,7 @@ class _Kept:
         if self.taken < (self.solver.min_steps or 0):
             passed = torch.zeros_like(passed)
         better = m.du <= self.best if rule.returns_best else torch.ones_like(passed)
-        better = better & ~(beyond & (m.du > FALLEN * self.peak))
+        better = better & ~(beyond & (m.du > _FALLEN * self.peak))
         better = self.active & (better | passed) & finite(m.du)
         self.z = torch.where(better[:, None], at.z, self.z)
         self.best = torch.where(better, m.du, self.best)

@@ -55,7 +55,7 @@ STALL_RATIO = 1.3
 STALL_SLACK = 3.0  # times the tolerance: how near a stalled sample must be to stop
 PROTECTIVE_FACTOR = 1e3  # times the vector's length: growth that counts as divergence
 _GROWTH = 10.0  # κ: times the largest residual, growth of ‖f(z)‖ that an equilibrium may explain
-FALLEN = 0.5  # of the largest residual: below it, the residual has fallen
+_FALLEN = 0.5  # of the largest residual: below it, the residual has fallen
 _ROUNDING = 4.0  # units of rounding of ‖f(z)‖ that f(z) − z may be wrong by
 
 _RUNNING = -1  # a status that no finished sample has
@@ -213,7 +213,7 @@ class Progress:
         self._factor = PROTECTIVE_FACTOR * length
         entries = 1 if rule.entrywise else length
         # Growth, in units of the peak, at which rounding reaches the part of it that counts.
-        self._lost = max(rule.growth, FALLEN / (_ROUNDING * kind.eps * entries**0.5))
+        self._lost = max(rule.growth, _FALLEN / (_ROUNDING * kind.eps * entries**0.5))
         self._window: deque[tuple[Tensor, Tensor]] = deque(maxlen=STALL_WINDOW)
 
     def test(self, at: Iterate, m: Measures, stuck: Tensor | None = None) -> Tensor | None:
@@ -238,7 +238,7 @@ class Progress:
         if bool(beyond.any()):
             scale = torch.minimum(size, bound)
             good = good & (size <= torch.add(first_size, self._peak, alpha=self._lost))
-            self.ran_away = beyond & (du > FALLEN * self._peak)
+            self.ran_away = beyond & (du > _FALLEN * self._peak)
             better = better & ~self.ran_away
         if objective_cap is not None:
             good = good & (du <= objective_cap * scale)

@@ -32,7 +32,7 @@ REQUIRED = {
         *("arch=cifar_tiny", "data.size=32", "sizes.outputs=10", "model=skip_mdeq"),
         *("solver.max_steps=3", "adjoint.solver.max_steps=3"),
     ],
-    "adjoint=reversible": ["solver=reversible", "solver.keep_every=1"],  # f is no contraction yet
+    "adjoint=reversible": ["solver=reversible", "solver.keep_every=1"],  # f does not contract yet
     "solver=newton_krylov": ["solver.max_steps=3"],  # it uses all the evaluations it may
     "arch=dynamics": ["data=polynomial"],
     "arch=polynomial": ["data=polynomial"],

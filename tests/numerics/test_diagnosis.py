@@ -94,7 +94,7 @@ def test_without_a_bound_there_is_no_certificate():
 
 
 @each("cell", CELLS)
-def test_a_bound_that_is_no_contraction_is_refused(cell):
+def test_a_bound_of_one_or_more_is_refused(cell):
     with pytest.raises(ValueError, match=r"lipschitz is 1\.0, but must be below 1"):
         cell(lipschitz=1.0)
     with pytest.raises(ValueError, match="lipschitz is 0, but must be finite and above 0"):
