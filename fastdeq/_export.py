@@ -123,7 +123,7 @@ def _fixed_steps(layers: list[DeepEquilibriumNetwork], steps: int | None) -> Ite
 
 
 def _solving(layer: DeepEquilibriumNetwork, steps: int | None) -> Callable[..., Solution]:
-    solver = layer.solver
+    solver = layer.solver_of_call()
     count = solver.max_steps if steps is None else steps
 
     def solve(f: StateMap, z0: State, *_: Any, **__: Any) -> Solution:

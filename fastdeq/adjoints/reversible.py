@@ -48,7 +48,7 @@ class Reversible(AbstractAdjoint):
         if not isinstance(solver, ReversibleSolver):
             raise ValueError(
                 f"the Reversible adjoint cannot run {type(solver).__name__} backwards: use the "
-                "ReversibleSolver with it, or another adjoint"
+                "ReversibleSolver (solver=reversible) with it, or another adjoint"
             )
         if solver.damping == 1:
             raise ValueError(
@@ -68,7 +68,7 @@ class Reversible(AbstractAdjoint):
             return self.close(f, solve_without_graph(f, z0, solver, record))
         assert isinstance(solver, ReversibleSolver)
         tape = _Tape(f, solver)
-        forward, pairs = solve_with_memory(solver, tape.f, z0, record)
+        forward, pairs = solve_with_memory(solver, tape.map(), z0, record)
         tape.finish(forward, pairs)
         return self.close(f, forward)
 
@@ -104,10 +104,14 @@ class _Tape:
 
     def __init__(self, f: FlatMap, solver: ReversibleSolver) -> None:
         self._f, self._solver, self._count = f, solver, 0
-        self.f: FlatMap = self
-        if isinstance(f, BatchMap):
-            restrict = f.restrict
-            self.f = BatchMap(self, lambda rows: lambda z: self._recorded(restrict(rows), z, rows))
+
+    def map(self) -> FlatMap:
+        """The map that the solver evaluates. (An attribute would be a reference cycle, which keeps
+        the pairs alive.)"""
+        if not isinstance(self._f, BatchMap):
+            return self
+        restrict = self._f.restrict
+        return BatchMap(self, lambda rows: lambda z: self._recorded(restrict(rows), z, rows))
 
     def __call__(self, z: Tensor) -> Tensor:
         return self._recorded(self._f, z, None)

@@ -79,7 +79,7 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         return fixed_point(
             f,
             z0,
-            solver=self._solver(),
+            solver=self.solver_of_call(),
             adjoint=self.adjoint,
             trace=trace,
             states=states,
@@ -87,7 +87,8 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
             select=f.select if isinstance(f, CellCall) else None,
         )
 
-    def _solver(self) -> AbstractSolver:
+    def solver_of_call(self) -> AbstractSolver:
+        """The solver with the number of steps of a call, which `steps` may draw."""
         if self.steps is None:
             return self.solver
         most = self.steps()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdeq import DeepEquilibriumNetwork
+from fastdeq import DeepEquilibriumNetwork, export
 from fastdeq.adjoints import Unrolled
 from fastdeq.nn import RandomNormal, RandomSteps, Zeros
 from fastdeq.solvers import Picard
@@ -87,3 +87,10 @@ def test_a_random_start_has_the_shapes_of_its_zeros():
     assert [tuple(scale.shape) for scale in z0] == [(5, 2), (5, 3, 4)]
     with pytest.raises(ValueError, match=r"RandomNormal\.std is 0"):
         RandomNormal(0.0)
+
+
+def test_an_exported_model_takes_the_steps_of_evaluation():
+    module = layer(steps=RandomSteps(1, 2, factor=2.0)).float()
+    x = torch.randn(2, 4)
+    program = export(module, x).module()
+    torch.testing.assert_close(program(x), module.eval()(x)[0])

@@ -1,6 +1,8 @@
 """The Reversible adjoint: the gradient of unrolling, from reconstructed states."""
 
+import gc
 import warnings
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdeq import DeepEquilibriumNetwork, fixed_point
 from fastdeq.adjoints import AbstractAdjoint, Reversible, Unrolled
+from fastdeq.adjoints.reversible import _Tape
 from fastdeq.nn import VariationalDropout, weight_norm
 from fastdeq.solution import Status
 from fastdeq.solvers import Picard, ReversibleSolver
@@ -188,6 +191,27 @@ def test_autograd_keeps_no_states_of_the_steps():
     # A mask of the batch may be kept per step; a state has 4 kB.
     assert saved_bytes(Reversible(), 40, None) - saved_bytes(Reversible(), 10, None) <= 30 * 64
     assert saved_bytes(Unrolled(), 40, None) - saved_bytes(Unrolled(), 10, None) >= 30 * 4096
+
+
+def test_a_solve_is_freed_with_its_graph_without_the_garbage_collector(monkeypatch):
+    tapes: list[weakref.ref[_Tape]] = []
+    made = _Tape.__init__
+
+    def watched(self: _Tape, *arguments: Any) -> None:
+        made(self, *arguments)
+        tapes.append(weakref.ref(self))
+
+    monkeypatch.setattr(_Tape, "__init__", watched)
+    problem = problem_named("tanh")
+    gradients(problem, SOLVER, Reversible())  # the first import of torch._dynamo keeps its frames
+    gc.collect()
+    gc.disable()
+    try:
+        gradients(problem, SOLVER, Reversible())
+        solved(problem, SOLVER, Reversible())  # without a backward pass
+        assert [tape() for tape in tapes] == [None] * 3
+    finally:
+        gc.enable()
 
 
 # In layers
