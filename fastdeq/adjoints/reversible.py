@@ -21,8 +21,8 @@ from fastdeq.solvers.termination import Iterate
 from fastdeq.transforms import transformed
 
 _ONCE = (
-    "the Reversible adjoint can be differentiated once, not twice: use the Unrolled adjoint where "
-    "a second derivative is needed"
+    "the Reversible adjoint can be differentiated once, not twice: use Implicit(order=2), or the "
+    "Unrolled adjoint"
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from fastdeq import DeepEquilibriumNetwork, fixed_point
@@ -269,7 +270,7 @@ def test_a_second_derivative_and_forward_mode_are_refused_with_the_cure():
     grads = torch.autograd.grad(value.square().sum(), problem.leaves, create_graph=True)
     for first in grads:
         for leaf in problem.leaves:
-            with pytest.raises(RuntimeError, match="once, not twice: use the Unrolled adjoint"):
+            with pytest.raises(RuntimeError, match=r"once, not twice: use Implicit\(order=2\)"):
                 torch.autograd.grad(first.square().sum(), leaf, retain_graph=True)
 
     def of_x(x: Tensor) -> Tensor:
@@ -277,7 +278,11 @@ def test_a_second_derivative_and_forward_mode_are_refused_with_the_cure():
         return flat(bound, solved(bound, SOLVER, Reversible()))
 
     x = problem.x.detach()
-    with pytest.raises(RuntimeError, match="use the Unrolled adjoint, or reverse mode"):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="use the Unrolled adjoint, or reverse mode"):
+            of_x(dual)
+    with pytest.raises(RuntimeError, match=r"within transforms of torch\.func: use the Implicit"):
         torch.func.jvp(of_x, (x,), (torch.ones_like(x),))
 
 
