@@ -20,9 +20,9 @@ class Direct(AbstractAdjoint):
         False: one (B D, B D) matrix.
     order: as in `Implicit`.
 
-    Exact to rounding, whatever the spectrum of J. D products with Jᵀ, all at once (B D of them with
-    `per_sample=False`), and memory for as many evaluations of f. A sample whose matrix is singular
-    falls back to v = w with a warning.
+    Exact to rounding, whatever the spectrum of J. D products with Jᵀ (B D of them with
+    `per_sample=False`), all from one evaluation of f, and a matrix of D² numbers per sample, or
+    (B D)². A sample whose matrix is singular falls back to v = w with a warning.
 
     Raises: ValueError, before the solve, for states above `max_dim`.
     """

@@ -27,7 +27,7 @@ class NeumannSeries(LinearSolver):
 
 @dataclass(frozen=True, kw_only=True)
 class DenseSolve(LinearSolver):
-    """I − P as a matrix, by products with all unit vectors at once, and its LU factorization.
+    """I − P as a matrix, by products with all unit vectors, and its LU factorization.
 
     per_sample: a (D, D) matrix per sample; False: one (B D, B D) matrix of the whole batch.
     max_dim: the most rows of a matrix.
@@ -46,15 +46,14 @@ class DenseSolve(LinearSolver):
 
     def solve(self, product: FlatMap, w: Tensor) -> SolveResult:
         """v, and how well the equation holds."""
-        batch, size = w.shape[0], w.shape[1] if self.per_sample else w.numel()
-        product(w)  # what later products share is made here, not below
+        size = w.shape[1] if self.per_sample else w.numel()
         unit = torch.eye(size, dtype=w.dtype, device=w.device)
         if self.per_sample:
-            columns = torch.vmap(product)(unit[:, None].expand(size, batch, size))
-            p, right = columns.permute(1, 2, 0), w
+            columns = [product(e.expand_as(w)) for e in unit]
+            p, right = torch.stack(columns, dim=2), w
         else:
-            columns = torch.vmap(product)(unit.view(size, *w.shape))
-            p, right = columns.reshape(1, size, size).mT, w.reshape(1, size)
+            columns = [product(e.view_as(w)).reshape(-1) for e in unit]
+            p, right = torch.stack(columns, dim=1)[None], w.reshape(1, size)
         v, _ = torch.linalg.solve_ex(unit - p, right)
         left = right - v + (p @ v[:, :, None])[:, :, 0]
         return _record(w, v.view_as(w), left.view_as(w), products=size)

@@ -65,7 +65,7 @@ def example(kind: str) -> Any:
 
 
 HeavyBall: Callable[..., AbstractSolver] = example("solvers")
-Neumann: Callable[..., AbstractAdjoint] = example("adjoints")
+Truncated: Callable[..., AbstractAdjoint] = example("adjoints")
 RingsDataModule: Callable[..., InMemoryDataModule] = example("data")
 
 
@@ -121,11 +121,11 @@ def error(problem: Problem, got: Any) -> float:
 
 @pytest.mark.parametrize("name", ["linear", "tanh", "two_scale"])
 def test_the_adjoint_of_the_guide_is_approximate_and_tends_to_the_dense_gradient(name):
-    assert "Approximate:" in str(Neumann.__doc__)
+    assert "Approximate:" in str(Truncated.__doc__)
     problem = problem_named(name)
-    assert error(problem, gradients(problem, Neumann(terms=1))) > 1e-3
+    assert error(problem, gradients(problem, Truncated(terms=1))) > 1e-3
     # ‖J‖₂ ≤ 0.8 in these problems, and 0.8¹⁰¹ = 2e-10.
-    assert error(problem, gradients(problem, Neumann(terms=100))) <= 1e-8
+    assert error(problem, gradients(problem, Truncated(terms=100))) <= 1e-8
 
 
 def test_the_adjoint_of_the_guide_adds_the_terms_that_it_states():
@@ -136,7 +136,7 @@ def test_the_adjoint_of_the_guide_adds_the_terms_that_it_states():
         term = jacobian.mT @ term
         v = v + term
     expected = torch.autograd.grad(problem.flat_f(problem.exact), problem.leaves, v.view_as(w))
-    for got, wanted in zip(gradients(problem, Neumann(terms=3)), expected, strict=True):
+    for got, wanted in zip(gradients(problem, Truncated(terms=3)), expected, strict=True):
         # A linear problem has the same J everywhere: what is left is rounding.
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
@@ -147,7 +147,7 @@ def test_the_adjoint_of_the_guide_leaves_the_value_alone():
         with torch.set_grad_enabled(grad):
             one, other = (
                 fastdeq.fixed_point(problem.f, problem.z0, adjoint=adjoint).value
-                for adjoint in (Neumann(), Implicit())
+                for adjoint in (Truncated(), Implicit())
             )
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))  # two scales
 
@@ -156,14 +156,14 @@ def test_the_adjoint_of_the_guide_wants_no_gradient_where_f_is_frozen():
     def f(z: Any) -> Any:
         return 0.5 * z + 1
 
-    value = fastdeq.fixed_point(f, torch.zeros(2, 3), adjoint=Neumann()).value
+    value = fastdeq.fixed_point(f, torch.zeros(2, 3), adjoint=Truncated()).value
     assert isinstance(value, Tensor)
     assert not value.requires_grad
 
 
 def test_the_adjoint_of_the_guide_refuses_a_second_derivative():
     problem = problem_named("tanh")
-    first = gradients(problem, Neumann(), create_graph=True)
+    first = gradients(problem, Truncated(), create_graph=True)
     with pytest.raises(RuntimeError, match="once, not twice"):
         torch.autograd.grad(sum(one.sum() for one in first), problem.leaves)
 
@@ -215,13 +215,13 @@ def test_the_three_examples_compose_from_their_files_and_train_a_step(tmp_path, 
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     for file, text in CONFIGURATION.items():
         (tmp_path / file).write_text(text, encoding="utf-8")
-    for kind, cls in (("solvers", HeavyBall), ("adjoints", Neumann), ("data", RingsDataModule)):
+    for kind, cls in (("solvers", HeavyBall), ("adjoints", Truncated), ("data", RingsDataModule)):
         monkeypatch.setattr(f"fastdeq.{kind}.{cls.__name__}", cls, raising=False)
     with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path / "conf")):
-        cfg = compose("train", overrides=["data=rings", "solver=heavy_ball", "adjoint=neumann"])
+        cfg = compose("train", overrides=["data=rings", "solver=heavy_ball", "adjoint=truncated"])
     task, data = build_task(cfg), instantiate(cfg.data, _convert_="all")
     assert task.model.equilibrium.solver == HeavyBall(tol=cfg.solver.tol)
-    assert task.model.equilibrium.adjoint == Neumann()
+    assert task.model.equilibrium.adjoint == Truncated()
     assert (data.input_shape, data.outputs) == (tuple(cfg.sizes.input), cfg.sizes.outputs)
     batch = data.sample_batch(8)
     prediction, solution = task.model(batch.inputs)
@@ -264,7 +264,6 @@ def test_the_lists_that_the_guide_names_exist():
         ("test_adjoints", "SLOW"),
         ("gradients", "BACKWARD"),
         ("test_adjoints", "APPROXIMATE"),
-        ("test_forward_mode", "WITHOUT_GRAPH"),
         ("test_wrong_input", "ADJOINTS"),
         ("test_configuration", "ARCHS"),
     ):
