@@ -93,6 +93,10 @@ class _Once(torch.autograd.Function):
         (w,) = cotangents
         return differentiable_once(w, (w, *ctx.saved_tensors), _ONCE)
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raise RuntimeError("the Reversible adjoint has no forward mode: use the Implicit adjoint")
+
 
 class _Tape:
     """f without the tensors that autograd saves of it: they are computed again where the backward

@@ -37,6 +37,7 @@ REQUIRED = {
     "arch=dynamics": ["data=polynomial"],
     "arch=polynomial": ["data=polynomial"],
     "arch=fc": ["model=skip_deq"],
+    "adjoint=direct": ["model=skip_deq"],  # a small state
     "adjoint=implicit_fixed_point": ["model=skip_deq"],  # fails on an untrained multiscale cell
     # At its own size a step takes many seconds.
     "experiment=imagenet_small": ["data.size=64", "solver.max_steps=2", "adjoint=jfb"],

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from fastdeq import GMRES, fixed_point
-from fastdeq.adjoints import AbstractAdjoint, Implicit, JacobianFree, Phantom, Unrolled
+from fastdeq.adjoints import (
+    AbstractAdjoint,
+    Direct,
+    Implicit,
+    JacobianFree,
+    Neumann,
+    Phantom,
+    Shine,
+    Unrolled,
+)
 from fastdeq.solution import Status
 from fastdeq.solvers import LimitedMemoryBroydenSolver, Picard
 from tests.loops import each
@@ -141,7 +150,10 @@ def test_unrolling_through_a_sample_that_starts_at_rest_gives_no_nan(name):
 
 # Approximate adjoints
 
-APPROXIMATE = [JacobianFree(), Phantom(), Phantom(steps=1), Phantom(steps=3, damping=1.0)]
+APPROXIMATE = [
+    *(JacobianFree(), Phantom(), Phantom(steps=1), Phantom(steps=3, damping=1.0)),
+    *(Neumann(), Shine()),
+]
 
 
 @pytest.mark.parametrize("adjoint", APPROXIMATE, ids=repr)
@@ -206,7 +218,9 @@ def saved_tensors(adjoint: AbstractAdjoint, max_steps: int) -> int:
     return count
 
 
-@pytest.mark.parametrize("adjoint", [Implicit(), JacobianFree(), Phantom()], ids=repr)
+@pytest.mark.parametrize(
+    "adjoint", [Implicit(), JacobianFree(), Phantom(), Neumann(), Direct()], ids=repr
+)
 def test_memory_does_not_grow_with_the_forward_steps(adjoint):
     assert saved_tensors(adjoint, 5) == saved_tensors(adjoint, 50)
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from fastdeq import GMRES, DeepEquilibriumNetwork, Status, fixed_depth, fixed_point, gmres
-from fastdeq.adjoints import Implicit, JacobianFree, Phantom, Unrolled
+from fastdeq.adjoints import (
+    Direct,
+    Implicit,
+    JacobianFree,
+    Neumann,
+    Phantom,
+    Shine,
+    Unrolled,
+)
 from fastdeq.nn import (
     DenseCell,
     ExplicitNetwork,
@@ -21,7 +29,7 @@ from fastdeq.regularizers import jacobian_loss, spectral_radius
 from fastdeq.solvers import Anderson, NewtonKrylov, Picard, solve
 from tests.loops import each
 
-ADJOINTS = [Implicit(), JacobianFree(), Phantom(), Unrolled()]
+ADJOINTS = [Implicit(), Direct(), Neumann(), Shine(), JacobianFree(), Phantom(), Unrolled()]
 
 
 def identity(z: Any) -> Any:
