@@ -62,7 +62,7 @@ class Reversible(AbstractAdjoint):
         if transformed():
             raise RuntimeError(
                 "the Reversible adjoint does not work within transforms of torch.func: use the "
-                "Implicit adjoint"
+                "Unrolled adjoint, or reverse mode by torch.autograd"
             )
         if not torch.is_grad_enabled():
             return self.close(f, solve_without_graph(f, z0, solver, record))
@@ -95,7 +95,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        raise RuntimeError("the Reversible adjoint has no forward mode: use the Implicit adjoint")
+        raise RuntimeError(
+            "the Reversible adjoint has no forward mode: use the Unrolled adjoint, or reverse mode"
+        )
 
 
 class _Tape:
