@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,10 +28,12 @@ class LinearSolver(ABC):
     """What solves (I − P) v = w at once, or approximates v: see `linear.py` and `shine.py`.
 
     per_sample, compact: as in `GMRES`.
+    reverse_only: whether it is for P = Jᵀ alone.
     """
 
     per_sample: bool = True
     compact: float | None = None
+    reverse_only: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, product: FlatMap, w: Tensor) -> SolveResult | Tensor:
@@ -169,6 +171,8 @@ class Resolvent:
             return around.within(v), None if lost is None else around.within(lost)
 
     def _plainly(self, solver: Solver, product: FlatMap, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.kind.forward and isinstance(solver, LinearSolver) and solver.reverse_only:
+            raise RuntimeError("this adjoint has no forward mode: use the Implicit adjoint")
         product, w = wrapped(product, _constant), primal(w).detach()
         found = _found(solver, product, w)
         if isinstance(found, SolveResult):

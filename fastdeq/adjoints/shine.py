@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -81,6 +82,8 @@ class Shine(AbstractAdjoint):
 @dataclass(frozen=True, kw_only=True)
 class _Refined(LinearSolver):
     """An estimate of v, and steps of GMRES from there."""
+
+    reverse_only: ClassVar[bool] = True
 
     estimate: Callable[[Tensor], Tensor]
     refinement: GMRES | None

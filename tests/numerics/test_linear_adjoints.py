@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fastdeq import GMRES, fixed_point
@@ -183,6 +184,10 @@ def test_shine_refuses_a_solver_without_an_inverse_and_transforms_with_the_cure(
 
     with pytest.raises(RuntimeError, match="use the Implicit adjoint"):
         torch.func.jacrev(loss)(torch.ones(2, 3))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones(2, 3), torch.ones(2, 3))
+        with pytest.raises(RuntimeError, match="no forward mode: use the Implicit adjoint"):
+            loss(dual)
 
 
 # All of them
