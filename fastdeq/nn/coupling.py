@@ -3,7 +3,7 @@
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastdeq.adjoints import AbstractAdjoint, Implicit
+from fastdeq.adjoints import AbstractAdjoint, Direct, Implicit, Shine
 from fastdeq.krylov import GMRES
 from fastdeq.solvers import AbstractSolver
 
@@ -25,9 +25,11 @@ def check_coupling(cell: nn.Module, solver: AbstractSolver, adjoint: AbstractAdj
     found = coupling(cell)
     if found is None:
         return
-    parts: dict[str, AbstractSolver | GMRES] = {"solver": solver}
+    parts: dict[str, AbstractSolver | GMRES | Direct | Shine] = {"solver": solver}
     if isinstance(adjoint, Implicit):
         parts["adjoint.solver"] = adjoint.solver
+    elif isinstance(adjoint, Direct | Shine):
+        parts["adjoint"] = adjoint
     for name, part in parts.items():
         if part.per_sample:
             raise ValueError(

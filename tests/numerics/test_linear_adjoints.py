@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdeq import GMRES, fixed_point
+from fastdeq import GMRES, DeepEquilibriumNetwork, fixed_point
 from fastdeq.adjoints import AbstractAdjoint, Direct, Implicit, JacobianFree, Neumann, Shine
 from fastdeq.solvers import (
     Anderson,
@@ -53,6 +53,14 @@ def test_direct_is_exact_for_a_cell_that_couples_the_batch_with_one_matrix():
     exact = gradients(problem, LBROYDEN, Implicit(solver=GMRES(tol=1e-13, per_sample=False)))
     got = gradients(problem, LBROYDEN, Direct(per_sample=False))
     assert max(relative_errors(got, exact)) <= 1e-10
+
+
+@each("adjoint", [Direct(), Shine()])
+def test_a_layer_whose_cell_couples_the_batch_refuses_an_adjoint_per_sample(adjoint):
+    cell = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False))
+    solver = LimitedMemoryBroydenSolver(per_sample=False)
+    with pytest.raises(ValueError, match=r"set adjoint\.per_sample=false"):
+        DeepEquilibriumNetwork(cell, solver=solver, adjoint=adjoint)
 
 
 def test_direct_has_derivatives_of_higher_order_and_in_forward_mode():
@@ -161,7 +169,7 @@ def test_shine_makes_no_product_with_the_jacobian_and_reports_those_of_its_refin
 
 def test_the_inverse_of_a_batch_is_that_of_its_samples_where_the_memory_holds_all_steps():
     problem = problem_named("tanh")
-    solver = replace(LBROYDEN, memory=100)
+    solver = LimitedMemoryBroydenSolver(tol=1e-13, max_steps=2500, memory=100)
     together = gradients(problem, solver, Shine())[0]
     for i in range(len(problem.x)):
         part = problem.rows(torch.tensor([i]))
