@@ -44,7 +44,8 @@ def fixed_point(
     z0: the initial state: a (B, ...) floating-point tensor, or a tuple or dictionary of them, one
         per scale. It gets gradients only from the unrolled adjoint: an equilibrium does not depend
         on its start. An empty batch, B = 0, is not solved: f is evaluated once.
-    trace: record the history of residual norms ("residuals"), or of states too ("states").
+    trace: record the history of residual norms ("residuals"), or of states too ("states"), of the
+        forward solve and of the one that the backward pass of an implicit adjoint makes.
     states: also return states on the way, as `solution.states`: n of them, after steps evenly
         spaced up to the solver's max_steps (n=3 of 40: after steps 10, 20 and 30), or those after
         the listed steps, [2, 8]. Each is closed by one evaluation of f, which gives it a gradient

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("fastdeq.experiment.train", "train and test one model, or a sweep of them (-m)"),
     "data": ("fastdeq.data.command", "prepare a data set, and show what it holds"),
     "report": ("fastdeq.report.command", "tabulate runs beside published metrics"),
+    "report plots": ("fastdeq.report.plots_command", "draw runs, as PNG and PDF"),
     "jobs": ("fastdeq.cluster.command", "submit a sweep to Slurm, and follow its jobs"),
     "bench": (
         "fastdeq.bench.command",
@@ -29,6 +30,7 @@ COMMANDS = {
 
 EXTRAS = {
     **dict.fromkeys(("train", "data", "report", "bench"), "experiment"),
+    "report plots": "plots",
     "jobs": "cluster",
 }
 """The extra that a subcommand needs; see pyproject.toml."""
@@ -56,7 +58,9 @@ def dispatch(arguments: Sequence[str]) -> int:
     if not arguments:
         parser().print_help()
         return 2
-    name, *rest = arguments
+    two = " ".join(arguments[:2])
+    name = two if two in COMMANDS else arguments[0]
+    rest = arguments[len(name.split(" ")) :]
     if name not in COMMANDS:
         return exit_status(lambda: bool(parser().parse_args([name])))
     try:

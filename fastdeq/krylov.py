@@ -13,7 +13,7 @@ from fastdeq.norms import finite, sample_largest, sample_norm
 from fastdeq.notation import FlatMap
 from fastdeq.rows import Compaction
 from fastdeq.settings import setting, settings
-from fastdeq.solution import SolveResult, Status
+from fastdeq.solution import SolveResult, Status, Trace
 from fastdeq.timer import Stopwatch
 
 _STAGNATION = 0.999  # a cycle that reduces the residual by less than 0.1 % ends the sample
@@ -64,15 +64,18 @@ class GMRES:
                 "says that they are coupled: leave one of the two out"
             )
 
-    def solve(self, matvec: FlatMap, b: Tensor) -> SolveResult:
+    def solve(self, matvec: FlatMap, b: Tensor, *, trace: bool = False) -> SolveResult:
         """Solve A x = b from x = 0. matvec: (B, D) → (B, D), linear. b: (B, D).
+
+        trace: also return the residual norms after every product, by the recurrence.
 
         A sample that cannot be solved keeps its best finite x, and its status reports it. Not
         differentiable itself: the adjoints differentiate equilibria, not this iteration.
         """
         watch = Stopwatch(b.device)
         with torch.no_grad(), full_precision(matvec, b.device) as product:
-            result = _scaled(self, product, b) if self.per_sample else _shared(self, product, b)
+            solved = _scaled if self.per_sample else _shared
+            result = solved(self, product, b, trace)
         return replace(result, elapsed=watch.stop())
 
 
@@ -110,12 +113,18 @@ def gmres(
     return replace(result, value=result.value.view(b.shape))
 
 
-def _shared(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
+def _shared(settings: GMRES, matvec: FlatMap, b: Tensor, trace: bool) -> SolveResult:
     """One problem for the whole batch vector; every sample gets its statistics."""
     shape = b.shape
-    flat = _scaled(settings, lambda v: matvec(v.view(shape)).reshape(1, -1), b.reshape(1, -1))
+    flat = _scaled(
+        settings, lambda v: matvec(v.view(shape)).reshape(1, -1), b.reshape(1, -1), trace
+    )
+    traced = (
+        None if flat.trace is None else Trace(residuals=flat.trace.residuals.expand(-1, len(b)))
+    )
     return SolveResult(
         value=flat.value.view(shape),
+        trace=traced,
         **{
             name: getattr(flat, name).expand(len(b)).clone()
             for name in ("residual", "relative_residual", "steps", "nfe", "status")
@@ -123,7 +132,7 @@ def _shared(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
     )
 
 
-def _scaled(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
+def _scaled(settings: GMRES, matvec: FlatMap, b: Tensor, trace: bool) -> SolveResult:
     """Solve for b with entries of order 1, and scale back.
 
     Squares of tiny gradients underflow in float32, and a norm of 0 would count as solved.
@@ -133,11 +142,15 @@ def _scaled(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
     # A power of two, so that no sample's rounding depends on its batch mates; one for all, so that
     # an operator that couples the samples stays the same.
     unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-    result = _restarted(settings, matvec, b / unit)
-    return replace(result, value=result.value * unit, residual=result.residual * unit)
+    history: list[Tensor] | None = [] if trace else None
+    result = _restarted(settings, matvec, b / unit, history)
+    traced = None if history is None else Trace(residuals=torch.stack(history) * unit)
+    return replace(result, value=result.value * unit, residual=result.residual * unit, trace=traced)
 
 
-def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
+def _restarted(
+    settings: GMRES, matvec: FlatMap, b: Tensor, history: list[Tensor] | None
+) -> SolveResult:
     """Cycles of GMRES until every sample is solved, stuck, or out of steps."""
     scale = sample_norm(b)
     x, r, residual = torch.zeros_like(b), b, scale
@@ -147,6 +160,8 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
     broken = ~finite(scale)
     stuck = torch.zeros_like(broken)
     taken = 0
+    if history is not None:
+        history.append(residual)
     while taken < settings.max_steps:
         active = (residual > target) & ~broken & ~stuck
         # Waits for the device once per cycle, in addition to the cycle's own waits.
@@ -154,7 +169,13 @@ def _restarted(settings: GMRES, matvec: FlatMap, b: Tensor) -> SolveResult:
             break
         size = min(settings.restart or settings.max_steps, settings.max_steps - taken)
         cycle = _Cycle(matvec, r, residual, target, active, settings, size)
+        cycle.history = None if history is None else []
         taken += cycle.run()
+        if history is not None and cycle.history is not None:
+            history += [
+                torch.where(active, left.to(residual.dtype), residual)
+                for left in cycle.history[: cycle.count]
+            ]
         steps, nfe = steps + cycle.used, nfe + cycle.used
         trial = x + cycle.correction()
         if exact and _is_last(cycle, taken >= settings.max_steps):
@@ -220,6 +241,7 @@ class _Cycle:
         torch.mul(r.masked_fill(~active[:, None], 0.0), inverse, out=self.basis.slot(r))
         self.beta = beta.masked_fill(~active, 0.0).double()
         self.left = self.beta  # the norm of the residual, by the recurrence
+        self.history: list[Tensor] | None = None  # of `left`, after every product
         self.hessenberg = self.beta.new_zeros(len(r), size + 1, size)
         self.null = self.beta.new_zeros(len(r), size + 1)
         self.null[:, 0].fill_(1.0)
@@ -320,6 +342,8 @@ class _Cycle:
         self.used = self.used + self.active
         left = self.beta / self.null_norm
         self.left = left if plain else torch.where(usable, left, self.left)
+        if self.history is not None:
+            self.history.append(self.left)
         going = self.left > self.target
         self.active = going if plain else usable & (rest > 0) & going
 

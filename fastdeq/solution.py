@@ -57,7 +57,8 @@ class Trace:
     """The history of a solve, on request; row 0 is the start.
 
     residuals: (K + 1, B) ‖f(z) − z‖ after every step; a finished sample repeats its last value.
-    states: (K + 1, B, D) the iterates themselves, with `trace="states"`.
+    states: (K + 1, B, D) the iterates themselves, with `trace="states"`; of GMRES, which does not
+        compute them, None.
     """
 
     residuals: Tensor
@@ -133,12 +134,16 @@ class SolveResult(SolveStats):
 class BackwardReport:
     """Filled in by the backward pass; `stats` stays None where that is ordinary backpropagation.
 
+    trace: the history that the backward solve records: that of the forward solve.
+    value: v, (B, D), with `trace`.
     solves: whether it solves (I − Jᵀ) v = w. Where it integrates an equation instead (a neural
         ODE's), the residuals of `stats` are NaN and its status is NOT_SOLVED.
     """
 
     stats: SolveStats | None = None
     solves: bool = True
+    trace: TraceKind | None = None
+    value: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -14,7 +14,7 @@ from fastdeq.autocast import as_here
 from fastdeq.autodiff import carries_tangent, edges_behind, unfused_attention, vjp_here
 from fastdeq.notation import FlatMap
 from fastdeq.rows import BatchMap, wrapped
-from fastdeq.solution import BackwardReport, SolveResult
+from fastdeq.solution import BackwardReport, SolveResult, Trace, TraceKind
 from fastdeq.transforms import Transforms, leaf, transformed
 
 
@@ -36,7 +36,7 @@ class Closing:
 
     def equilibrium(self, f: FlatMap, forward: SolveResult) -> Equilibrium:
         """forward: of the solve of f."""
-        z_sol, report = forward.value, BackwardReport()
+        z_sol, report = forward.value, BackwardReport(trace=_kind_of(forward.trace))
         if torch.is_grad_enabled() or transformed():
             value, defect = self._differentiable(f, z_sol, report)
             return Equilibrium(value, defect, forward, report)
@@ -100,6 +100,13 @@ class Closing:
             f"{self.name}(order={order}) can be differentiated {times}: set order={order + 1}, or "
             "use the Unrolled adjoint with a tight tolerance"
         )
+
+
+def _kind_of(trace: Trace | None) -> TraceKind | None:
+    """What the backward solve records: as the forward one."""
+    if trace is None:
+        return None
+    return "residuals" if trace.states is None else "states"
 
 
 def _order_of_transforms() -> int:

@@ -16,7 +16,7 @@ from fastdeq.krylov import GMRES
 from fastdeq.norms import sample_norm
 from fastdeq.notation import FlatMap
 from fastdeq.rows import BatchMap, wrapped
-from fastdeq.solution import BackwardReport, SolveResult, Status
+from fastdeq.solution import BackwardReport, SolveResult, Status, TraceKind
 from fastdeq.solvers import AbstractSolver, solve
 from fastdeq.transforms import check_not_batched, plain, transformed, transforms_of
 
@@ -174,14 +174,17 @@ class Resolvent:
         if self.kind.forward and isinstance(solver, LinearSolver) and solver.reverse_only:
             raise RuntimeError("this adjoint has no forward mode: use the Implicit adjoint")
         product, w = wrapped(product, _constant), primal(w).detach()
-        found = _found(solver, product, w)
+        report = self.kind.report
+        found = _found(solver, product, w, report.trace)
         if isinstance(found, SolveResult):
-            self.kind.report.stats = found.stats
+            report.stats = found.stats
             v, lost = found.value, _lost(found, w)
         else:
             v, lost = found, ~torch.isfinite(found).all(dim=1)
         if self.kind.clip is not None and not self.kind.forward:
             v = _clipped(v, self.kind.clip * sample_norm(w))
+        if report.trace is not None:
+            report.value = v
         if not bool(lost.any()):
             return v, None
         _warn(lost, w)
@@ -344,11 +347,13 @@ def _constant(product: FlatMap) -> FlatMap:
     return lambda v: primal(product(v)).detach()
 
 
-def _found(solver: Solver, product: FlatMap, w: Tensor) -> SolveResult | Tensor:
+def _found(
+    solver: Solver, product: FlatMap, w: Tensor, trace: TraceKind | None
+) -> SolveResult | Tensor:
     if isinstance(solver, GMRES):
-        return solver.solve(wrapped(product, _subtracted), w)
+        return solver.solve(wrapped(product, _subtracted), w, trace=trace is not None)
     if isinstance(solver, AbstractSolver):
-        return solve(solver, _added(product, w), w)
+        return solve(solver, _added(product, w), w, trace=trace)
     return solver.solve(product, w)
 
 

@@ -36,10 +36,12 @@ from fastdeq.training import (
     AbstractTask,
     EpochLines,
     KeepSigtermHandler,
+    LoggerPlots,
     MetricsFile,
     ProgressBar,
     Resumption,
     SealedCheckpointIO,
+    ShowsPlots,
     StepTimer,
     checkpoints,
     rows_of,
@@ -125,6 +127,7 @@ def make_trainer(
         for callback in first:
             callback.stop_request = received
         bar = [ProgressBar()] if job.interactive else []
+        shows = any(isinstance(logger, ShowsPlots) for logger in loggers or ())
         options = {
             "logger": loggers,
             "callbacks": [
@@ -134,6 +137,7 @@ def make_trainer(
                 EpochLines(),
                 *others,
                 *checkpoints(job.folder, task),
+                *([LoggerPlots()] if shows else []),
                 *bar,
             ],
             "default_root_dir": job.folder,

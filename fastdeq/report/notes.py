@@ -1,10 +1,11 @@
 """The notes below a table of runs."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fastdeq.report.rows import TIMES, Row
 from fastdeq.report.runs import Found
+from fastdeq.runs.identity import Leaf
 from fastdeq.runs.reading import Run
 
 VERDICT = (
@@ -23,6 +24,7 @@ def footnotes(rows: Sequence[Row], found: Found) -> list[str]:
         *_reading(rows),
         *_provenance(runs),
         *_mixed(rows),
+        *different_data(run.identity for run in runs),
         *found.failed.values(),
         *(
             f"{folder} is unfinished: it has no summary.json"
@@ -80,3 +82,27 @@ def _mixed(rows: Sequence[Row]) -> list[str]:
     if any(row.seeds < len(row.runs) for row in rows):
         notes.append("a seed that was run several times counts once, with the mean of its runs")
     return notes
+
+
+_NOT_THE_SET = ("seed", "batch_size", "eval_batch_size", "augmentation", "validation")
+
+
+def different_data(identities: Iterable[Mapping[str, Leaf]]) -> list[str]:
+    """One line if runs with these identities are of different data."""
+    sets: dict[frozenset[tuple[str, Leaf]], str] = {}
+    for settings in identities:
+        kept = {
+            key: value
+            for key, value in settings.items()
+            if key.startswith("data.") and key.split(".")[1].split("[")[0] not in _NOT_THE_SET
+        }
+        name = str(kept.get("data._target_", "unknown")).rpartition(".")[2]
+        sets.setdefault(frozenset(kept.items()), name)
+    if len(sets) < 2:
+        return []
+    counts = Counter(sets.values())
+    names = ", ".join(f"{name} × {n}" if n > 1 else name for name, n in counts.items())
+    return [
+        f"the runs are of {len(sets)} data sets ({names}): metrics of one do not compare with "
+        "those of another"
+    ]

@@ -19,6 +19,8 @@ FAILURE = "failure.ckpt"
 """The failed step that mode=replay computes again."""
 EQUILIBRIA = "equilibria.h5"
 """What `callbacks.reuse` keeps on disk; removed at the end of training."""
+RECORDED = "recorded"
+"""The folder of recorded solves; see `recording_file`."""
 LOCK = ".lock"
 WANDB_ID = ".wandb_id"
 
@@ -33,6 +35,16 @@ TABLE_MARKDOWN, TABLE_CSV = "table.md", "table.csv"
 def log_file(folder: Path, mode: str) -> Path:
     """The file with the printed output of a run of this mode."""
     return folder / f"{mode}.log"
+
+
+def recording_file(folder: Path, epoch: int | None) -> Path:
+    """The file with the recorded solves of the validation after an epoch; None: of the test."""
+    return folder / RECORDED / ("test.h5" if epoch is None else f"epoch_{epoch:04d}.h5")
+
+
+def curve_file(checkpoint: Path) -> Path:
+    """The file of mode=curve beside a checkpoint."""
+    return checkpoint.with_name(f"{checkpoint.stem}.curve.json")
 
 
 def job_record(sweep: Path, number: int) -> Path:

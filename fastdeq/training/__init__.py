@@ -17,9 +17,11 @@ from fastdeq.training.diagnosis import (
 from fastdeq.training.failures import Failures, TrainingFailed
 from fastdeq.training.loggers.console import EpochLines, ProgressBar, table_of
 from fastdeq.training.loggers.metrics_file import MetricsFile
+from fastdeq.training.loggers.plots import LoggerPlots, ShowsPlots
 from fastdeq.training.loss import LossWeights
 from fastdeq.training.pretraining import Pretraining
 from fastdeq.training.random_state import set_random_state
+from fastdeq.training.recording import RecordEquilibria
 from fastdeq.training.regression import RegressionTask
 from fastdeq.training.resumption import Resumption, rows_of
 from fastdeq.training.reuse import Reuse
@@ -47,15 +49,18 @@ __all__ = [
     "Failures",
     "KeepSigtermHandler",
     "LRSchedulerConfig",
+    "LoggerPlots",
     "LossWeights",
     "MetricsFile",
     "PayloadDDPStrategy",
     "Pretraining",
     "ProgressBar",
+    "RecordEquilibria",
     "RegressionTask",
     "Resumption",
     "Reuse",
     "SealedCheckpointIO",
+    "ShowsPlots",
     "Staircase",
     "StepResult",
     "StepTimer",

@@ -43,7 +43,7 @@ STAGES = ("train", "val", "test")
 METRICS = (
     *("loss", "loss_task", "loss_skip", "loss_jacobian", "loss_residual", "loss_correction"),
     *("accuracy", "accuracy_top5"),
-    *("nfe", "residual", "unconverged"),
+    *("nfe", "residual", "unconverged", "spectral_radius"),
     *("nfe_backward", "residual_backward", "unconverged_backward"),
     *("seconds", "solve_seconds", "backward_seconds"),
     *("explicit_loss", "explicit_accuracy", "explicit_accuracy_top5", "explicit_seconds"),
@@ -77,6 +77,7 @@ class AbstractTask(LightningModule):
     - In training: nfe_backward, residual_backward, unconverged_backward and backward_seconds of the
       adjoint's solve. The backward integration of a neural ODE has nfe_backward and
       backward_seconds only.
+    - In evaluation, where `RecordEquilibria` measures it: spectral_radius of ∂f/∂z.
     - In evaluation, for models that predict z₀: explicit_loss, explicit_accuracy and
       explicit_seconds of the head on z₀, without a solve.
 
@@ -232,13 +233,13 @@ class AbstractTask(LightningModule):
         self._log_means("train")
         self._move_schedule("epoch", self.current_epoch + 1)
 
-    def validation_step(self, batch: Batch, index: int) -> None:
-        """Metrics of a batch of the validation set."""
-        self._evaluate_stage("val", batch)
+    def validation_step(self, batch: Batch, index: int) -> dict[str, Any] | None:
+        """Metrics of a batch of the validation set; returns its `solution` for callbacks."""
+        return self._evaluate_stage("val", batch)
 
-    def test_step(self, batch: Batch, index: int) -> None:
-        """Metrics of a batch of the test set."""
-        self._evaluate_stage("test", batch)
+    def test_step(self, batch: Batch, index: int) -> dict[str, Any] | None:
+        """Metrics of a batch of the test set; returns its `solution` for callbacks."""
+        return self._evaluate_stage("test", batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the validation set."""
@@ -385,10 +386,10 @@ class AbstractTask(LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(dict(row), step=number)
 
-    def _evaluate_stage(self, stage: str, batch: Batch) -> None:
+    def _evaluate_stage(self, stage: str, batch: Batch) -> dict[str, Any] | None:
         x, targets, weight = batch
         if not weight:
-            return
+            return None
         watch = Stopwatch(self.device)
         prediction, solution = self.model(x)
         seconds = {"seconds": watch.stop(), "solve_seconds": solution.elapsed}
@@ -403,6 +404,7 @@ class AbstractTask(LightningModule):
             metrics |= {f"explicit_{name}": score for name, score in scores.items()}
         self.record(stage, metrics, len(targets))
         self.record(stage, seconds)
+        return {"solution": solution}
 
     def _log_means(self, stage: str) -> None:
         means = self.means[f"{stage}_means"]

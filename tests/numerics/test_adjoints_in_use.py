@@ -275,3 +275,25 @@ def test_unrolling_through_a_sample_that_diverged_is_not_silent():
 
     with pytest.warns(RuntimeWarning, match="diverged"):
         fixed_point(f, start, solver=Picard(), adjoint=Unrolled())
+
+
+# The trace of the backward solve
+
+
+def test_a_traced_solve_also_traces_its_backward_solve():
+    problem = problem_named("tanh")
+    for solver in (GMRES(tol=1e-8), FORWARD["lbroyden"]):
+        solution = fixed_point(
+            problem.f, problem.z0, adjoint=Implicit(solver=solver), trace="residuals"
+        )
+        (flat(problem, solution) * cotangent(problem)).sum().backward()
+        report = solution.backward
+        assert report.stats is not None
+        assert report.stats.trace is not None
+        assert report.stats.trace.residuals.shape[0] == int(report.stats.steps.max()) + 1
+        assert report.value is not None
+        untraced = fixed_point(problem.f, problem.z0, adjoint=Implicit(solver=solver))
+        flat(problem, untraced).sum().backward()
+        assert untraced.backward.stats is not None
+        assert untraced.backward.stats.trace is None
+        assert untraced.backward.value is None

@@ -105,6 +105,21 @@ def test_every_step_minimizes_the_residual_over_the_krylov_space():
         torch.testing.assert_close(result.residual[0], least, rtol=1e-6, atol=1e-12)
 
 
+def test_the_trace_is_the_smallest_residual_of_each_step_per_sample():
+    a, b = with_conditions(3, [2.0, 30.0], 6), numbers(4)(2, 6)
+    for restart in (None, 2):
+        solver = GMRES(tol=1e-6, max_steps=12, restart=restart)
+        result = solver.solve(times(a), b, trace=True)
+        assert result.trace is not None
+        residuals = result.trace.residuals
+        assert len(residuals) == int(result.steps.max()) + 1
+        assert torch.equal(residuals[0], b.norm(dim=1))
+        assert (residuals.diff(dim=0) <= 0).all()
+        # The recurrence equals the measured residual up to rounding.
+        assert torch.allclose(residuals[-1], result.residual, rtol=1e-6, atol=1e-12)
+    assert solver.solve(times(a), b).trace is None
+
+
 def test_states_of_any_shape_come_back_in_their_shape():
     draw = numbers(3)
     b, mix = draw(3, 2, 4, 4), 0.3 * draw(2, 2)

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from fastdeq import cli
 from fastdeq.data.command import main as data
-from fastdeq.report.command import main as report
 from tests.commands import CommandLine, a_run
 from tests.data.idx_files import samples, write_files
 from tests.loops import each
@@ -175,8 +175,10 @@ def test_the_report_commands_run(
 ) -> None:
     run = a_run(command)
     monkeypatch.chdir(command.folder)
+    pytest.importorskip("matplotlib")
     for page, line in lines("fastdeq report"):
-        assert report(options(line.replace("RUN", str(run)))) == 0, f"{page}: {line}"
+        words = shlex.split(line.replace("RUN", str(run)))[1:]
+        assert cli.dispatch(words) == 0, f"{page}: {line}"
     assert "skip_deq" in capsys.readouterr().out.lower().replace(" ", "_")
 
 

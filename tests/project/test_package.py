@@ -21,6 +21,7 @@ EXTRAS = (
     "wandb",
     "torchdiffeq",
     "PIL",
+    "matplotlib",
 )
 
 

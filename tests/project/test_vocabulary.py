@@ -16,7 +16,7 @@ _PER = (
 
 WORDS: tuple[tuple[str, str, str], ...] = (
     # pattern, what to write, an example
-    (r"(?<![\"'`])figures?\b(?![\"'`]| \d)", "metric, statistic, plot", "the figures of a run"),
+    (r"(?<![\"'`.])figures?\b(?![\"'`]| \d)", "metric, statistic, plot", "the figures of a run"),
     (r"FigureMeans", "MeanMetrics", "FigureMeans()"),
     (
         r"(?<!\")(?:tells?|told)\b(?!(?: \w+){0,2} apart)",

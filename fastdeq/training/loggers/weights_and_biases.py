@@ -11,6 +11,8 @@ from typing import Literal, cast
 import wandb
 from pytorch_lightning.loggers import WandbLogger
 
+from fastdeq.report.drawing import drawn
+from fastdeq.report.records import Record
 from fastdeq.runs.files import write_text
 from fastdeq.runs.folder import WANDB_ID
 
@@ -48,6 +50,12 @@ class WeightsAndBiases(WandbLogger):
             settings=wandb.Settings(silent=True, console="off", init_timeout=30),
         )
         super().__init__(experiment=self._run, save_dir=str(save_dir), log_model=False)
+
+    def log_plots(self, run: Record, step: int) -> None:
+        """Show plots of the run, if matplotlib is installed."""
+        images = {f"plots/{name}": wandb.Image(pixels) for name, pixels in drawn(run).items()}
+        if images:
+            self.log_metrics(cast(dict[str, float], images), step)
 
     def close(self) -> None:
         """Finish the run: write the rest, so that the next job gets a run of its own."""
