@@ -20,6 +20,10 @@ COMMANDS = {
     "data": ("fastdeq.data.command", "prepare a data set, and show what it holds"),
     "report": ("fastdeq.report.command", "tabulate runs beside published metrics"),
     "report plots": ("fastdeq.report.plots_command", "draw runs, as PNG and PDF"),
+    "report dynamics": (
+        "fastdeq.report.dynamics_command",
+        "draw the solver's steps of experiment=dynamics",
+    ),
     "jobs": ("fastdeq.cluster.command", "submit a sweep to Slurm, and follow its jobs"),
     "bench": (
         "fastdeq.bench.command",
@@ -30,7 +34,7 @@ COMMANDS = {
 
 EXTRAS = {
     **dict.fromkeys(("train", "data", "report", "bench"), "experiment"),
-    "report plots": "plots",
+    **dict.fromkeys(("report plots", "report dynamics"), "plots"),
     "jobs": "cluster",
 }
 """The extra that a subcommand needs; see pyproject.toml."""

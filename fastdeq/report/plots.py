@@ -56,21 +56,22 @@ _DARK = {
 }
 
 
-def _style(dark: bool = False) -> AbstractContextManager[None]:
+def style(dark: bool = False) -> AbstractContextManager[None]:
+    """The context in which plots are made and saved."""
     settings: Any = {**_STYLE, **(_DARK if dark else {})}
     return matplotlib.rc_context(settings)
 
 
 def draw(name: str, runs: Sequence[Record], *, dark: bool = False) -> Plot | None:
     """The plot of PLOTS with this name; None if no run has what it shows."""
-    with _style(dark):
+    with style(dark):
         return PLOTS[name](runs)
 
 
 def png(plot: Plot, *, dark: bool = False, dpi: int = 160) -> bytes:
     """The plot as a PNG file."""
     content = io.BytesIO()
-    with _style(dark):
+    with style(dark):
         plot.savefig(content, format="png", dpi=dpi)
     return content.getvalue()
 
@@ -80,17 +81,22 @@ def images(run: Record) -> dict[str, NDArray[np.uint8]]:
     shown = {}
     for name in PLOTS:
         if (plot := draw(name, [run])) is not None:
-            with _style():
-                canvas = FigureCanvasAgg(plot)
-                canvas.draw()  # type: ignore[no-untyped-call]
-            shown[name] = np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
+            with style():
+                shown[name] = pixels(plot)
     return shown
+
+
+def pixels(plot: Plot) -> NDArray[np.uint8]:
+    """The pixels of a plot, (height, width, 3), in the style around the call."""
+    canvas = FigureCanvasAgg(plot)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
 
 
 def write(plot: Plot, folder: Path, name: str) -> list[Path]:
     """Write <name>.png and <name>.pdf into the folder."""
     paths = [folder / f"{name}.{kind}" for kind in ("png", "pdf")]
-    with _style():
+    with style():
         for path in paths:
             plot.savefig(path)
     return paths
