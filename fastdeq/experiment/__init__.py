@@ -6,7 +6,8 @@ work (`job`).
 """
 
 from fastdeq.experiment.command import job
+from fastdeq.experiment.curve import Point, curve
 from fastdeq.experiment.replay import replay
 from fastdeq.experiment.run import run
 
-__all__ = ["job", "replay", "run"]
+__all__ = ["Point", "curve", "job", "replay", "run"]

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastdeq.commands import UsageError, check_options, typed
 from fastdeq.experiment.choices import check_choices, with_merged_groups
+from fastdeq.experiment.curve import curve
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.launch import work_for
 from fastdeq.experiment.renamed import check_renamed, current_all
@@ -90,6 +91,10 @@ def job(cfg: DictConfig) -> float:
                 loss = replay(cfg).diagnosis.loss
                 check_written()
                 return loss
+            if cfg.get("mode") == "curve":
+                points = curve(cfg)
+                check_written()
+                return points[-1].metrics["loss"]
             return read_score(run(cfg))
         except Interrupted:
             print(

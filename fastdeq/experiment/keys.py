@@ -25,12 +25,13 @@ class RunSettings:
 
     name: str = setting()
     seed: int = setting(at_least=0, at_most=2**32 - 1)  # of NumPy's generator
-    mode: Literal["train", "test", "replay"] = setting()
+    mode: Literal["train", "test", "replay", "curve"] = setting()
     checkpoint: str | None = setting()
     from_run: str | None = setting()
     resume: Literal["auto", "never"] = setting()
     stop_after: float | None = setting(above=0)
     stop_at_failure: bool = setting()
+    nfe: list[int] = setting()
     debug: bool = setting()
     precision: Precision | None = setting()
     memory_format: Literal["contiguous", "channels_last"] = setting()
@@ -44,6 +45,13 @@ class RunSettings:
                 "mode=test needs weights: give checkpoint=PATH, or from_run=FOLDER for the last "
                 "ones of a run"
             )
+        if self.mode == "curve" and self.checkpoint is None and self.from_run is None:
+            raise ValueError(
+                "mode=curve needs weights: give checkpoint=PATH, or from_run=FOLDER for the last "
+                "ones of a run"
+            )
+        if self.mode == "curve" and (not self.nfe or min(self.nfe) < 0):
+            raise ValueError(f"nfe is {self.nfe}, but must list numbers of at least 0")
         if self.mode == "replay" and self.checkpoint is None and self.from_run is None:
             raise ValueError(
                 "mode=replay needs a failed step: give from_run=FOLDER for the one that a run has "

@@ -121,8 +121,10 @@ def check(cfg: DictConfig, *, for_submission: bool = False) -> Checked:
     """
     settings = check_values(cfg)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    if settings.mode == "replay":
-        raise ValueError("mode=replay does not make a run: call fastdeq.experiment.replay")
+    if settings.mode in ("replay", "curve"):
+        raise ValueError(
+            f"mode={settings.mode} does not make a run: call fastdeq.experiment.{settings.mode}"
+        )
     ranks = count_ranks(config["trainer"], for_submission=for_submission)
     checkpoint, choices = _checkpoint(settings), _choices()
     with warnings.catch_warnings():

@@ -113,6 +113,8 @@ class Sweep(Callback):
         )
         if cfg.get("mode") == "replay":
             raise ConfigError(ValueError("mode=replay makes one step again: leave -m out"))
+        if cfg.get("mode") == "curve":
+            raise ConfigError(ValueError("mode=curve evaluates one checkpoint: leave -m out"))
         return cfg
 
 

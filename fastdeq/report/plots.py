@@ -293,14 +293,16 @@ def curve(runs: Sequence[Record]) -> Plot | None:
     if not shown:
         return None
     accuracy = any(run.curve and run.curve["metric"] == "accuracy" for run in shown)
+    metric = "accuracy" if accuracy else "loss"  # one axis cannot show both
+    shown = [run for run in shown if run.curve and run.curve["metric"] == metric]
     plot, (axis,) = _panels(1)
     budgets = set()
     for run in shown:
         assert run.curve is not None
         points = run.curve["points"]
-        factor = 100 if run.curve["metric"] == "accuracy" else 1
+        factor = 100 if accuracy else 1
         x = [point["budget"] for point in points]
-        y = [factor * point[run.curve["metric"]] for point in points]
+        y = [factor * point[metric] for point in points]
         budgets |= set(x)
         axis.plot(x, y, color=_colour(runs, run), marker=_marker(runs, run), markersize=5)
     axis.set_xscale("symlog", base=2, linthresh=1)
@@ -375,7 +377,7 @@ def _legend(
         Line2D([], [], color="0.5", linestyle=dashes, label=text) for text, dashes in styles.items()
     ]
     longest = max(len(str(each.get_label())) for each in handles)
-    columns = 4 if longest < 22 else 3 if longest < 30 else 2
+    columns = max(1, int(15 * plot.get_figwidth() / (longest + 6)))  # 15 letters per inch
     plot.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
 
 

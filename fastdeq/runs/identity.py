@@ -14,6 +14,7 @@ Leaf = str | int | float | bool | None
 FREE = (
     *("paths", "logger", "from_run", "debug"),
     *("resume", "stop_after", "stop_at_failure", "callbacks.resumption", "callbacks.record"),
+    "nfe",  # of mode=curve, which makes no run
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
     *("trainer.detect_anomaly", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
     *("data.root", "data.store", "data.download", "data.verify", "data.workers"),
