@@ -24,6 +24,7 @@ COMMANDS = {
         "fastdeq.report.dynamics_command",
         "draw the solver's steps of experiment=dynamics",
     ),
+    "report html": ("fastdeq.report.html_command", "write a page about runs, in one file"),
     "jobs": ("fastdeq.cluster.command", "submit a sweep to Slurm, and follow its jobs"),
     "bench": (
         "fastdeq.bench.command",
@@ -33,7 +34,7 @@ COMMANDS = {
 """Where each subcommand's `main` is, and what it does."""
 
 EXTRAS = {
-    **dict.fromkeys(("train", "data", "report", "bench"), "experiment"),
+    **dict.fromkeys(("train", "data", "report", "report html", "bench"), "experiment"),
     **dict.fromkeys(("report plots", "report dynamics"), "plots"),
     "jobs": "cluster",
 }

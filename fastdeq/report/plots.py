@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import matplotlib
 import matplotlib.figure
 import numpy as np
+from cycler import cycler
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -27,8 +28,13 @@ Axis: TypeAlias = Any
 """Axes of matplotlib, whose own annotations name only some of the accepted types."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DARK_COLOURS = ("#56B4E9", "#E8803A", "#2FBF93", "#DB9BBF", "#E69F00", "#F0E442")
+"""On a dark background: lighter ones in the same order."""
+
 MARKERS = ("o", "s")
 SOLID, DASHED, DOTTED = "-", "--", ":"
+
+_WIDE, _NARROW, _HEIGHT = 7.2, 4.6, 3.2  # inches
 
 _STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -56,15 +62,19 @@ _DARK = {
 }
 
 
-def style(dark: bool = False) -> AbstractContextManager[None]:
-    """The context in which plots are made and saved."""
-    settings: Any = {**_STYLE, **(_DARK if dark else {})}
+def style(dark: bool = False, narrow: bool = False) -> AbstractContextManager[None]:
+    """The context in which plots are made and saved. narrow: panels below each other."""
+    size = {"figure.figsize": (_NARROW if narrow else _WIDE, _HEIGHT)}
+    colours = {"axes.prop_cycle": cycler(color=DARK_COLOURS if dark else COLOURS)}
+    settings: Any = {**_STYLE, **size, **colours, **(_DARK if dark else {})}
     return matplotlib.rc_context(settings)
 
 
-def draw(name: str, runs: Sequence[Record], *, dark: bool = False) -> Plot | None:
+def draw(
+    name: str, runs: Sequence[Record], *, dark: bool = False, narrow: bool = False
+) -> Plot | None:
     """The plot of PLOTS with this name; None if no run has what it shows."""
-    with style(dark):
+    with style(dark, narrow):
         return PLOTS[name](runs)
 
 
@@ -250,7 +260,8 @@ def time(runs: Sequence[Record]) -> Plot | None:
     shown = [run for run in runs if run.summary.get("train_time_shares")]
     if not shown:
         return None
-    plot = Plot(figsize=(7.2, 1.3 + 0.42 * len(shown)), layout="constrained")
+    width, _ = matplotlib.rcParams["figure.figsize"]
+    plot = Plot(figsize=(width, 1.3 + 0.42 * len(shown)), layout="constrained")
     axis = plot.add_subplot()
     starts = [0.0] * len(shown)
     for name, (text, colour, hatch) in _PARTS.items():
@@ -267,7 +278,7 @@ def time(runs: Sequence[Record]) -> Plot | None:
             linewidth=0.5,
         )
         for place, (start, share) in enumerate(zip(starts, shares, strict=True)):
-            if share >= 5:
+            if share >= (5 if width == _WIDE else 9):
                 axis.text(
                     start + share / 2,
                     place,
@@ -283,7 +294,7 @@ def time(runs: Sequence[Record]) -> Plot | None:
     axis.set(xlim=(0, 100), title="training time, % of a step")
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
-    plot.legend(loc="outside lower center", ncols=len(_PARTS))
+    plot.legend(loc="outside lower center", ncols=len(_PARTS) if width == _WIDE else 2)
     return plot
 
 
@@ -329,9 +340,12 @@ PLOTS: Mapping[str, Callable[[Sequence[Record]], Plot | None]] = {
 
 
 def _panels(count: int) -> tuple[Plot, list[Axis]]:
-    plot = Plot(figsize=(7.2 if count > 1 else 5.4, 3.2), layout="constrained")
-    axes = plot.subplots(1, count, squeeze=False)[0]
-    return plot, list(axes)
+    width, height = matplotlib.rcParams["figure.figsize"]
+    if width < _WIDE:
+        plot = Plot(figsize=(width, (height - 0.3) * count + 0.3), layout="constrained")
+        return plot, list(plot.subplots(count, 1, squeeze=False)[:, 0])
+    plot = Plot(figsize=(width if count > 1 else 0.75 * width, height), layout="constrained")
+    return plot, list(plot.subplots(1, count, squeeze=False)[0])
 
 
 def _lines(
@@ -390,7 +404,8 @@ def _log_if_wide(axis: Axis) -> None:
 
 
 def _colour(runs: Sequence[Record], run: Record) -> str:
-    return COLOURS[runs.index(run) % len(COLOURS)]
+    colours = matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+    return str(colours[runs.index(run) % len(colours)])
 
 
 def _marker(runs: Sequence[Record], run: Record) -> str:

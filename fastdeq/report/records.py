@@ -54,7 +54,11 @@ def read_records(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
 
     Raises: OSError or ValueError for paths without runs.
     """
-    found = find_runs(paths)
+    return read_found(find_runs(paths), paths)
+
+
+def read_found(found: Found, paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
+    """As `read_records`, of runs that are found already below `paths`."""
     folders = [run.folder for run in found.runs.values()]
     folders += [folder for key, folder in found.unfinished.items() if key not in found.failed]
     notes = [*found.failed.values()]
@@ -64,7 +68,8 @@ def read_records(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
         records.append(record)
         notes += missing
     if len(folders) > MOST:
-        notes.append(f"{len(folders) - MOST} of {len(folders)} runs are left out: {MOST} at most")
+        left = len(folders) - MOST
+        notes.append(f"{left} of {len(folders)} runs are left out of the plots: {MOST} at most")
     if not records:
         raise ValueError(_nothing(paths, found))
     return _labelled(records), [

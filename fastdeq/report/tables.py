@@ -55,7 +55,12 @@ _COLUMNS = (
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table with aligned columns; columns that are empty in all rows are left out."""
+    """The table with aligned columns."""
+    return aligned(cells(rows))
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Headings, then the cells of each row; columns that are empty in all rows are left out."""
     several = len({row.label.experiment for row in rows}) > 1
     columns: dict[str, Callable[[Row], str]] = {
         **({"experiment": lambda row: row.label.experiment} if several else {}),
@@ -71,7 +76,7 @@ def markdown(rows: Sequence[Row]) -> str:
     }
     table = {heading: [cell(row) for row in rows] for heading, cell in columns.items()}
     kept = {heading: cells for heading, cells in table.items() if any(cells)}
-    return aligned([list(kept), *zip(*kept.values(), strict=True)])
+    return [list(kept), *map(list, zip(*kept.values(), strict=True))]
 
 
 def comma_separated(rows: Sequence[Row]) -> str:

@@ -141,4 +141,4 @@ def test_more_runs_than_can_be_told_apart_are_left_out_with_a_note(tmp_path):
         a_run(tmp_path / f"{number:02}", seed=number)
     records, notes = read_records([tmp_path])
     assert len(records) == MOST
-    assert notes == ["2 of 14 runs are left out: 12 at most"]
+    assert notes == ["2 of 14 runs are left out of the plots: 12 at most"]
