@@ -23,6 +23,8 @@ from fastdeq.training.metrics import Value, mean_metrics, solver_metrics
 from fastdeq.training.task import Batch
 
 FORMAT = 1
+BUDGETS = [0, 1, 2, 4, 8, 16, 32]
+"""Evaluations of f, where `nfe` lists none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def curve(cfg: DictConfig) -> list[Point]:
             yield x.to(task.device), targets.to(task.device), weight
 
     with precision.forward_context(), torch.no_grad():
-        points = _evaluate(task, layer, batches, settings.nfe)
+        points = _evaluate(task, layer, batches, settings.nfe or BUDGETS)
     _print(points, task.monitor[0])
     content = {
         "format": FORMAT,

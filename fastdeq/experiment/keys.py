@@ -31,7 +31,7 @@ class RunSettings:
     resume: Literal["auto", "never"] = setting()
     stop_after: float | None = setting(above=0)
     stop_at_failure: bool = setting()
-    nfe: list[int] = setting()
+    nfe: list[int] | None = setting()
     debug: bool = setting()
     precision: Precision | None = setting()
     memory_format: Literal["contiguous", "channels_last"] = setting()
@@ -50,7 +50,7 @@ class RunSettings:
                 "mode=curve needs weights: give checkpoint=PATH, or from_run=FOLDER for the last "
                 "ones of a run"
             )
-        if self.mode == "curve" and (not self.nfe or min(self.nfe) < 0):
+        if self.nfe is not None and (not self.nfe or min(self.nfe) < 0):
             raise ValueError(f"nfe is {self.nfe}, but must list numbers of at least 0")
         if self.mode == "replay" and self.checkpoint is None and self.from_run is None:
             raise ValueError(

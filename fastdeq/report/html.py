@@ -59,7 +59,8 @@ def _title(paths: Sequence[Path]) -> str:
 
 def _subtitle(found: Found, rows: Sequence[Row]) -> str:
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
-    counts = [f"{len(found.runs)} finished runs in {len(rows)} rows"]
+    done = len(found.runs)
+    counts = [f"{done} finished run{'s' * (done != 1)} in {len(rows)} row{'s' * (len(rows) != 1)}"]
     counts += [f"{len(found.unfinished)} unfinished"] if found.unfinished else []
     counts += [f"{len(found.failed)} failed"] if found.failed else []
     return f"{', '.join(counts)}; made by fastdeq report html, {now}"

@@ -161,16 +161,24 @@ def _labelled(records: list[Record]) -> list[Record]:
 
 
 def _settings(records: Sequence[Record]) -> list[str]:
-    """The settings in which runs differ, of each run; empty if these are more than two."""
+    """The settings in which a run differs from others of its name; empty if more than two do."""
     known = [without_seeds(identity(record.config)) for record in records]
-    varied = [
-        key
-        for key in sorted({key for each in known for key in each})
-        if len({each.get(key) for each in known}) > 1 and key.split(".")[0] not in _FOLLOWING
-    ]
-    if len(varied) > 2:
-        return ["" for _ in records]
-    return [" ".join(f"{key}={each[key]}" for key in varied if key in each) for each in known]
+    texts = []
+    for mine, record in zip(known, records, strict=True):
+        name = record.config.get("name")
+        alike = [
+            each
+            for each, other in zip(known, records, strict=True)
+            if other.config.get("name") == name
+        ]
+        varied = [
+            key
+            for key in sorted({key for each in alike for key in each})
+            if len({each.get(key) for each in alike}) > 1 and key.split(".")[0] not in _FOLLOWING
+        ]
+        few = varied if len(varied) <= 2 else []
+        texts.append(" ".join(f"{key}={mine[key]}" for key in few if key in mine))
+    return texts
 
 
 _FOLLOWING = ("name", "model", "task", "recipe")

@@ -4,6 +4,7 @@ import csv
 import socket
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def test_tensorboard_writes_the_metrics_into_the_run_folder(tmp_path):
         # A float32 in the one, its decimals in the other.
         assert written == pytest.approx([float(row[name]) for row in rows if row[name]], rel=1e-6)
         assert written
+    tags = events.Tags()
+    assert "hp_metric" not in tags["scalars"]
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+    if find_spec("matplotlib") is not None:
+        assert {"plots/training", "plots/nfe", "plots/convergence"} <= set(tags["images"])
 
 
 # Weights & Biases
@@ -145,6 +151,9 @@ def test_an_experiment_with_weights_and_biases_keeps_its_run_beside_metrics_csv(
     (run,) = runs
     assert run._is_finished
     assert run.id in kept(folder).name
+    assert run.name == "skip_mdeq_lbroyden_s0"
+    if find_spec("matplotlib") is not None:
+        assert list(folder.glob("wandb/offline-run-*/files/media/images/plots/training*.png"))
     written = kept(folder).read_bytes()
     for name in ("step/loss", "train/loss", "val/accuracy", "test/accuracy"):
         assert name.encode() in written
