@@ -1,4 +1,4 @@
-"""Tables about runs. Reads run folders and never trains."""
+"""Tables, plots and pages about runs. Reads run folders and never trains."""
 
 from fastdeq.report.columns import Group, groups, heading, row
 from fastdeq.report.published import published_row

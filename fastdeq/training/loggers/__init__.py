@@ -1,1 +1,1 @@
-"""Loggers: metrics.csv, the console, Weights & Biases."""
+"""Loggers: metrics.csv, the console, TensorBoard, Weights & Biases."""
