@@ -15,7 +15,7 @@ from PIL import Image
 from fastdeq.report.configuration import MODELS
 from fastdeq.report.plots import COLOURS, DASHED, Axis, Plot, pixels, style
 from fastdeq.report.records import Record
-from fastdeq.runs.equilibria import Numbers
+from fastdeq.runs.recorded import Numbers
 
 MOST = 4
 """Panels at most."""

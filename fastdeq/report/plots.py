@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from fastdeq.report.records import Record
-from fastdeq.runs.equilibria import SolveRecord
+from fastdeq.runs.recorded import SolveRecord
 
 Plot: TypeAlias = matplotlib.figure.Figure
 Axis: TypeAlias = Any

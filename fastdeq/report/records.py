@@ -10,10 +10,10 @@ from typing import Any
 
 from fastdeq.report.notes import different_data
 from fastdeq.report.runs import Found, find_runs
-from fastdeq.runs.equilibria import Recording, read_recording
-from fastdeq.runs.folder import RECORDED, METRICS, curve_file, recording_file
+from fastdeq.runs.folder import METRICS, RECORDED, curve_file, recording_file
 from fastdeq.runs.identity import identity, without_seeds
 from fastdeq.runs.reading import is_done, read_config, read_summary
+from fastdeq.runs.recorded import RecordedSolves, read_recording
 
 MOST = 12
 """Runs in a plot at most."""
@@ -31,7 +31,7 @@ class Record:
     config: Mapping[str, Any]
     rows: Sequence[Mapping[str, float]] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
-    recording: Recording | None = None
+    recording: RecordedSolves | None = None
     curve: Mapping[str, Any] | None = None
 
     def with_shares(self, shares: Mapping[str, float] | None) -> "Record":
@@ -124,7 +124,7 @@ def _number(text: Any) -> float | None:
         return None
 
 
-def _recording(folder: Path) -> Recording | None:
+def _recording(folder: Path) -> RecordedSolves | None:
     tested = recording_file(folder, None)
     epochs = sorted((folder / RECORDED).glob("epoch_*.h5"))
     newest = [tested] if tested.is_file() else epochs[-1:]

@@ -16,14 +16,14 @@ from fastdeq.nn.call import CellCall
 from fastdeq.norms import sample_norm
 from fastdeq.regularizers import spectral_radius
 from fastdeq.rows import select_rows
-from fastdeq.runs.equilibria import (
+from fastdeq.runs.folder import RECORDED, recording_file
+from fastdeq.runs.recorded import (
     BatchRecord,
     Numbers,
-    Recording,
+    RecordedSolves,
     SolveRecord,
     write_recording,
 )
-from fastdeq.runs.folder import RECORDED, recording_file
 from fastdeq.solution import Solution, SolveStats
 from fastdeq.training.task import AbstractTask
 
@@ -34,8 +34,8 @@ _BRIEF = ("nfe", "status", "relative_residual")
 
 
 class RecordEquilibria(Callback):
-    """Writes equilibria/epoch_<number>.h5 after a validation, and equilibria/test.h5 after the
-    test. `fastdeq.runs.equilibria` has the layout and the reader.
+    """Writes recorded/epoch_<number>.h5 after a validation, and recorded/test.h5 after the
+    test. `fastdeq.runs.recorded` has the layout and the reader.
 
     Of every sample it keeps NFE, status and relative residual. The chosen batches are solved once
     more, forward and backward (of the task's loss), with the residual after every step; and the
@@ -164,7 +164,7 @@ class RecordEquilibria(Callback):
             return
         folder, epoch = Path(trainer.default_root_dir), trainer.current_epoch
         path = recording_file(folder, None if stage == "test" else epoch)
-        recording = Recording(
+        recording = RecordedSolves(
             stage=stage,
             epoch=epoch,
             step=trainer.global_step,
@@ -238,12 +238,11 @@ def _differentiate(loss: Tensor, task: AbstractTask) -> None:
 
 
 def _spectral_radius(f: CellCall, solution: Solution) -> Tensor:
-    value = solution.value
-    device = (value if isinstance(value, Tensor) else value[0]).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    layout = Layout.of(solution.value)
+    flat = layout.flatten(solution.value).detach()
+    with torch.random.fork_rng(devices=[flat.device] if flat.device.type == "cuda" else []):
         torch.manual_seed(0)
-        state = value.detach() if isinstance(value, Tensor) else tuple(z.detach() for z in value)
-        return spectral_radius(f, state, iterations=_ITERATIONS)
+        return spectral_radius(f, layout.unflatten(flat), iterations=_ITERATIONS)
 
 
 def _as_record(solution: Solution, radius: Tensor, shown: tuple[Any, Tensor] | None) -> BatchRecord:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fastdeq import cli, experiment
-from fastdeq.runs.equilibria import BatchRecord, Recording, SolveRecord, write_recording
 from fastdeq.runs.folder import recording_file
+from fastdeq.runs.recorded import BatchRecord, RecordedSolves, SolveRecord, write_recording
 from tests.configurations import composed
 from tests.experiment.run_folders import write_run
 
@@ -30,7 +30,7 @@ def a_run(folder: Path, model: str, *, steps: int = 4, width: int = 1) -> Path:
         relative_residual=share,
         states=states,
     )
-    recording = Recording(
+    recording = RecordedSolves(
         stage="test",
         epoch=3,
         step=30,

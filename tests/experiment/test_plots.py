@@ -10,8 +10,8 @@ import pytest
 
 from fastdeq import cli
 from fastdeq.report.records import MOST, read_records
-from fastdeq.runs.equilibria import BatchRecord, Recording, SolveRecord, write_recording
 from fastdeq.runs.folder import recording_file
+from fastdeq.runs.recorded import BatchRecord, RecordedSolves, SolveRecord, write_recording
 from tests.experiment.run_folders import unfinished_run, write_run
 
 SHARES = {"f": 0.2, "solver": 0.3, "adjoint": 0.3, "other": 0.2}
@@ -39,7 +39,7 @@ def write_solves(folder: Path) -> None:
         residuals=traced,
         norm=np.array([1.0, 1.0]),
     )
-    recording = Recording(
+    recording = RecordedSolves(
         stage="test",
         epoch=3,
         step=30,
@@ -82,8 +82,8 @@ def test_what_is_missing_is_one_line_and_the_rest_is_drawn(tmp_path, monkeypatch
     write_metrics(unfinished_run(tmp_path / "runs" / "under_way"), epochs=1)
     unfinished_run(tmp_path / "runs" / "without_metrics")
     write_run(tmp_path / "runs" / "foreign")
-    (tmp_path / "runs" / "foreign" / "equilibria").mkdir()
-    (tmp_path / "runs" / "foreign" / "equilibria" / "test.h5").write_text("text")
+    (tmp_path / "runs" / "foreign" / "recorded").mkdir()
+    (tmp_path / "runs" / "foreign" / "recorded" / "test.h5").write_text("text")
     assert plots(monkeypatch, str(tmp_path / "runs"), "--out", str(tmp_path / "plots")) == 0
     notes = capsys.readouterr().err.splitlines()
     for text in (

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from fastdeq import experiment
-from fastdeq.runs.equilibria import (
+from fastdeq.runs.folder import recording_file
+from fastdeq.runs.reading import read_summary
+from fastdeq.runs.recorded import (
     BatchRecord,
-    Recording,
+    RecordedSolves,
     SolveRecord,
     read_recording,
     write_recording,
 )
-from fastdeq.runs.folder import recording_file
-from fastdeq.runs.reading import read_summary
 from fastdeq.solution import Status
 from fastdeq.training import RecordEquilibria
 from tests.configurations import composed
@@ -46,10 +46,10 @@ def a_solve(**others: Any) -> SolveRecord:
     )
 
 
-def a_recording() -> Recording:
+def a_recording() -> RecordedSolves:
     traced = np.ones((5, 2), dtype=np.float32)
     batch = BatchRecord(forward=a_solve(residuals=traced), spectral_radius=traced[0])
-    return Recording(
+    return RecordedSolves(
         stage="val",
         epoch=3,
         step=60,
@@ -61,7 +61,7 @@ def a_recording() -> Recording:
 
 
 def test_a_file_holds_what_was_written(tmp_path):
-    path = tmp_path / "equilibria" / "epoch_0003.h5"
+    path = tmp_path / "recorded" / "epoch_0003.h5"
     write_recording(path, a_recording())
     found: Any = read_recording(path)
     assert (found.stage, found.epoch, found.step) == ("val", 3, 60)
@@ -116,7 +116,7 @@ def test_a_run_records_its_solves_forward_and_backward_with_the_states(tmp_path,
 def test_recording_changes_nothing_of_the_training(tmp_path):
     words = ("model=skip_deq", "loss.jacobian=1")  # which draws random numbers
     recorded, plain = run(tmp_path / "a", *words), run(tmp_path / "b", *words, "~callbacks.record")
-    assert not (plain / "equilibria").exists()
+    assert not (plain / "recorded").exists()
     one, other = (
         torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
         for folder in (recorded, plain)
@@ -126,7 +126,7 @@ def test_recording_changes_nothing_of_the_training(tmp_path):
 
 def test_only_the_newest_epoch_is_kept_unless_all_are_asked_for(tmp_path):
     folder = run(tmp_path / "run", "model=deq")
-    assert sorted(path.name for path in folder.glob("equilibria/*")) == ["epoch_0001.h5", "test.h5"]
+    assert sorted(path.name for path in folder.glob("recorded/*")) == ["epoch_0001.h5", "test.h5"]
 
 
 def test_a_model_without_a_solver_records_its_statistics_alone(tmp_path):

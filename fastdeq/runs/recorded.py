@@ -1,9 +1,9 @@
 """Recorded equilibria in HDF5: how the solves of some batches went, forward and backward.
 
-Layout of a file, equilibria/epoch_<number>.h5 or equilibria/test.h5 of a run folder; N samples of
+Layout of a file, recorded/epoch_<number>.h5 or recorded/test.h5 of a run folder; N samples of
 the whole set, B of a batch, K steps at most, D numbers of a state:
 
-    attributes                  format "fastdeq equilibria", version 1, stage, epoch, step
+    attributes                  format "fastdeq recorded solves", version 1, stage, epoch, step
     nfe, status                 (N,)         every sample of the set (of the first process)
     relative_residual           (N,)
     batches/<index>/
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from fastdeq.runs.files import atomic_path
 
-FORMAT, VERSION = "fastdeq equilibria", 1
+FORMAT, VERSION = "fastdeq recorded solves", 1
 
 Numbers = NDArray[Any]
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class BatchRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recording:
+class RecordedSolves:
     """The content of a file. batches: by their index in the set."""
 
     stage: str
@@ -77,7 +77,7 @@ class Recording:
     batches: Mapping[int, BatchRecord] = field(default_factory=dict)
 
 
-def write_recording(path: Path, recording: Recording) -> None:
+def write_recording(path: Path, recording: RecordedSolves) -> None:
     """Write a file atomically; one that exists is replaced."""
     path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as aside, h5py.File(aside, "w") as file:
@@ -90,7 +90,7 @@ def write_recording(path: Path, recording: Recording) -> None:
             _write(file.create_group(f"batches/{index}"), "", batch)
 
 
-def read_recording(path: Path) -> Recording:
+def read_recording(path: Path) -> RecordedSolves:
     """Read a file.
 
     Raises: FileNotFoundError if there is none; ValueError for a file of another layout.
@@ -103,7 +103,7 @@ def read_recording(path: Path) -> Recording:
             if found != (FORMAT, VERSION):
                 raise KeyError(f"its format is {found[0]}, version {found[1]}")
             batches = file.get("batches", {})
-            return Recording(
+            return RecordedSolves(
                 **{name: _plain(file.attrs[name]) for name in ("stage", "epoch", "step")},
                 **{name: file[name][()] for name in ("nfe", "status", "relative_residual")},
                 batches={int(name): _batch(batches[name]) for name in sorted(batches, key=int)},
@@ -112,7 +112,7 @@ def read_recording(path: Path) -> Recording:
         reason = " ".join(str(error).strip("'\"").split())
         raise ValueError(
             f"{path} holds no equilibria that fastdeq has recorded ({reason}): give a file of "
-            "<run>/equilibria"
+            "<run>/recorded"
         ) from error
 
 
