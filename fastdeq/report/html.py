@@ -113,9 +113,9 @@ def _plots(records: Sequence[Record]) -> str:
             continue
         text = escape(" ".join((draw.__doc__ or name).split()))
         blocks.append(
-            f'<figure id="{name}"><figcaption>{text}</figcaption><picture>'
+            f'<div class="plot" id="{name}"><p>{text}</p><picture>'
             f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-            f'<img src="{light}" alt="{text}"></picture></figure>'
+            f'<img src="{light}" alt="{text}"></picture></div>'
         )
     joined = "\n".join(blocks)
     return f'<div class="plots">\n{joined}\n</div>' if blocks else ""
