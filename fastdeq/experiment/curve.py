@@ -57,11 +57,12 @@ def curve(cfg: DictConfig) -> list[Point]:
     count_ranks(alone)
     task = build_task(cfg)
     load_weights(task, path)
-    layer = task.model.equilibrium
-    if not isinstance(layer, DeepEquilibriumNetwork):
+    layer, *others = task.model.equilibria
+    if others or not isinstance(layer, DeepEquilibriumNetwork):
+        found = f"there are {1 + len(others)}" if others else f"a {type(layer).__name__} has none"
         raise ValueError(
-            f"mode=curve limits the steps of a solver, but a {type(layer).__name__} has none: use "
-            "an equilibrium model"
+            f"mode=curve limits the steps of one solver, but {found}: use a model with one "
+            "equilibrium"
         )
     trainer = make_trainer({**config, "trainer": alone}, task)
     precision = trainer.precision_plugin

@@ -42,7 +42,8 @@ class RecordEquilibria(Callback):
     spectral radius of ∂f/∂z is measured, which is also the metric `<stage>/spectral_radius`. The
     random state and the gradients of the training are left as they are.
 
-    batches: indices of batches of the validation and the test set; []: none is solved again.
+    batches: indices of batches of the validation and the test set; None: the first; []: none is
+        solved again, as in a model without a solver or with several equilibria.
     samples: of each batch at most; None: all.
     every: epochs from one recording to the next.
     keep: "last" keeps the newest epoch's file; "all" keeps every file.
@@ -150,7 +151,7 @@ class RecordEquilibria(Callback):
         for name in _BRIEF:
             self._kept[name].append(getattr(solution, name).detach())
         assert isinstance(task, AbstractTask)
-        if index in self.batches and isinstance(task.model.equilibrium, DeepEquilibriumNetwork):
+        if index in self.batches and _has_one_solver(task):
             found = record_batch(
                 task, batch, samples=self.samples, states=self.states, context=_autocast(trainer)
             )
@@ -182,9 +183,10 @@ class RecordEquilibria(Callback):
 
         batch: a sample, which shows the sizes of input, target and state.
         """
-        layer = task.model.equilibrium
-        if not isinstance(layer, DeepEquilibriumNetwork):
+        if not _has_one_solver(task):
             return 0
+        layer = task.model.equilibrium
+        assert isinstance(layer, DeepEquilibriumNetwork)
         x, targets, _ = batch
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             training = task.training
@@ -197,6 +199,11 @@ class RecordEquilibria(Callback):
         samples = batch_size if self.samples is None else min(self.samples, batch_size)
         numbers = 12 + rows + 2 * width + shown
         return 4 * numbers * samples * len(self.batches)
+
+
+def _has_one_solver(task: AbstractTask) -> bool:
+    layers = task.model.equilibria
+    return len(layers) == 1 and isinstance(layers[0], DeepEquilibriumNetwork)
 
 
 def record_batch(

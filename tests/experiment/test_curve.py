@@ -65,7 +65,10 @@ def test_solvers_with_several_evaluations_per_step_keep_the_budget(tmp_path):
 def test_what_has_no_curve_is_refused_in_one_line(tmp_path):
     run = a_run(tmp_path / "run", "model=explicit")
     for words, message in (
-        (["model=explicit"], "mode=curve limits the steps of a solver, but a UnrolledNetwork has"),
+        (
+            ["model=explicit"],
+            "mode=curve limits the steps of one solver, but a UnrolledNetwork has",
+        ),
         (["model=skip_deq"], "holds another model than this configuration"),
         (["model=explicit", "nfe=[-1]"], "nfe is \\[-1\\], but must list numbers of at least 0"),
     ):
