@@ -196,6 +196,8 @@ def flat_map(f: StateMap, layout: Layout) -> FlatMap:
     """
 
     def flat_f(z: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return layout.flatten_output(f(layout.unflatten(z)), z)
         if z.is_inference():  # counts no versions: let f write into a copy
             return layout.flatten_output(f(layout.unflatten(z.clone())), z)
         version = z._version

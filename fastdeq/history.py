@@ -62,6 +62,26 @@ class History:
         self._pushed = 0
 
 
+class FixedHistory:
+    """The same rows in a buffer of `memory` rows from the start: for compiled solves, whose shapes
+    do not change and whose decisions are not made on the host. Rows that are not used yet are zero.
+    """
+
+    def __init__(self, memory: int, like: Tensor) -> None:
+        self.memory = memory
+        self.rows = like.new_zeros(len(like), memory, like.shape[1])
+        self.place = torch.zeros(1, dtype=torch.int64, device=like.device)  # of the next row
+
+    def push(self, row: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """As `History.push`; the place is a tensor, (1,)."""
+        place = self.place
+        # CUDA graphs take no arguments that are written to; elsewhere a copy would cost more.
+        put = self.rows.index_copy if row.is_cuda else self.rows.index_copy_
+        self.rows = put(1, place, (row * scale)[:, None])
+        self.place = (place + 1) % self.memory  # the oldest row is replaced
+        return place
+
+
 def writable(matrix: Tensor) -> Tensor:
     """A tensor to write into: itself, or a copy where autograd may have saved it."""
     return matrix.clone() if is_recorded(matrix) else matrix

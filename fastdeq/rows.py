@@ -1,4 +1,4 @@
-"""Maps of a batch that can be restricted to some of its samples."""
+"""Maps of a batch that can be restricted to some of its samples, or linearized in compiled code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +23,31 @@ class BatchMap:
         return self.call(z)
 
 
+@dataclass(frozen=True)
+class Linearized:
+    """A linear map of flat states, (B, D) → (B, D), such as a product with the Jacobian of f.
+
+    linearize: makes the same map from f, for compiled code, which cannot run through the graph that
+    autograd has recorded.
+    """
+
+    call: FlatMap
+    linearize: Callable[[], FlatMap]
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.call(v)
+
+
+def traceable(f: FlatMap) -> FlatMap:
+    """f in a form for compiled code; called within it."""
+    return f.linearize() if isinstance(f, Linearized) else f
+
+
 def wrapped(f: FlatMap, wrap: Callable[[FlatMap], FlatMap]) -> FlatMap:
-    """wrap(f); where f can be restricted, its restrictions are wrapped, too."""
+    """wrap(f); where f can be restricted or linearized, the results of that are wrapped, too."""
+    if isinstance(f, Linearized):
+        linearize = f.linearize
+        return Linearized(wrap(f.call), lambda: wrap(linearize()))
     if not isinstance(f, BatchMap):
         return wrap(f)
     restrict = f.restrict

@@ -33,6 +33,9 @@ class _Solver(Protocol):
     @property
     def compact(self) -> float | None: ...
 
+    @property
+    def compile(self) -> bool: ...
+
 
 _S = TypeVar("_S", bound=_Solver)
 
@@ -69,7 +72,8 @@ class Transforms:
     def settings(self, solver: _S) -> _S:
         """The settings of a solve outside of the transforms. Raises: as `check`."""
         self.check(solver.per_sample)
-        return replace(solver, compact=None)  # rows of f within are not rows of the batch here
+        # Rows of f within are not rows of the batch here.
+        return replace(solver, compact=None, compile=False)
 
     def check(self, per_sample: bool) -> None:
         """Raises: ValueError for norms that a batch shares, where several batches are mapped."""

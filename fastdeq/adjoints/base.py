@@ -101,6 +101,8 @@ def _constant(f: FlatMap) -> FlatMap:
 
     def constant(z: Tensor) -> Tensor:
         output = f(z)
+        if torch.compiler.is_compiling():
+            return output
         if transformed() or (carries_tangent(output) and not carries_tangent(z)):
             return output.detach()  # not where z has a tangent: in a Newton step
         return output

@@ -75,9 +75,11 @@ class Closing:
         z_in only: parameters are reached once, when v continues through `output`, as
         DistributedDataParallel expects. No hooks.
         """
-        output, restrict = f(z_in), None
+        output, restrict, linearize = f(z_in), None, None
         if isinstance(f, BatchMap) and self.solver.compact and not transformed():
             restrict = _restricted(f, z_in)
+        if self.solver.compile and not transformed():
+            linearize = partial(_linearized, wrapped(f, partial(as_here, device=z_in.device)), z_in)
         kind = Kind(
             solver=self.solver,
             order=order,
@@ -85,6 +87,7 @@ class Closing:
             refusal=self._refusal(most),
             report=report,
             restrict=restrict,
+            linearize=linearize,
             clip=self.clip,
         )
         return output, Resolvent(output, z_in, None, kind)
@@ -129,6 +132,12 @@ def _restricted(f: BatchMap, z_in: Tensor) -> Callable[[Tensor], FlatMap]:
             return partial(vjp_here, restrict(rows)(part), part)
 
     return of_rows
+
+
+def _linearized(f: FlatMap, z_in: Tensor) -> FlatMap:
+    """The product from an evaluation of f, in compiled code."""
+    product = torch.func.vjp(f, z_in.detach())[1]
+    return lambda v: product(v)[0]
 
 
 def _is_frozen(output: Tensor, z_in: Tensor) -> bool:

@@ -15,7 +15,7 @@ from fastdeq.autodiff import carries_tangent, jvp_by_transforms, jvp_by_vjps, pr
 from fastdeq.krylov import GMRES
 from fastdeq.norms import sample_norm
 from fastdeq.notation import FlatMap
-from fastdeq.rows import BatchMap, wrapped
+from fastdeq.rows import BatchMap, Linearized, wrapped
 from fastdeq.solution import BackwardReport, SolveResult, Status, TraceKind
 from fastdeq.solvers import AbstractSolver, solve
 from fastdeq.transforms import check_not_batched, plain, transformed, transforms_of
@@ -27,12 +27,13 @@ _ROUNDING = 32  # units of rounding of P v by which two computations of it may d
 class LinearSolver(ABC):
     """What solves (I − P) v = w at once, or approximates v: see `linear.py` and `shine.py`.
 
-    per_sample, compact: as in `GMRES`.
+    per_sample, compact, compile: as in `GMRES`.
     reverse_only: whether it is for P = Jᵀ alone.
     """
 
     per_sample: bool = True
     compact: float | None = None
+    compile: bool = False
     reverse_only: ClassVar[bool] = False
 
     @abstractmethod
@@ -53,6 +54,7 @@ class Kind:
     refusal: the error of a further derivative.
     report: filled in by the last solve.
     restrict: rows ↦ the product for these samples alone; None: not known.
+    linearize: makes the product again, for compiled code; None: not known.
     forward: whether P is J, not Jᵀ.
     axes: of the batch, (N_1 … N_k B, D), those that torch.vmap maps, the last first: its length,
         and whether all along it have the same P.
@@ -65,6 +67,7 @@ class Kind:
     refusal: str
     report: BackwardReport = field(default_factory=BackwardReport)
     restrict: Callable[[Tensor], FlatMap] | None = None
+    linearize: Callable[[], FlatMap] | None = None
     forward: bool = False
     axes: tuple[tuple[int, bool], ...] = ()
     clip: float | None = None
@@ -115,9 +118,10 @@ class Resolvent:
             forward=not self.kind.forward,
             order=order,
             inner=order < most - 1,
-            solver=replace(self.kind.solver, compact=None),
+            solver=replace(self.kind.solver, compact=None, compile=False),
             report=BackwardReport(),
             restrict=None,
+            linearize=None,
         )
         return replace(self, kind=kind)
 
@@ -141,6 +145,8 @@ class Resolvent:
             return lambda v: self._of_all(once, v).masked_fill(gone, 0.0)
         if kind.restrict is not None:
             return BatchMap(once, kind.restrict)
+        if kind.linearize is not None:
+            return Linearized(once, kind.linearize)
         return partial(self._of_all, once) if kind.axes else once
 
     def _of_all(self, product: FlatMap, v: Tensor) -> Tensor:
@@ -264,8 +270,9 @@ class _FixedPoint(torch.autograd.Function):
         kind = replace(
             kind,
             axes=(*kind.axes, (size, same)),
-            solver=replace(kind.solver, compact=None),
+            solver=replace(kind.solver, compact=None, compile=False),
             restrict=None,
+            linearize=None,
         )
         known = _FixedPoint.apply(*flat, f_out, f_in, lost, kind, arriving)  # type: ignore[no-untyped-call]
         return known.view(size, -1, known.shape[1]), 0
@@ -344,7 +351,11 @@ def _folded(v: Tensor, axis: int | None, size: int) -> Tensor:
 
 
 def _constant(product: FlatMap) -> FlatMap:
-    return lambda v: primal(product(v)).detach()
+    def constant(v: Tensor) -> Tensor:
+        output = product(v)
+        return output if torch.compiler.is_compiling() else primal(output).detach()
+
+    return constant
 
 
 def _found(
@@ -371,6 +382,9 @@ def _added(product: FlatMap, w: Tensor) -> FlatMap:
     def added(v: Tensor) -> Tensor:
         return product(v) + w
 
+    if isinstance(product, Linearized):
+        linearize = product.linearize
+        return Linearized(added, lambda: _added(linearize(), w))
     if not isinstance(product, BatchMap):
         return added
     restrict = product.restrict

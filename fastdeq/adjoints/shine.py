@@ -53,6 +53,11 @@ class Shine(AbstractAdjoint):
                 f"{type(solver).__name__} has not: use LimitedMemoryBroydenSolver or "
                 "BroydenSolver, or the Implicit adjoint"
             )
+        if solver.compile:
+            raise ValueError(
+                "Shine uses the memory of the forward solve, which a compiled solve does not keep: "
+                "leave compile out, or use the Implicit adjoint"
+            )
 
     def equilibrium(
         self, f: FlatMap, z0: Tensor, solver: AbstractSolver, record: Recording

@@ -13,7 +13,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, open_dict
 
-from fastdeq.nn import DEQChain
+from fastdeq.nn import DeepEquilibriumNetwork, DEQChain
 from fastdeq.settings import check_value
 from fastdeq.training import AbstractTask, LossWeights
 from fastdeq.training.task import OptimizerFactory
@@ -83,9 +83,22 @@ def build_model(cfg: DictConfig) -> DEQChain:
     if cfg.get("precision") is not None:
         for layer in model.equilibria:
             layer.precision = cfg.precision
+    if cfg.get("compile"):
+        _compile(model)
     if cfg.get("memory_format") == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def _compile(model: DEQChain) -> None:
+    layers = [each for each in model.modules() if isinstance(each, DeepEquilibriumNetwork)]
+    if not layers:
+        raise ValueError(
+            "compile=true compiles solves, but the model has none: leave compile out, or choose a "
+            "model with an equilibrium"
+        )
+    for layer in layers:
+        layer.compile_solves()
 
 
 def predicts(model: DEQChain) -> bool:

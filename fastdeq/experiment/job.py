@@ -305,7 +305,8 @@ def _conclude(
         steps = "1 step" if count == 1 else f"{count:,} steps"
         LOG.info("%s in %.1f s%s", steps, summary["train_seconds"], pace)
     if (shares := summary["train_time_shares"]) is not None:
-        parts = ", ".join(f"{100 * share:.0f} % {_PARTS[name]}" for name, share in shares.items())
+        names = _PARTS if "f" in shares else {**_PARTS, "solver": "solver with f"}
+        parts = ", ".join(f"{100 * share:.0f} % {names[name]}" for name, share in shares.items())
         LOG.info("training time: %s", parts)
     if job.config["mode"] == "train" and not (job.folder / BEST).exists():
         LOG.info("the run ended before its first validation: there is %s and no %s", LAST, BEST)

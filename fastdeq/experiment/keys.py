@@ -34,6 +34,7 @@ class RunSettings:
     nfe: list[int] | None = setting()
     debug: bool = setting()
     precision: Precision | None = setting()
+    compile: bool = setting()
     memory_format: Literal["contiguous", "channels_last"] = setting()
 
     def validate(self) -> None:

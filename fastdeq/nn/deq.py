@@ -1,7 +1,7 @@
 """The equilibrium layer, and the one that starts at a prediction."""
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -25,6 +25,8 @@ from fastdeq.notation import State, StateMap
 from fastdeq.solution import Solution, TraceKind
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver
 
+_CHUNK = 6  # steps
+
 
 class DeepEquilibriumNetwork(AbstractCellLayer):
     """z* = f(z*, x), found by a solver and differentiated by an adjoint (Bai et al. 2019, arXiv
@@ -34,6 +36,7 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
     solver, adjoint: settings; any of either (see `fastdeq.solvers`, `fastdeq.adjoints`). By default
         limited-memory Broyden and GMRES, with the `per_sample` that matches the cell.
     steps: draws the number of steps of a training call, see `RandomSteps`; None: as the solver.
+    compile: as `compile_solves`.
 
     A batch norm that uses batch statistics couples the samples of a batch: use `per_sample=False`
     with it. Where it always does (track_running_stats=False), anything else is refused.
@@ -53,6 +56,7 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         initializer: AbstractInitializer | None = None,
         precision: Precision | None = None,
         steps: RandomSteps | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__(cell, initializer, precision)
         alone = coupling(cell) is None
@@ -66,6 +70,19 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
                 "the solver's max_steps"
             )
         self.steps = steps
+        if compile:
+            self.compile_solves()
+
+    def compile_solves(self) -> None:
+        """Set `compile` of the solver, and of the adjoint's solver where it has one.
+
+        `check_every`, the number of steps that are compiled together, becomes 6 where it is 1.
+        """
+        self.solver = _compiled(self.solver)
+        solver = getattr(self.adjoint, "solver", None)
+        if solver is not None:
+            self.adjoint = replace(self.adjoint, solver=_compiled(solver))  # type: ignore[call-arg]
+        check_settings(self.solver, self.adjoint)
 
     def solve(
         self,
@@ -102,6 +119,14 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         return {"solver": self.solver, "adjoint": self.adjoint}
 
 
+_S = TypeVar("_S", bound=AbstractSolver | GMRES)
+
+
+def _compiled(solver: _S) -> _S:
+    chunk = _CHUNK if solver.check_every == 1 else solver.check_every
+    return replace(solver, compile=True, check_every=chunk)
+
+
 class SkipDeepEquilibriumNetwork(DeepEquilibriumNetwork):
     """A DEQ whose solver starts at a prediction (Pal et al. 2022, arXiv 2201.12240, §3.2).
 
@@ -123,6 +148,7 @@ class SkipDeepEquilibriumNetwork(DeepEquilibriumNetwork):
         adjoint: AbstractAdjoint | None = None,
         precision: Precision | None = None,
         steps: RandomSteps | None = None,
+        compile: bool = False,
     ) -> None:
         if explicit is not None and zeros is not None:
             raise ValueError("an explicit network makes z₀ itself: leave out `zeros`")
@@ -138,4 +164,5 @@ class SkipDeepEquilibriumNetwork(DeepEquilibriumNetwork):
             initializer=initializer,
             precision=precision,
             steps=steps,
+            compile=compile,
         )

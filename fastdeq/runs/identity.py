@@ -18,11 +18,14 @@ FREE = (
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),
     *("trainer.detect_anomaly", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
     *("data.root", "data.store", "data.download", "data.verify", "data.workers"),
-    "memory_format",
+    *("memory_format", "compile"),
 )
 """Keys, with all keys below them, that a run's results do not depend on, except by rounding:
 folders, devices, when it stops, what it logs, and the order of numbers in memory.
 """
+
+DEFAULTS = {"adjoint.order": 1}
+"""Keys that configurations of earlier versions lack, with the values that they meant."""
 
 COPIES = {"optimizer": "optimizer", "model": "model", "weights": "loss", "schedule": "scheduler"}
 """Arguments of the task that configurations of earlier versions repeat, and the repeated keys."""
@@ -53,7 +56,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Leaf]:
     return {
         key: _plain(key, value)
         for key, value in leaves(current(config)).items()
-        if value not in _EMPTY and not _below(key, FREE)
+        if value not in _EMPTY and not _below(key, FREE) and DEFAULTS.get(key) != value
     }
 
 

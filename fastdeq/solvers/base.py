@@ -28,10 +28,20 @@ class Problem:
     that it cannot disturb the batch through f (through a batch norm, for example).
 
     guarded: evaluate f at the frozen state also where a proposed state is not finite.
+    fixed_shapes: whether a method's memory consists of tensors whose shapes do not change, and its
+        steps make no decision on the host (in compiled solves).
     """
 
-    def __init__(self, f: FlatMap, z0: Tensor, pooling: Pooling, *, guarded: bool = True) -> None:
-        self.f = f
+    def __init__(
+        self,
+        f: FlatMap,
+        z0: Tensor,
+        pooling: Pooling,
+        *,
+        guarded: bool = True,
+        fixed_shapes: bool = False,
+    ) -> None:
+        self.f, self.fixed_shapes = f, fixed_shapes
         self.pooling = pooling
         self.guarded = guarded
         self.hold = z0  # (B, D): the state at which a finished sample is evaluated
@@ -132,10 +142,18 @@ class AbstractSolver(ABC):
         the rest alone; None: always for all. Needs an f that can be restricted to some samples (see
         `fixed_point`), pays where they need very different numbers of steps, and gives the same
         results to rounding. Products with the Jacobian in `NewtonKrylov` remain those of all.
+    compile: run `check_every` steps, with f and all tests, as one graph of `torch.compile`: the
+        same results to rounding, several times faster where f is small. The first solve for a set
+        of shapes takes from seconds to minutes. See `compiles_steps` for the methods of which f
+        alone is compiled. Solves that record a trace, and those that autograd runs through (the
+        unrolled adjoint), are not compiled.
     """
 
     differentiable: ClassVar[bool] = True
     """Whether autograd may run through the steps (needed by the unrolled adjoint)."""
+    compiles_steps: ClassVar[bool] = False
+    """Whether steps decide nothing on the host, with a memory of fixed shape if `problem` asks for
+    it, so that `compile` includes them."""
     takes_one_evaluation: ClassVar[bool] = False
     """Whether each step evaluates f once, at the iterate that it returns."""
 
@@ -148,6 +166,7 @@ class AbstractSolver(ABC):
     per_sample: bool = setting(default=True)
     check_every: int = setting(default=1, at_least=1)
     compact: float | None = setting(default=None, above=0, at_most=1)
+    compile: bool = setting(default=False)
 
     def validate(self) -> None:
         """Refuse a tolerance that the termination mode does not use, `compact` for a shared norm,
@@ -161,6 +180,11 @@ class AbstractSolver(ABC):
             raise ValueError(
                 f"{type(self).__name__}.compact evaluates samples apart from each other, but "
                 "per_sample=False says that they are coupled: leave one of the two out"
+            )
+        if self.compact is not None and self.compile:
+            raise ValueError(
+                f"{type(self).__name__}.compact changes the shapes that `compile` has compiled f "
+                "for: leave one of the two out"
             )
         for name, mode, other in (("abstol", "rel", "reltol"), ("reltol", "abs", "abstol")):
             alone = getattr(self, name) is not None and getattr(self, other) is None

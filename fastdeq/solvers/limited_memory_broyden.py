@@ -1,9 +1,11 @@
 """Limited-memory good Broyden, the solver of the published discrete runs."""
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
-from fastdeq.history import History, add_combination, project, writable
+from fastdeq.history import FixedHistory, History, add_combination, project, writable
 from fastdeq.settings import setting, settings
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
 from fastdeq.solvers.termination import Iterate
@@ -63,6 +65,59 @@ class _Product:
             w = w + product[:, None] * following
         return w
 
+    def or_restart(self, direction: Tensor, g: Tensor) -> Tensor:
+        """The next direction: the given one unless the method has restarted, else g, (B, D)."""
+        return direction
+
+
+class _FixedProduct:
+    """The same with tensors of fixed shape, for compiled solves.
+
+    The place of the last step is a tensor, so that what has not been written since the last restart
+    is masked. The triangular matrix is kept as its inverse, to which a step adds a row as well.
+    """
+
+    def __init__(self, memory: int, like: Tensor) -> None:
+        self.steps = FixedHistory(memory, like)
+        unit = torch.eye(memory, dtype=like.dtype, device=like.device)
+        self._inverse = unit.repeat(len(like), 1, 1)
+        self._weights = like.new_zeros(len(like), memory)
+        self._numbers = torch.arange(memory, device=like.device)
+        self._place = self.steps.place
+        # Whether there was no place for the last step.
+        self._restarts = torch.zeros(1, dtype=torch.bool, device=like.device)
+
+    def push(self, step: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_Product.push`."""
+        # The step after a full history begins a new one at place 0, without being part of it.
+        full = self.steps.place == self.steps.memory
+        k = self._place = self.steps.place.masked_fill(full, 0)
+        self.steps.place = k
+        self.steps.push(step)
+        self.steps.place = (k + 1).masked_fill(full, 0)
+        self._restarts = full
+        rows, old = self.steps.rows, self._numbers < k
+        overlap, right = project(rows, step), project(rows, x)
+        weights = torch.where(old, self._weights, 0.0)
+        row = torch.where(old, overlap.roll(-1, 1), 0.0) * weights
+        row = project(self._inverse.mT, row) + (self._numbers == k)
+        self._inverse = self._inverse.index_copy(1, k, row[:, None])
+        products = project(self._inverse, torch.where(old | (self._numbers == k), right, 0.0))
+        coefficients = (torch.where(old, products, 0.0) * weights).roll(1, 1)
+        applied = add_combination(x, rows, coefficients)
+        return applied, products.index_select(1, k)[:, 0], overlap.index_select(1, k)[:, 0]
+
+    def weigh(self, weight: Tensor) -> None:
+        """As `_Product.weigh`."""
+        self._weights = self._weights.index_copy(1, self._place, weight[:, None])
+
+    def or_restart(self, direction: Tensor, g: Tensor) -> Tensor:
+        """As `_Product.or_restart`."""
+        return torch.where(self._restarts, g, direction)
+
+
+_Memory: TypeAlias = _Product | _FixedProduct
+
 
 @settings
 class LimitedMemoryBroydenSolver(AbstractSolver):
@@ -80,19 +135,20 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
     2. An update whose denominator vanishes to rounding is skipped for that sample.
     """
 
-    takes_one_evaluation = True
+    compiles_steps = takes_one_evaluation = True
 
     memory: int = setting(default=20, at_least=1)
 
-    def init(self, problem: Problem, first: Iterate) -> tuple[Tensor, _Product]:
-        return first.g, _Product(self.memory, first.z)
+    def init(self, problem: Problem, first: Iterate) -> tuple[Tensor, _Memory]:
+        kind = _FixedProduct if problem.fixed_shapes else _Product
+        return first.g, kind(self.memory, first.z)
 
     def step(
-        self, problem: Problem, current: Iterate, memory: tuple[Tensor, _Product]
-    ) -> tuple[Step, tuple[Tensor, _Product]]:
+        self, problem: Problem, current: Iterate, memory: tuple[Tensor, _Memory]
+    ) -> tuple[Step, tuple[Tensor, _Memory]]:
         direction, b = memory
         new = problem.evaluate(current.z + direction)
-        if b.full:
+        if isinstance(b, _Product) and b.full:
             b.steps.clear()
             return Step(new), (new.g, b)
         # A frozen sample stays where it is.
@@ -104,7 +160,7 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
         # Filled before the divisions: slopes at 0 would be NaN however they are masked later.
         factor = torch.where(good, squared, 1.0) / torch.where(good, denominator, 1.0)
         b.weigh(torch.where(good, squared, torch.inf).reciprocal())
-        return Step(new), (newton * factor[:, None], b)
+        return Step(new), (b.or_restart(newton * factor[:, None], new.g), b)
 
     def adjoint_estimate(self, memory: tuple[Tensor, _Product], w: Tensor) -> Tensor:
         """−Bᵀ w, which estimates (I − Jᵀ)⁻¹ w, both (B, D). memory: after the last step."""

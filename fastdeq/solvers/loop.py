@@ -19,16 +19,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fastdeq.autocast import full_precision
+from fastdeq.autodiff import is_recorded
 from fastdeq.flatten import check_floating
 from fastdeq.notation import FlatMap
 from fastdeq.rows import BatchMap, Compaction
 from fastdeq.solution import Recording, SolveResult, Trace, TraceKind
+from fastdeq.solvers import compiled
 from fastdeq.solvers.base import AbstractSolver, Problem, Step
+from fastdeq.solvers.compiled import Carry
 from fastdeq.solvers.termination import Iterate, Measures, Progress, ratio
 from fastdeq.timer import Stopwatch
+from fastdeq.transforms import transformed
 
 
 def solve(
@@ -73,7 +78,13 @@ def solve_with_memory(
 def _iterated(
     solver: AbstractSolver, f: FlatMap, z0: Tensor, record: Recording
 ) -> tuple[SolveResult, Any]:
+    compiles = solver.compile and record == Recording() and not _is_differentiated(z0)
+    if compiles and not solver.compiles_steps:
+        f = compiled.map_of(f)
     run = _Run(solver, f, z0, record)
+    if compiles and solver.compiles_steps and run.unfinished:
+        run.adopt(compiled.iterate(solver, f, run.carry(solver)))
+        return run.result(), None
     memory = solver.init(run.problem, run.current)
     left = solver.max_steps
     while left and run.unfinished:
@@ -144,6 +155,27 @@ class _Run:
         if progress.active is not before:
             at = self._frozen(at)
         self.current = at
+
+    def carry(self, solver: AbstractSolver) -> Carry:
+        """What compiled steps continue from, after the first evaluation."""
+        self._count()
+        device, at = self.best_z.device, self.current
+        kept = self.progress.tensors(stalls=compiled.stalls(solver))
+        return Carry(
+            at.z,
+            at.g,
+            self.best_z,
+            self.steps.to(device),
+            self.nfe.to(device),
+            torch.tensor(solver.max_steps, device=device),
+            {name: tensor.to(device) for name, tensor in kept.items()},
+        )
+
+    def adopt(self, carry: Carry) -> None:
+        """Continue after compiled steps."""
+        self.progress = Progress.restored(self.rule, self.problem.pooling, carry.z, carry.progress)
+        self._counted, self._taken, self._evaluated = self.progress.active, 0, 0
+        self.steps, self.nfe, self.best_z = carry.steps, carry.nfe, carry.best_z
 
     def _count(self) -> None:
         """Bring the counts of every sample up to date."""
@@ -226,6 +258,11 @@ class _Run:
             residuals=torch.stack([last for last, _ in self.history]).to(self.best_z.device),
             states=torch.stack(states) if states else None,
         )
+
+
+def _is_differentiated(z0: Tensor) -> bool:
+    """Whether derivatives may be recorded here, in any mode."""
+    return is_recorded(z0) or forward_ad._current_level >= 0 or transformed()
 
 
 def on_host(values: Sequence[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ class Picard(AbstractSolver):
     One evaluation per step.
     """
 
-    takes_one_evaluation = True
+    compiles_steps = takes_one_evaluation = True
 
     damping: float = setting(default=1.0, above=0, at_most=1)
 

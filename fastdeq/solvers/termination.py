@@ -28,8 +28,8 @@ residual or pre-norm cell whose residual does not vanish; NonlinearSolve.jl issu
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -58,25 +58,33 @@ _GROWTH = 10.0  # κ: times the largest residual, growth of ‖f(z)‖ that an e
 _FALLEN = 0.5  # of the largest residual: below it, the residual has fallen
 _ROUNDING = 4.0  # units of rounding of ‖f(z)‖ that f(z) − z may be wrong by
 
+_CARRIED = ("status", "active", "alive", "residual", "f_norm", "_best", "_peak", "_bound")
+
 _RUNNING = -1  # a status that no finished sample has
 
 
-@dataclass(frozen=True)
 class Iterate:
-    """A state and its residual, both (B, D): g = f(z) − z."""
+    """A state and its residual, both (B, D): g = f(z) − z. Each norm is computed once."""
 
-    z: Tensor
-    g: Tensor
+    def __init__(self, z: Tensor, g: Tensor) -> None:
+        self.z, self.g = z, g
+        # Not cached_property, whose lock torch.compile cannot trace before Python 3.12.
+        self._residual: Tensor | None = None
+        self._f_norm: Tensor | None = None
 
-    @cached_property
+    @property
     def residual(self) -> Tensor:
         """‖g‖ of every sample, (B,), without a graph."""
-        return sample_norm(_plain(self.g))
+        if self._residual is None:
+            self._residual = sample_norm(_plain(self.g))
+        return self._residual
 
-    @cached_property
+    @property
     def f_norm(self) -> Tensor:
         """‖f(z)‖ of every sample, (B,), without a graph."""
-        return sample_norm(_plain(self.z) + _plain(self.g))
+        if self._f_norm is None:
+            self._f_norm = sample_norm(_plain(self.z) + _plain(self.g))
+        return self._f_norm
 
 
 def _plain(v: Tensor) -> Tensor:
@@ -195,7 +203,9 @@ class Progress:
         """z: the start, (B, D), which is read for its shape and dtype. min_steps: before this many,
         no sample ends for its residual."""
         self.rule, self.pooling = rule, pooling
-        self._early = min_steps  # tests, the first of them of the start, that end no sample
+        self._early: int | Tensor = (
+            min_steps  # tests, the first of them of the start, that end no sample
+        )
         self.active = self.alive = self.good = torch.ones(len(z), dtype=torch.bool)
         self.status = torch.full((len(z),), _RUNNING)
         self.ran_away: Tensor | None = None  # by the last iterate; None: no sample
@@ -215,6 +225,44 @@ class Progress:
         # Growth, in units of the peak, at which rounding reaches the part of it that counts.
         self._lost = max(rule.growth, _FALLEN / (_ROUNDING * kind.eps * entries**0.5))
         self._window: deque[tuple[Tensor, Tensor]] = deque(maxlen=STALL_WINDOW)
+        self._rolling: Tensor | None = None  # the objectives of the window, where it is a tensor
+        self._on_host = True  # where looking at a tensor costs less than computing with it
+
+    def tensors(self, *, stalls: bool = False) -> dict[str, Tensor]:
+        """All that later tests depend on, once the first iterate was tested.
+
+        stalls: with the last objectives, (STALL_WINDOW, B), which a solve of fewer steps does not
+            need; a restored progress has them or not.
+        """
+        assert self._first is not None
+        kept = {name: getattr(self, name) for name in _CARRIED}
+        kept |= {"first_du": self._first[0], "first_size": self._first[1]}
+        kept["ran_away"] = torch.zeros_like(self.active) if self.ran_away is None else self.ran_away
+        if isinstance(self._early, Tensor) or self._early > 0:
+            kept["early"] = torch.as_tensor(self._early, device=self.active.device)
+        if self._rolling is not None:
+            kept["rolling"] = self._rolling
+        elif stalls and self.rule.watches_progress and self._on_host:
+            seen = self._objectives()
+            before = seen.new_full((STALL_WINDOW - len(seen), seen.shape[1]), torch.inf)
+            kept["rolling"] = torch.cat((before, seen))
+        return kept
+
+    @staticmethod
+    def restored(
+        rule: Termination, pooling: Pooling, z: Tensor, kept: Mapping[str, Tensor]
+    ) -> "Progress":
+        """The progress of `tensors`, whose tests make no decision on the host: for compiled solves,
+        on any device."""
+        progress = Progress(rule, pooling, z)
+        for name in _CARRIED:
+            setattr(progress, name, kept[name])
+        progress._first = kept["first_du"], kept["first_size"]
+        progress.ran_away = kept["ran_away"]
+        progress._all_active, progress._rolling = False, kept.get("rolling")
+        progress._on_host = False
+        progress._early = kept.get("early", 0)
+        return progress
 
     def test(self, at: Iterate, m: Measures, stuck: Tensor | None = None) -> Tensor | None:
         """Test the new iterate of every active sample; returns for which it is the best, (B,), or
@@ -235,7 +283,7 @@ class Progress:
         bound = self._bound
         beyond = size > bound
         scale, self.ran_away = size, None
-        if bool(beyond.any()):
+        if not self._on_host or bool(beyond.any()):
             scale = torch.minimum(size, bound)
             good = good & (size <= torch.add(first_size, self._peak, alpha=self._lost))
             self.ran_away = beyond & (du > _FALLEN * self._peak)
@@ -246,14 +294,17 @@ class Progress:
         if self.pooling.shared:
             passed = (passed | ~self.alive).all().expand_as(passed)
         stalled = self._stalled(du, scale)
-        if early:
+        if isinstance(early, Tensor):
+            passed = passed & ~early
+            stalled = None if stalled is None else stalled & ~early
+        elif early:
             passed, stalled = torch.zeros_like(passed), None
         going = good & ~passed
         for here in (stuck, stalled):
             if here is not None:
                 going = going & ~here
         better = better & good
-        if not torch.equal(going, self.active):
+        if not self._on_host or not torch.equal(going, self.active):
             passed = passed & good
             better = better | passed
             self._end(good, passed, going)
@@ -273,7 +324,7 @@ class Progress:
         self.alive = self.alive & (good | ~self.active)
         return m.pooled(self.rule, self.pooling, self.alive), good
 
-    def _improves(self, m: Measures, early: bool) -> bool:
+    def _improves(self, m: Measures, early: bool | Tensor) -> bool:
         """Whether every sample is active, better than before, within all bounds, and not done (as
         none is in `early` steps): the usual case. Then it is recorded, with a third of the
         operations."""
@@ -304,11 +355,11 @@ class Progress:
             (ended & ~good, Status.DIVERGED),
         ):
             self.status = self.status.masked_fill(here, int(status))
-        self.alive = self.status != Status.DIVERGED
+        self.alive = self.status != int(Status.DIVERGED)  # an IntEnum is not traced
         self.active, self._all_active = going, False
 
     def _keep(self, m: Measures, better: Tensor) -> Tensor | None:
-        if bool(better.all()):  # as in most steps: nothing to select
+        if self._on_host and bool(better.all()):  # as in most steps: nothing to select
             self.residual, self.f_norm, self._best = m.residual, m.f_norm, m.du
             return None
         self.residual = torch.where(better, m.residual, self.residual)
@@ -321,12 +372,21 @@ class Progress:
         can have stalled yet."""
         if not self.rule.watches_progress:
             return None
-        self._window.append((du, scale))
-        if len(self._window) < STALL_WINDOW:
+        if self._on_host:
+            self._window.append((du, scale))
+            if len(self._window) < STALL_WINDOW:
+                return None
+            window = self._objectives()
+        elif self._rolling is None:
             return None
-        window = torch.stack([self._objective(*pair) for pair in self._window])
+        else:
+            window = torch.cat((self._rolling[1:], self._objective(du, scale)[None]))
+            self._rolling = window
         flat = window.amax(dim=0) < STALL_RATIO * window.amin(dim=0)
         return flat & (window[-1] <= STALL_SLACK * self.rule.threshold)
+
+    def _objectives(self) -> Tensor:
+        return torch.stack([self._objective(*pair) for pair in self._window])
 
     def _objective(self, du: Tensor, scale: Tensor) -> Tensor:
         return ratio(du, scale) if self.rule.relative else du
@@ -354,7 +414,8 @@ class Progress:
 
     def ended(self) -> Tensor:
         """The status of every sample, (B,): those still active have reached the step limit."""
-        ended = self.status.masked_fill(self.active, int(Status.STEP_LIMIT))
+        running = self.status == _RUNNING
+        ended = self.status.masked_fill(running, int(Status.STEP_LIMIT))
         if self.ran_away is not None:
-            ended = ended.masked_fill(self.active & self.ran_away, int(Status.DIVERGED))
+            ended = ended.masked_fill(running & self.ran_away, int(Status.DIVERGED))
         return ended

@@ -29,6 +29,7 @@ class StepTimer(Callback):
         self._sample: _Sample | None = None  # of the current step
         self._unread: _Sample | None = None  # of an earlier step
         self._parts = dict.fromkeys((*_PARTS, "total"), 0.0)
+        self._compiled = False
         self.first_start: float | None = None
         """`time.perf_counter` at the start of the first step; None before."""
 
@@ -47,7 +48,8 @@ class StepTimer(Callback):
         """The shares of the training time, from one step to the next, over the sampled steps; None
         without such steps. Waits for the device.
 
-        f: evaluations of the cell in forward passes. solver: the rest of the forward solves.
+        f: evaluations of the cell in forward passes; not told apart from the solver in compiled
+        solves, and then left out. solver: the rest of the forward solves.
         adjoint: the backward solves, with their products with the Jacobian of f. other: everything
         else (other layers, optimizer, metrics, loading of batches), without evaluation epochs.
         """
@@ -56,6 +58,8 @@ class StepTimer(Callback):
         if not total:
             return None
         shares = {name: max(0.0, self._parts[name]) / total for name in _PARTS}
+        if self._compiled:
+            del shares["f"]
         return {**shares, "other": max(0.0, 1 - sum(shares.values()))}
 
     def on_train_batch_start(
@@ -91,6 +95,7 @@ class StepTimer(Callback):
             self._unread, self._sample = self._sample.completed(step), None
         if self._seen % _EVERY == _WARM_UP and isinstance(pl_module, AbstractTask):
             self._sample = _Sample(pl_module.model, pl_module.device)
+            self._compiled = self._sample.compiled
 
     def _read(self) -> None:
         """Add the seconds of the unread sample; its step is long over, or training is."""
@@ -106,12 +111,16 @@ _PARTS = ("f", "solver", "adjoint")
 class _Sample:
     """The parts of one step, measured from the end of the step before it.
 
-    watch: of the whole.
+    watch: of the whole. compiled: whether a solve is: its cell is then not measured, since a hook
+        would compile the solve again.
     """
 
     def __init__(self, model: DEQChain, device: torch.device) -> None:
         self.watch = Stopwatch(device)
-        self._cells, self._device = [layer.cell for layer in model.equilibria], device
+        solvers = [getattr(layer, "solver", None) for layer in model.equilibria]
+        self.compiled = any(solver is not None and solver.compile for solver in solvers)
+        self._cells = [] if self.compiled else [layer.cell for layer in model.equilibria]
+        self._device = device
         self._hooks: list[RemovableHandle] = []
         self._solving: list[Stopwatch] = []  # evaluations without a graph
         self._others: list[Stopwatch] = []

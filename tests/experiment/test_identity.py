@@ -93,6 +93,8 @@ def test_a_key_changes_both_the_identity_and_the_row_or_neither(choices: tuple[s
         *(("paths.run", "/a", True), ("from_run", "/a", True), ("reference", {"seeds": 3}, True)),
         *(("solver.tol", 0.5, False), ("trainer.precision", "bf16-mixed", False)),
         *(("precision", "bf16", False), ("memory_format", "channels_last", True)),
+        *(("compile", True, True), ("adjoint.order", 1, True)),
+        ("adjoint.order", 2, False),
         *(("data.eval_batch_size", 7, False), ("data.crop_share", 0.5, False)),
         *(
             ("callbacks.failures.on_failure", "raise", False),

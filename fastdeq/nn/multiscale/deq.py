@@ -26,9 +26,17 @@ class MultiScaleDeepEquilibriumNetwork(DeepEquilibriumNetwork):
         adjoint: AbstractAdjoint | None = None,
         precision: Precision | None = None,
         steps: RandomSteps | None = None,
+        compile: bool = False,
     ) -> None:
         _check_scales(cell)
-        super().__init__(cell, solver=solver, adjoint=adjoint, precision=precision, steps=steps)
+        super().__init__(
+            cell,
+            solver=solver,
+            adjoint=adjoint,
+            precision=precision,
+            steps=steps,
+            compile=compile,
+        )
 
 
 class MultiScaleSkipDeepEquilibriumNetwork(SkipDeepEquilibriumNetwork):
@@ -49,10 +57,17 @@ class MultiScaleSkipDeepEquilibriumNetwork(SkipDeepEquilibriumNetwork):
         adjoint: AbstractAdjoint | None = None,
         precision: Precision | None = None,
         steps: RandomSteps | None = None,
+        compile: bool = False,
     ) -> None:
         _check_scales(cell)
         super().__init__(
-            cell, explicit, solver=solver, adjoint=adjoint, precision=precision, steps=steps
+            cell,
+            explicit,
+            solver=solver,
+            adjoint=adjoint,
+            precision=precision,
+            steps=steps,
+            compile=compile,
         )
 
 

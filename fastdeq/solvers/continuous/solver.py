@@ -66,6 +66,11 @@ class ContinuousSolver(AbstractSolver):
     first_step: float | None = setting(default=None, above=0)
     min_step: float = setting(default=1e-8, above=0)
 
+    @property
+    def compiles_steps(self) -> bool:  # type: ignore[override]  # a method's, not the class's
+        """Adams–Bashforth looks at every step which samples are still started by BS3."""
+        return self.method != "vcab3"
+
     def init(self, problem: Problem, first: Iterate) -> _Clock:
         ones = torch.ones_like(first.z[:, 0]).detach()
         h = ones * self.first_step if self.first_step else self._first_step(problem, first).detach()

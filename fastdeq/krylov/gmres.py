@@ -8,16 +8,15 @@ from torch import Tensor
 
 from fastdeq.autocast import full_precision
 from fastdeq.flatten import check_floating
-from fastdeq.history import History, add_combination, project
+from fastdeq.krylov.arnoldi import CompiledCycle, Cycle
 from fastdeq.norms import finite, sample_largest, sample_norm
 from fastdeq.notation import FlatMap
-from fastdeq.rows import Compaction
+from fastdeq.rows import wrapped
 from fastdeq.settings import setting, settings
 from fastdeq.solution import SolveResult, Status, Trace
 from fastdeq.timer import Stopwatch
 
 _STAGNATION = 0.999  # a cycle that reduces the residual by less than 0.1 % ends the sample
-_LITTLE = 0.2  # of a vector: what is left is orthogonalized again (0.1 to 0.7 in the literature)
 
 
 @settings
@@ -39,6 +38,9 @@ class GMRES:
     compact: once this share of the samples that A is applied to has ended, A is applied to the rest
         alone; None: always to all. Needs an f that can be restricted to some samples (see
         `fixed_point`). The same results to rounding, for one evaluation of f each time.
+    compile: run `check_every` products, with all that belongs to them, as one graph of
+        `torch.compile`; see `AbstractSolver`. In a backward solve each graph begins with an
+        evaluation of f, from which its products with the Jacobian are made.
 
     Departures from the reference:
     1. The reported residual is measured, b − A x, at the end of each cycle, not taken from the
@@ -55,9 +57,15 @@ class GMRES:
     per_sample: bool = setting(default=True)
     check_every: int = setting(default=1, at_least=1)
     compact: float | None = setting(default=None, above=0, at_most=1)
+    compile: bool = setting(default=False)
 
     def validate(self) -> None:
-        """Refuse `compact` for one problem of the whole batch."""
+        """Refuse `compact` for one problem of the whole batch, and for compiled products."""
+        if self.compact is not None and self.compile:
+            raise ValueError(
+                "GMRES.compact changes the shapes that `compile` has compiled A for: leave one of "
+                "the two out"
+            )
         if self.compact is not None and not self.per_sample:
             raise ValueError(
                 "GMRES.compact applies A to samples apart from each other, but per_sample=False "
@@ -116,9 +124,11 @@ def gmres(
 def _shared(settings: GMRES, matvec: FlatMap, b: Tensor, trace: bool) -> SolveResult:
     """One problem for the whole batch vector; every sample gets its statistics."""
     shape = b.shape
-    flat = _scaled(
-        settings, lambda v: matvec(v.view(shape)).reshape(1, -1), b.reshape(1, -1), trace
-    )
+
+    def of_the_whole(product: FlatMap) -> FlatMap:
+        return lambda v: product(v.view(shape)).reshape(1, -1)
+
+    flat = _scaled(settings, wrapped(matvec, of_the_whole), b.reshape(1, -1), trace)
     traced = (
         None if flat.trace is None else Trace(residuals=flat.trace.residuals.expand(-1, len(b)))
     )
@@ -168,7 +178,10 @@ def _restarted(
         if not bool(active.any()):
             break
         size = min(settings.restart or settings.max_steps, settings.max_steps - taken)
-        cycle = _Cycle(matvec, r, residual, target, active, settings, size)
+        kind = CompiledCycle if settings.compile and history is None else Cycle
+        cycle = kind(
+            matvec, r, residual, target, active, size, settings.check_every, settings.compact
+        )
         cycle.history = None if history is None else []
         taken += cycle.run()
         if history is not None and cycle.history is not None:
@@ -206,152 +219,7 @@ def _restarted(
     )
 
 
-def _is_last(cycle: "_Cycle", out_of_steps: bool) -> bool:
+def _is_last(cycle: Cycle, out_of_steps: bool) -> bool:
     """Whether no cycle follows one of the whole batch vector, which is one sample here."""
     ended = out_of_steps or bool((cycle.left <= cycle.target).all())
     return ended and not bool(cycle.broken.any())
-
-
-class _Cycle:
-    """One Arnoldi process A V_k = V_{k+1} H with its least-squares problem, for `active` samples.
-
-    The basis V, k + 1 rows, has the dtype of the residual; the small matrices are float64. Of H,
-    (k + 1) × k, the vector n with nᵀ H = 0 and n_0 = 1 is kept: the smallest residual is β / ‖n‖. A
-    column that a sample does not use (it was finished before) is a unit column below all others.
-    """
-
-    def __init__(
-        self,
-        matvec: FlatMap,
-        r: Tensor,
-        beta: Tensor,
-        target: Tensor,
-        active: Tensor,
-        settings: GMRES,
-        size: int,
-    ) -> None:
-        self.matvec, self.target, self.active, self.size = matvec, target.double(), active, size
-        self.check_every = settings.check_every
-        self.compaction = Compaction(matvec, settings.compact, len(r))
-        self.rows: Tensor | None = None  # (n,), of the samples that A is applied to; None: all
-        # With a look at every product, the host also decides what may be left out.
-        self.looks = settings.check_every == 1
-        self.basis = History(size + 1)
-        inverse = beta.reciprocal().masked_fill(~active, 0.0)[:, None]  # active: not 0, not NaN
-        torch.mul(r.masked_fill(~active[:, None], 0.0), inverse, out=self.basis.slot(r))
-        self.beta = beta.masked_fill(~active, 0.0).double()
-        self.left = self.beta  # the norm of the residual, by the recurrence
-        self.history: list[Tensor] | None = None  # of `left`, after every product
-        self.hessenberg = self.beta.new_zeros(len(r), size + 1, size)
-        self.null = self.beta.new_zeros(len(r), size + 1)
-        self.null[:, 0].fill_(1.0)
-        self.null_norm = torch.ones_like(self.beta)
-        self.count = 0  # columns
-        self.used = torch.zeros(len(r), dtype=torch.int64, device=r.device)
-        self.broken = torch.zeros_like(active)
-        self.largest = torch.zeros_like(beta)  # a bound of ‖A v‖ over the basis so far
-
-    def run(self) -> int:
-        """Extend the basis until no sample needs more; returns how many products were needed.
-
-        With a larger `check_every`, products are made that are not needed: they change nothing.
-        """
-        for j in range(self.size):
-            v = self.basis.rows[:, j]
-            # Of A v, v itself lies in the basis: without it, what remains is often much smaller, as
-            # for A = I − J, and then so is the rounding of its orthogonalization.
-            change = self._applied(v) - v
-            length = sample_norm(change)
-            self.largest = torch.maximum(self.largest, 1 + length)  # ‖v‖ = 1
-            column, rest, plain = self._orthogonalize(change, length)
-            column[:, j] += 1
-            self._append(j, column.double(), rest, plain)
-            # Waits for the device; saves products with A.
-            if (j + 1) % self.check_every == 0:
-                left = int(self.active.sum())
-                if not left:
-                    break
-                self._narrow(left)
-        self.count = j + 1
-        if not self.looks:
-            # What was made but not needed is neither used nor counted: one more wait.
-            self.count = min(self.count, max(1, int(self.used.amax())))
-        return self.count
-
-    def _narrow(self, left: int) -> None:
-        restrict = self.compaction.due(left)
-        if restrict is not None:
-            self.rows = self.active.nonzero()[:, 0]
-            self.matvec = restrict(self.rows)
-
-    def _applied(self, v: Tensor) -> Tensor:
-        if self.rows is None:
-            return self.matvec(v)
-        # v is zero for the others, which are finished.
-        return torch.zeros_like(v).index_copy(0, self.rows, self.matvec(v[self.rows]))
-
-    def _orthogonalize(self, v: Tensor, length: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """Classical Gram–Schmidt: the next row of the basis, from v (B, D) of this length, (B,).
-
-        Returns the products of v with the basis, (B, j + 1), the length of the rest, (B,), and
-        whether it is known to be usable for all samples, as in most steps. A second pass follows
-        where the first one leaves little: relative to that, its rounding is not small.
-        """
-        basis = self.basis.rows
-        column = project(basis, v)
-        left = add_combination(v, basis, column, scale=-1.0)
-        rest = sample_norm(left)
-        eps = torch.finfo(rest.dtype).eps
-        enough = (rest >= _LITTLE * length) & (rest < torch.inf)  # False for NaN
-        plain = self.active & enough & (rest > 10 * eps * self.largest)
-        if self.looks and bool(plain.all()):
-            torch.mul(left, rest.reciprocal()[:, None], out=self.basis.slot(left))
-            return column, rest, True
-        healthy = length < torch.inf
-        self.broken = self.broken | (self.active & ~healthy)
-        self.active = self.active & healthy
-        out, again = ~self.active[:, None], (self.active & ~enough)[:, None]
-        column, left = column.masked_fill(out, 0.0), left.masked_fill(out, 0.0)
-        more = project(basis, left)
-        column = torch.where(again, column + more, column)
-        left = torch.where(again, add_combination(left, basis, more, scale=-1.0), left)
-        rest = sample_norm(left)
-        # What is left is rounding: the space is invariant and holds the solution.
-        nothing = ~(rest > 10 * eps * self.largest)
-        inverse = rest.masked_fill(nothing, torch.inf).reciprocal()
-        torch.mul(left, inverse[:, None], out=self.basis.slot(left))
-        return column, rest.masked_fill(nothing, 0.0), False
-
-    def _append(self, j: int, column: Tensor, rest: Tensor, plain: bool) -> None:
-        """Add column j to H, and test which samples are finished. plain: for all, it is usable."""
-        rest = rest.double()
-        overlap = torch.linalg.vecdot(self.null[:, : j + 1], column)
-        entry, usable = overlap / rest, self.active
-        if not plain:
-            # The pivot of the column in a QR factorization. If it is zero to rounding, A is
-            # singular on this space: the column would add a huge, undefined multiple of the null
-            # vector; it cannot be used, and none comes after.
-            pivot = torch.hypot(overlap / self.null_norm, rest)
-            usable = usable & (pivot > 10 * torch.finfo(self.largest.dtype).eps * self.largest)
-            out = ~usable
-            entry, column = entry.masked_fill(out, 0.0), column.masked_fill(out[:, None], 0.0)
-        torch.neg(entry, out=self.null[:, j + 1])
-        self.null_norm = torch.hypot(self.null_norm, entry)
-        self.hessenberg[:, : j + 1, j] = column
-        self.hessenberg[:, j + 1, j] = rest if plain else rest.masked_fill(out, 1.0)
-        self.used = self.used + self.active
-        left = self.beta / self.null_norm
-        self.left = left if plain else torch.where(usable, left, self.left)
-        if self.history is not None:
-            self.history.append(self.left)
-        going = self.left > self.target
-        self.active = going if plain else usable & (rest > 0) & going
-
-    def correction(self) -> Tensor:
-        """The combination of the basis that minimizes each sample's residual, (B, D)."""
-        k = self.count
-        q, r = torch.linalg.qr(self.hessenberg[:, : k + 1, :k])
-        right = self.beta[:, None] * q[:, 0]
-        y = torch.linalg.solve_triangular(r, right[:, :, None], upper=True)
-        basis = self.basis.rows[:, :k]
-        return torch.bmm(y.mT.to(basis.dtype), basis)[:, 0]

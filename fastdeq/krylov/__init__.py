@@ -1,0 +1,5 @@
+"""Batched, matrix-free linear solves."""
+
+from fastdeq.krylov.gmres import GMRES, gmres
+
+__all__ = ["GMRES", "gmres"]
