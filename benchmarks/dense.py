@@ -41,6 +41,21 @@ def rows(quick: bool) -> Iterator[Row]:
         yield from timed_rows(what, {"": alone}, cases, turns=turns, warm_up=warm_up)
 
 
+def compiled(quick: bool) -> Iterator[Row]:
+    """The same, eager and with `compile`. The first of the turns compiles, which takes minutes."""
+    small, settings = problem(32, 128), {"compile": True, "check_every": 6}
+    turns, warm_up = (1, 1) if quick else (60, 10)
+    for what, alone, ours in (
+        ("dense solve", small.evaluations, our_solve),
+        ("dense training step", small.passes, our_step),
+    ):
+        cases: dict[tuple[str, str], Case] = {}
+        for name in ("Picard",) if quick else SOLVERS:
+            cases[name, "fastdeq"] = ours(name, small)
+            cases[name, "compiled"] = ours(name, small, **settings)
+        yield from timed_rows(f"compiled {what}", {"": alone}, cases, turns=turns, warm_up=warm_up)
+
+
 _BATCHES = ((8, 128), (128, 128), (512, 128))
 _SIZES = ((32, 32), (32, 512), (32, 2048))
 _MEMORIES = (5, 10, 20, 40)

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TypeVar
 
-SYSTEMS = ("f alone", "fastdeq", "best settings", "torchdeq")
-"""The columns. A further way to run fastdeq, such as a compiled solve, is one more of them."""
+SYSTEMS = ("f alone", "fastdeq", "compiled", "best settings", "torchdeq")
+"""The columns. "compiled" is fastdeq with `compile`."""
 
-RATIOS = (("fastdeq", "f alone"), ("fastdeq", "torchdeq"), ("best settings", "torchdeq"))
+RATIOS = (
+    ("fastdeq", "f alone"),
+    ("compiled", "f alone"),
+    ("fastdeq", "torchdeq"),
+    ("best settings", "torchdeq"),
+)
 """What is compared with what."""
 
 HAS_TORCHDEQ = find_spec("torchdeq") is not None

@@ -27,6 +27,7 @@ from fastdeq.report.markdown import aligned
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS: dict[str, Callable[[bool], Iterable[Row]]] = {
     "dense": dense.rows,
+    "compiled": dense.compiled,
     "scaling": dense.scaling,
     "multiscale": multiscale.rows,
     "evaluations": evaluations.rows,
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit status."""
     parser = argparse.ArgumentParser(description="The benchmarks of fastdeq.")
     names = ",".join(SECTIONS)
-    parser.add_argument("--only", default=names, help=f"sections, of {names}")
+    usual = ",".join(name for name in SECTIONS if name != "compiled")  # it takes minutes more
+    parser.add_argument("--only", default=usual, help=f"sections, of {names}")
     parser.add_argument("--quick", action="store_true", help="small and without repetitions")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "benchmarks.json")
     given = parser.parse_args(arguments)

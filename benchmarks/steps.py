@@ -92,6 +92,7 @@ def our_step(name: str, problem: Problem, **settings: Any) -> Case:
     """A training step: L-Broyden with GMRES, the others with themselves."""
     solver = _solver(name, problem.forward - 1, problem.per_sample, **settings)
     steps = {"max_steps": problem.backward, "per_sample": problem.per_sample}
+    steps |= {key: value for key, value in settings.items() if key != "memory"}
     adjoint = Implicit(
         solver=GMRES(tol=1e-12, restart=settings.get("memory"), **steps)  # type: ignore[arg-type]
         if name == "L-Broyden"
@@ -107,7 +108,7 @@ def our_step(name: str, problem: Problem, **settings: Any) -> Case:
 
 
 def _solver(name: str, steps: int, per_sample: bool, **settings: Any) -> AbstractSolver:
-    own = {} if name == "Picard" else settings
+    own = {key: value for key, value in settings.items() if key != "memory" or name != "Picard"}
     return SOLVERS[name](tol=NEVER, max_steps=steps, per_sample=per_sample, **own)
 
 

@@ -5,7 +5,7 @@ import inspect
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -16,23 +16,26 @@ BACKEND = "inductor"
 """The backend of `torch.compile`; another one compiles in less time, for tests."""
 
 _RECOMPILES = 64  # shapes and settings for which a process compiles the same function
+_LOOKS = r"The \.grad attribute of a Tensor that is not a leaf"
 _log = logging.getLogger(__name__)
 
 
-def run_compiled(function: Callable[..., Any], device: torch.device, *args: Any) -> Any:
-    """function(*args), compiled as one graph for each set of shapes and settings.
+def run_compiled(
+    function: Callable[..., Any], settings: Hashable, device: torch.device, *args: Any
+) -> Any:
+    """function(*args), compiled as one graph for each set of shapes.
+
+    settings: of which there are graphs of their own.
 
     Raises: RuntimeError with the cure where it cannot be compiled.
     """
     dynamo = import_module("torch._dynamo")  # here, since it takes seconds
     graphs, begin = _graphs(dynamo), time.perf_counter()
+    _ignore_looks_at_gradients()
     if device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
     try:
-        with warnings.catch_warnings():
-            # torch.compile looks at the gradients of all arguments.
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
-            output = _compiled(function, device.type, BACKEND)(*args)
+        output = _compiled(function, settings, device.type, BACKEND)(*args)
     except dynamo.exc.TorchDynamoException as error:
         raise RuntimeError(
             f"compile=True: torch.compile reports '{_first_line(error)}': remove from f what it "
@@ -47,13 +50,23 @@ def run_compiled(function: Callable[..., Any], device: torch.device, *args: Any)
 
 
 @cache
-def _compiled(function: Callable[..., Any], device: str, backend: str) -> Callable[..., Any]:
+def _compiled(
+    function: Callable[..., Any], settings: Hashable, device: str, backend: str
+) -> Callable[..., Any]:
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
     if device == "cuda" and backend == "inductor":
         options["mode"] = "reduce-overhead"  # CUDA graphs
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        options["recompile_limit"] = _RECOMPILES
+        # Graphs for other settings do not count, and are not searched.
+        options |= {"recompile_limit": _RECOMPILES, "isolate_recompiles": True}
     return torch.compile(function, **options)
+
+
+def _ignore_looks_at_gradients() -> None:
+    """torch.compile looks at the gradients of all arguments, and warns of its own looks."""
+    # Not catch_warnings, which takes longer than a solve.
+    if not any(getattr(each[1], "pattern", None) == _LOOKS for each in warnings.filters):
+        warnings.filterwarnings("ignore", _LOOKS)
 
 
 def _graphs(dynamo: Any) -> int:

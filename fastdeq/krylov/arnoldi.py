@@ -198,6 +198,7 @@ class CompiledCycle(Cycle):
         for _ in range(chunks):
             state = run_compiled(
                 _extend,
+                None,
                 state.basis.device,
                 self.matvec,
                 state,

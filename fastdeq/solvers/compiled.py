@@ -43,7 +43,7 @@ def iterate(solver: AbstractSolver, f: FlatMap, carry: Carry) -> Carry:
     # Arguments that share memory would be another graph than those of later chunks.
     carry, solver = _separate(carry), _without_limits(solver)
     while bool(carry.progress["active"].any()):
-        carry, memory = run_compiled(_advance, carry.z.device, solver, f, carry, memory)
+        carry, memory = run_compiled(_advance, solver, carry.z.device, solver, f, carry, memory)
     return carry
 
 
@@ -53,7 +53,7 @@ def map_of(f: FlatMap) -> FlatMap:
     def call(z: Tensor) -> Tensor:
         if carries_tangent(z):
             return f(z)
-        output: Tensor = run_compiled(_evaluate, z.device, f, z)
+        output: Tensor = run_compiled(_evaluate, None, z.device, f, z)
         return output
 
     return call
@@ -100,8 +100,16 @@ def _advance(solver: AbstractSolver, f: FlatMap, carry: Carry, memory: Any) -> t
 
 
 def _separate(carry: Carry) -> Carry:
-    progress = {name: tensor.clone() for name, tensor in carry.progress.items()}
-    z, g, best_z, steps, nfe, limit = (tensor.clone() for tensor in carry[:-1])
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() in seen:
+            return tensor.clone()
+        seen.add(tensor.data_ptr())
+        return tensor
+
+    progress = {name: own(tensor) for name, tensor in carry.progress.items()}
+    z, g, best_z, steps, nfe, limit = (own(tensor) for tensor in carry[:-1])
     return Carry(z, g, best_z, steps, nfe, limit, progress)
 
 
