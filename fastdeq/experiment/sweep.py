@@ -1,8 +1,9 @@
 """Sweeps: a check before the first job, a record of each job, and a table at the end."""
 
+import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,11 +14,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
+from fastdeq.experiment.checks import check_values
 from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.submission import check_queue, check_tasks, to_submit
-from fastdeq.report import SweepTable, read_jobs
+from fastdeq.report import SweepJob, SweepTable, read_jobs
 from fastdeq.runs.files import write_json
 from fastdeq.runs.folder import job_record
 from fastdeq.runs.reading import job_records
@@ -59,7 +61,7 @@ class Sweep(Callback):
     """Hydra's callback around a sweep (conf/train.yaml: hydra.callbacks)."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Compose once with every value of the sweep, before anything is written."""
+        """Compose once with every value of the sweep and check it, before anything is written."""
         if current_step() is not None:
             raise ConfigError(
                 ValueError(
@@ -71,14 +73,15 @@ class Sweep(Callback):
         _check_plugin(config.hydra.sweeper)
         params = config.hydra.sweeper.get("params") or {}
         given = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
-        overrides = [
-            _alternatives(override) for override in OverridesParser.create().parse_overrides(given)
-        ]
+        loader = GlobalHydra.instance().config_loader()  # lists what glob(...) matches
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(given)
+        overrides = [_or_config_error(_alternatives, override) for override in parsed]
         first = [texts[0] for texts in overrides]
         launcher = to_submit(config.hydra.launcher)
         for place, texts in enumerate(overrides):
             for text in texts[1:] or texts:
                 cfg = self._compose([*first[:place], text, *first[place + 1 :]])
+                _or_config_error(_check, cfg)
                 if launcher is not None:
                     _or_config_error(check_tasks, launcher, cfg.trainer)
         if launcher is not None:
@@ -98,6 +101,8 @@ class Sweep(Callback):
             settings = " ".join(f"{key}={value}" for key, value in job.overrides.items())
             how = "was interrupted" if job.interrupted else "failed"
             print(f"job {job.number} {how} ({settings}): {job.error}", file=sys.stderr)
+        if "direction" in config.hydra.sweeper:  # a search
+            print(best_trial(jobs, config.hydra.sweeper.direction))
         if unfinished:
             sys.exit(RESUMABLE if all(job.interrupted for job in unfinished) else 1)
 
@@ -116,6 +121,37 @@ class Sweep(Callback):
         if cfg.get("mode") == "curve":
             raise ConfigError(ValueError("mode=curve evaluates one checkpoint: leave -m out"))
         return cfg
+
+
+def best_trial(jobs: Sequence[SweepJob], direction: str) -> str:
+    """The best finished job of a search and the command that repeats it.
+
+    direction: "maximize" or "minimize". Jobs whose score is NaN are not compared.
+    """
+    finished = [job for job in jobs if not math.isnan(job.score)]
+    if not finished:
+        return "no trial of the search has a score"
+    best = (max if direction == "maximize" else min)(finished, key=lambda job: job.score)
+    assert best.summary is not None
+    settings = " ".join(f"{key}={value}" for key, value in best.overrides.items())
+    metric = best.summary["score"]["metric"]
+    return (
+        f"best trial: job {best.number}, {metric} {best.score:.6g} ({settings})\n"
+        f"its command: {best.summary['command']}"
+    )
+
+
+def _check(cfg: DictConfig) -> None:
+    """Check the values of a composed job."""
+    state = HydraConfig.instance()
+    sweep = state.cfg
+    try:
+        state.set_config(cfg)  # interpolations read the choices of the job
+        with open_dict(cfg):
+            del cfg["hydra"]
+        check_values(cfg)
+    finally:
+        state.cfg = sweep
 
 
 class ConfigError(BaseException):
@@ -158,11 +194,17 @@ _PLUGINS = {
 
 
 def _alternatives(override: Override) -> list[str]:
-    """One override for each value of the sweep."""
+    """One override for each value of the sweep.
+
+    Raises: ValueError for a sweep without values.
+    """
     if override.is_interval_sweep():  # searched by a sweeper: the ends of the interval
         interval = override.value()
         assert isinstance(interval, IntervalSweep)
         return [f"{override.get_key_element()}={end}" for end in (interval.start, interval.end)]
     if not override.is_sweep_override():
         return [override.input_line or ""]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    values = list(override.sweep_string_iterator())
+    if not values:
+        raise ValueError(f"{override.input_line} has no values: the sweep has no jobs")
+    return [f"{override.get_key_element()}={value}" for value in values]

@@ -4,11 +4,12 @@ from fastdeq.report.columns import Group, groups, heading, row
 from fastdeq.report.published import published_row
 from fastdeq.report.rows import Row, make_rows
 from fastdeq.report.runs import find_runs
-from fastdeq.report.sweeps import SweepTable, read_jobs
+from fastdeq.report.sweeps import SweepJob, SweepTable, read_jobs
 
 __all__ = [
     "Group",
     "Row",
+    "SweepJob",
     "SweepTable",
     "find_runs",
     "groups",

@@ -47,6 +47,11 @@ class SweepJob:
         value = self.summary["metrics"].get(name, self.summary.get(name))
         return None if value is None else float(value)
 
+    @property
+    def score(self) -> float:
+        """What a search optimizes; NaN for a job that has not finished."""
+        return math.nan if self.summary is None else float(self.summary["score"]["value"])
+
 
 def read_jobs(folder: Path) -> list[SweepJob]:
     """The jobs of a sweep's folder in their order, with their summaries."""

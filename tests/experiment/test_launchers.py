@@ -71,6 +71,9 @@ def test_a_search_tries_values_of_an_interval(command: CommandLine) -> None:
     tols = [OmegaConf.load(folder / "config.yaml").solver.tol for folder in folders]
     assert len(set(tols)) == 3
     assert all(1e-4 <= tol <= 1e-2 for tol in tols)
+    best, repeat = answer.out.splitlines()[-2:]
+    assert best.startswith("best trial: job ")
+    assert repeat.startswith("its command: python train.py ")
 
 
 @needs("search")
@@ -78,6 +81,9 @@ def test_the_ends_of_an_interval_are_checked_before_the_search(command: CommandL
     answer = command("-m", "hydra/sweeper=search", *SHORT, "solver.nol=interval(0,1)")
     assert answer.status == 1
     assert "there is no key 'solver.nol'" in answer.err
+    assert not answer.files
+    answer = command("-m", "hydra/sweeper=search", *SHORT, "solver.tol=interval(-1,1)")
+    assert answer.err.startswith("error: solver.tol is -1")
     assert not answer.files
 
 

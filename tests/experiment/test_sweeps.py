@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.commands import SHORT, Answer, CommandLine
+from fastdeq.experiment.sweep import best_trial
+from fastdeq.report import SweepJob
+from tests.commands import SHORT, Answer, CommandLine, refused
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +61,39 @@ def test_a_failing_job_is_named_at_the_end_and_does_not_stop_others(
     failed = json.loads((sweep_folder(command) / "jobs" / "1.json").read_text())
     assert failed["folder"] is None
     assert "Implicit adjoint" in failed["error"]
+
+
+def test_every_value_of_a_sweep_is_checked_before_the_first_job(command: CommandLine) -> None:
+    refused(command("-m", *SHORT, "solver.tol=1e-3,-1"), "solver.tol is -1")
+    refused(
+        command("-m", *SHORT, "seed=1,2", "solver.max_steps=9,few"), "solver.max_steps is 'few'"
+    )
+    refused(command("-m", *SHORT, "model=deq,skip_deq", "mode=train,test"), "mode=test needs")
+
+
+def test_a_sweep_without_values_is_refused(command: CommandLine) -> None:
+    refused(command("-m", *SHORT, "seed=range(5,5)"), "seed=range(5,5) has no values")
+    refused(command("-m", *SHORT, "seed=glob(*)"), "seed=glob(*) has no values")
+
+
+def test_a_search_names_its_best_trial_and_the_command_that_repeats_it() -> None:
+    def trial(number: int, score: float | None) -> SweepJob:
+        overrides = {"solver.tol": f"0.{number}"}
+        metrics = {"metric": "test/accuracy", "value": score}
+        command = f"fastdeq train solver.tol=0.{number}"
+        summary = None if score is None else {"score": metrics, "command": command}
+        error = "it failed" if score is None else None
+        return SweepJob(
+            number=number, overrides=overrides, folder=None, error=error, summary=summary
+        )
+
+    trials = [trial(1, 0.5), trial(2, 0.75), trial(3, float("nan")), trial(4, None)]
+    assert best_trial(trials, "maximize").splitlines() == [
+        "best trial: job 2, test/accuracy 0.75 (solver.tol=0.2)",
+        "its command: fastdeq train solver.tol=0.2",
+    ]
+    assert best_trial(trials, "minimize").startswith("best trial: job 1,")
+    assert best_trial(trials[2:], "maximize") == "no trial of the search has a score"
 
 
 def test_with_stop_at_failure_no_job_starts_after_a_failed_one(command: CommandLine) -> None:
