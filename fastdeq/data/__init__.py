@@ -4,7 +4,7 @@
 ``experiment``. The README in this folder gives source and licence of ``digits.h5``.
 """
 
-from fastdeq.data.augmentation import Augmentation, PadCrop, RandomFlip, ResizeCrop
+from fastdeq.data.augmentation import Augmentation, PadCrop, RandomFlip, ResizeCrop, Transform
 from fastdeq.data.cifar10 import Cifar10DataModule
 from fastdeq.data.digits import DigitsDataModule, read_digits
 from fastdeq.data.epoch_loader import Batch, Batches, EpochLoader, Normalization
@@ -36,6 +36,7 @@ __all__ = [
     "Samples",
     "StoredDataModule",
     "SvhnDataModule",
+    "Transform",
     "polynomial",
     "read_cropped_digits",
     "read_digits",

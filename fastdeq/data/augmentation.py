@@ -6,6 +6,7 @@ batch size or the process.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -84,6 +85,43 @@ class PadCrop(Augmentation):
 
     def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
         return _crop(F.pad(images, (self.padding,) * 4), drawn, *images.shape[2:])
+
+
+@final
+@settings
+class Transform(Augmentation):
+    """A ``transform`` of another library, such as those of ``torchvision.transforms.v2``.
+
+    ``transform``: maps one image uint8 (C, H, W) to one of the same shape and type. It may draw
+    from PyTorch's global random state, which is seeded for each sample and restored afterwards.
+
+    ``apply`` raises ValueError for a result of another type.
+    """
+
+    transform: Callable[[Tensor], Tensor] = setting()
+
+    def draw(self, samples: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(2**63 - 1, (samples,), generator=generator)
+
+    def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
+        pixels = images.round().clamp(0, 255).to(torch.uint8)
+        devices = [images.device] if images.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            changed = [
+                self._changed(one, seed) for one, seed in zip(pixels, drawn.tolist(), strict=True)
+            ]
+        return torch.stack(changed).to(images.dtype)
+
+    def _changed(self, image: Tensor, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        changed = self.transform(image)
+        if not isinstance(changed, Tensor) or changed.dtype != torch.uint8:
+            kind = changed.dtype if isinstance(changed, Tensor) else type(changed).__name__
+            raise ValueError(
+                f"augmentation.transform returns {kind}, but must return uint8 as it gets it: "
+                "leave scaling to data.normalization"
+            )
+        return changed
 
 
 def _crop(images: Tensor, first: Tensor, height: int, width: int) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, open_dict
 
+from fastdeq.data.module import AbstractDataModule
 from fastdeq.nn import DeepEquilibriumNetwork, DEQChain
 from fastdeq.settings import check_value
-from fastdeq.training import AbstractTask, LossWeights
+from fastdeq.training import AbstractTask, LossWeights, PlainDataModule
 from fastdeq.training.task import OptimizerFactory
 
 TASK = {"model": "model", "optimizer": "optimizer", "weights": "loss", "schedule": "scheduler"}
@@ -74,6 +75,15 @@ def step_settings(trainer: DictConfig) -> dict[str, Any]:
     for name, value in given.items():
         check_value(f"trainer.{name}", value, *STEP[name])
     return given
+
+
+def build_data(cfg: DictConfig) -> AbstractDataModule | PlainDataModule:
+    """The data module of a configuration, composed or resolved.
+
+    Raises: ValueError for one that lacks a loader.
+    """
+    data = instantiate(cfg.data, _convert_="all")
+    return data if isinstance(data, AbstractDataModule) else PlainDataModule(data, seed=cfg.seed)
 
 
 def build_model(cfg: DictConfig) -> DEQChain:

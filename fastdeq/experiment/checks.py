@@ -8,11 +8,13 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from fastdeq.data.module import AbstractDataModule
 from fastdeq.experiment.arguments import check_node, named, unknown
 from fastdeq.experiment.build import TASK, link
 from fastdeq.experiment.keys import KEYS, RunSettings
 from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.signatures import signature_of
+from fastdeq.training import PlainDataModule
 
 
 def check_values(cfg: DictConfig) -> RunSettings:
@@ -82,6 +84,35 @@ def _check_length(trainer: DictConfig) -> None:
     if not any(length is not None and length > 0 for length in lengths.values()):
         raise ValueError(
             "trainer.max_epochs and trainer.max_steps both set no limit: the run would never end"
+        )
+
+
+def check_division(data: AbstractDataModule | PlainDataModule, ranks: int) -> None:
+    """Raises: ValueError for batches that cannot be divided among the devices."""
+    if isinstance(data, PlainDataModule):
+        if ranks > 1:
+            raise ValueError(
+                f"data is {type(data.data).__name__}, whose batches are not divided among {ranks} "
+                "devices: use trainer.devices=1, or derive it from fastdeq.data.InMemoryDataModule"
+            )
+    elif data.batch_size < ranks:
+        raise ValueError(
+            f"data.batch_size is {data.batch_size}, the batch of all devices together, but there "
+            f"are {ranks} of them: use at least one sample per device"
+        )
+
+
+def check_sizes(sizes: DictConfig, shape: tuple[int, ...], outputs: int | None) -> None:
+    """outputs: of the data; None: not known.
+
+    Raises: ValueError for `sizes` that are not those of the data.
+    """
+    wanted = tuple(sizes.input), sizes.outputs
+    if wanted != (shape, sizes.outputs if outputs is None else outputs):
+        also = "" if outputs is None else f" and {outputs} outputs"
+        raise ValueError(
+            f"sizes.input is {wanted[0]} and sizes.outputs is {wanted[1]}, but the data has inputs "
+            f"{shape}{also}: leave sizes to the data group (data=...)"
         )
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from hydra._internal.utils import _locate
 from hydra.errors import (
     ConfigCompositionException,
     InstantiationException,
@@ -21,6 +22,7 @@ from omegaconf.errors import (
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from fastdeq.experiment.rendezvous import RankFailed
+from fastdeq.experiment.signatures import signature_of
 from fastdeq.training import TrainingFailed
 
 
@@ -66,8 +68,21 @@ def _composition(error: ConfigCompositionException) -> str:
         prefix = f"{key.rpartition('.')[0]}." if "." in key else ""
         known = [f"{prefix}{name}" for name in (parent or ()) if not str(name).startswith("_")]
         names = sorted(name for name in known if name != "hydra")
+        if owner := _accepts(parent, key.rpartition(".")[2]):
+            return f"{key} is an option of {owner} that its file does not list: write +{key}=VALUE"
         return f"there is no key '{key}'{nearest(key, names) or _listing('; keys', names)}"
     return str(error)
+
+
+def _accepts(node: Any, name: str) -> str | None:
+    """The name of the class that a node builds, if it has an argument that the node lacks."""
+    if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
+        return None
+    try:
+        target = _locate(node["_target_"])
+    except Exception:  # a class that cannot be imported is reported elsewhere
+        return None
+    return target.__name__ if name in signature_of(target).names else None
 
 
 def _listing(title: str, names: list[str]) -> str:

@@ -22,7 +22,7 @@ from pytorch_lightning.core.hooks import ModelHooks
 from pytorch_lightning.loggers import Logger
 
 import fastdeq
-from fastdeq.experiment.build import STEP, build_task
+from fastdeq.experiment.build import STEP, build_data, build_task
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.signals import received
@@ -77,8 +77,8 @@ def work(job: Job) -> None:
     """
     cfg = job.config
     lightning.seed_everything(cfg["seed"], workers=True, verbose=False)
-    data = instantiate(cfg["data"], _convert_="all")
-    task = build_task(OmegaConf.create(cfg))
+    made = OmegaConf.create(cfg)
+    data, task = build_data(made), build_task(made)
     if job.checkpoint is not None:
         load_weights(task, job.checkpoint)
     rank = _rank()

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Callback, LightningDataModule, Trainer
 from pytorch_lightning.loggers import Logger
 
 from fastdeq.adjoints import AbstractAdjoint
 from fastdeq.autocast import Precision
-from fastdeq.data.module import AbstractDataModule
 from fastdeq.experiment.arguments import Record
 from fastdeq.settings import setting, settings
 from fastdeq.solvers import AbstractSolver
@@ -79,7 +78,7 @@ class Sizes(Record):
 
 KEYS: dict[str, Any] = {
     "paths": Paths,
-    **{"data": AbstractDataModule, "sizes": Sizes, "arch": dict[str, Any] | None},
+    **{"data": LightningDataModule, "sizes": Sizes, "arch": dict[str, Any] | None},
     **{"solver": AbstractSolver, "adjoint": AbstractAdjoint},
     # Any: these are arguments of the task, whose annotations are checked.
     **dict.fromkeys(("loss", "optimizer", "scheduler", "model"), Any),

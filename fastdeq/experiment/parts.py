@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastdeq.adjoints import AbstractAdjoint
 from fastdeq.autocast import Precision
-from fastdeq.experiment.build import build_task
+from fastdeq.experiment.build import build_data, build_task
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.choices import CONF, check_choices, with_merged_groups
 from fastdeq.experiment.command import with_saved_overrides
@@ -94,10 +94,11 @@ def build_parts(overrides: Sequence[str]) -> Parts:
     trainer = make_trainer({**config, "trainer": alone}, task)
     precision, device = trainer.precision_plugin, trainer.strategy.root_device
     task = precision.convert_module(task).to(device)  # type: ignore[assignment]
-    data = instantiate(OmegaConf.create(config["data"]), _convert_="all")
+    data = build_data(OmegaConf.create(config))
     data.prepare_data()
-    data.setup()
-    x, targets, weight = next(iter(data.train_dataloader()))
+    data.setup("fit")
+    first = next(iter(data.train_dataloader()))
+    x, targets, weight = data.on_after_batch_transfer(first, 0)
     batch = (x.to(device), targets.to(device), weight)
     return Parts(task=task.train(), batch=batch, autocast=precision.train_step_context)
 

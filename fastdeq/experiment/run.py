@@ -17,9 +17,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fastdeq.commands import typed
-from fastdeq.experiment.build import build_model, build_task, link, predicts
+from fastdeq.data.module import AbstractDataModule
+from fastdeq.experiment.build import build_data, build_model, build_task, link, predicts
 from fastdeq.experiment.checkpoint import load_weights
-from fastdeq.experiment.checks import check_values, count_ranks
+from fastdeq.experiment.checks import check_division, check_sizes, check_values, count_ranks
 from fastdeq.experiment.error_context import error_context
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.job import Job, make_trainer
@@ -37,7 +38,7 @@ from fastdeq.runs.log import logging_to
 from fastdeq.runs.reading import is_done, read_summary
 from fastdeq.runs.resuming import check_same, same_run_beside, saved_state
 from fastdeq.runs.status import created, recorded
-from fastdeq.training import Reuse
+from fastdeq.training import PlainDataModule, Reuse
 
 
 def run(cfg: DictConfig) -> Path:
@@ -202,17 +203,13 @@ def _check_parts(
     with error_context(cfg, "callbacks"):
         callbacks = instantiate(parts.get("callbacks"), _convert_="all") or {}
     with error_context(cfg, "data"):
-        data = instantiate(parts.data, _convert_="all")
-    if data.batch_size < ranks:
-        raise ValueError(
-            f"data.batch_size is {data.batch_size}, the batch of all devices together, but there "
-            f"are {ranks} of them: use at least one sample per device"
-        )
+        data = build_data(parts)
+    check_division(data, ranks)
     with error_context(cfg, "model"):
         model = build_model(parts)
     _check_skip_loss(cfg, model)
     if any(isinstance(each, Reuse) for each in callbacks.values()):
-        Reuse.check(model, ranks)
+        Reuse.check(model, ranks, data)
     with error_context(cfg, "task"):
         task = build_task(parts, model)
     with error_context(cfg, "optimizer"):
@@ -223,17 +220,15 @@ def _check_parts(
     if config is not None:
         with error_context(cfg, "trainer"):
             make_trainer(config, task)
-    wanted, found = (tuple(cfg.sizes.input), cfg.sizes.outputs), (data.input_shape, data.outputs)
-    if wanted != found:
-        raise ValueError(
-            f"sizes.input is {wanted[0]} and sizes.outputs is {wanted[1]}, but the data has inputs "
-            f"{found[0]} and {found[1]} outputs: leave sizes to the data group (data=...)"
-        )
+    if isinstance(data, AbstractDataModule):
+        check_sizes(cfg.sizes, data.input_shape, data.outputs)
     if checkpoint is not None:
         load_weights(task, checkpoint)
     with error_context(cfg, "data"):
         data.prepare_data()
         batch = data.sample_batch()
+    if isinstance(data, PlainDataModule):
+        check_sizes(cfg.sizes, tuple(batch.inputs.shape[1:]), None)
     with error_context(cfg, "model"):
         task.check_model(batch)
 

@@ -19,6 +19,7 @@ from fastdeq.training.loggers.console import EpochLines, ProgressBar, table_of
 from fastdeq.training.loggers.metrics_file import MetricsFile
 from fastdeq.training.loggers.plots import LoggerPlots, ShowsPlots
 from fastdeq.training.loss import LossWeights
+from fastdeq.training.plain_data import PlainDataModule
 from fastdeq.training.pretraining import Pretraining
 from fastdeq.training.random_state import set_random_state
 from fastdeq.training.recording import RecordEquilibria
@@ -53,6 +54,7 @@ __all__ = [
     "LossWeights",
     "MetricsFile",
     "PayloadDDPStrategy",
+    "PlainDataModule",
     "Pretraining",
     "ProgressBar",
     "RecordEquilibria",

@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import h5py
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from fastdeq.data import EpochLoader
@@ -15,6 +15,7 @@ from fastdeq.notation import State
 from fastdeq.runs.folder import EQUILIBRIA
 from fastdeq.runs.log import LOG
 from fastdeq.solution import Solution
+from fastdeq.training.plain_data import PlainDataModule
 
 Store = Literal["memory", "hdf5"]
 
@@ -46,11 +47,17 @@ class Reuse(Callback):
         self._example: State | None = None  # a state of one sample
 
     @staticmethod
-    def check(model: DEQChain, ranks: int) -> None:
-        """Refuse a model that has no use for it, and several processes.
+    def check(model: DEQChain, ranks: int, data: LightningDataModule | None = None) -> None:
+        """Refuse a model that has no use for it, several processes, and data whose batches do not
+        say which samples they hold.
 
         Raises: ValueError.
         """
+        if isinstance(data, PlainDataModule):
+            raise ValueError(
+                "callbacks.reuse needs batches that say which samples they hold, and those of "
+                f"{type(data.data).__name__} do not: use a data module of fastdeq.data"
+            )
         if ranks > 1:
             raise ValueError(
                 "callbacks.reuse keeps the equilibria of one process, and the samples of a process "

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdeq.data import (
     Augmentation,
@@ -20,6 +20,7 @@ from fastdeq.data import (
     RandomFlip,
     ResizeCrop,
     Samples,
+    Transform,
 )
 from tests.data.cifar_svhn_files import cifar_files, small_cifar, write_folder
 
@@ -275,6 +276,44 @@ def test_an_augmentation_that_does_not_fit_is_refused_when_it_is_given():
     ]:
         with pytest.raises((TypeError, ValueError), match=message):
             Pictures(augmentation=augmentation)
+
+
+class Shifted(nn.Module):
+    """A transform as torchvision.transforms.v2 has them: one image, from the global state."""
+
+    def forward(self, image):
+        return image.roll(int(torch.randint(image.shape[-1], ())), dims=-1)
+
+
+def test_a_transform_of_another_library_draws_for_each_sample_by_seed_and_epoch():
+    row = torch.arange(8).expand(SAMPLES, 3, 8, 8)
+
+    def images(batch_size=5, seed=7):
+        chain = [Transform(transform=Shifted())]
+        settings = {"batch_size": batch_size, "seed": seed, "augmentation": chain}
+        return torch.cat(one_epoch(Batches(row, torch.arange(SAMPLES), **settings)))
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = images()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(images(batch_size=3), first)  # whatever was drawn elsewhere
+    assert not torch.equal(images(seed=8), first)
+    assert len(set(first[:, 0, 0, 0].tolist())) > 4  # not one shift for all
+
+
+def test_a_transform_that_changes_type_or_shape_is_refused():
+    for transform, message in [
+        (
+            lambda image: image.float() / 255,
+            "transform returns torch.float32, but must return uint",
+        ),
+        (lambda image: image.numpy(), "transform returns ndarray, but must return uint8"),
+        (lambda image: image[:, 1:], r"makes images of \(3, 7, 8\) from \(3, 8, 8\): keep"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Pictures(augmentation=[Transform(transform=transform)])
 
 
 def test_a_stored_set_is_augmented(monkeypatch, tmp_path):

@@ -108,6 +108,23 @@ VALUES = {
 }
 
 
+def test_an_option_that_its_class_knows_but_its_file_does_not_list_is_hinted(
+    command: CommandLine,
+) -> None:
+    for typed, owner in (
+        ("trainer.profiler=simple", "Trainer"),
+        ("optimizer.amsgrad=true", "Adam"),
+        ("callbacks.pretraining.step=1", None),
+    ):
+        answer = command(typed)
+        key = typed.partition("=")[0]
+        if owner:
+            line = f"{key} is an option of {owner} that its file does not list: write +{key}=VALUE"
+            refused(answer, line)
+        else:
+            refused(answer, f"there is no key '{key}'; did you mean")
+
+
 @pytest.mark.parametrize("typed", VALUES)
 def test_values_of_a_wrong_type_or_out_of_range_are_named(command: CommandLine, typed: str) -> None:
     refused(command("trainer.accelerator=cpu", typed), *VALUES[typed])

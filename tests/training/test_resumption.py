@@ -41,6 +41,10 @@ NETWORKS = {
         *("model=deq", "solver.max_steps=7", "scheduler=cosine"),
         *("callbacks.failures.on_failure=skip_step", "callbacks.failures.unconverged=0.002"),
     ),
+    "Lightning's callbacks": (
+        *("model=skip_deq", "callbacks=[early_stopping,ema,learning_rate]", "trainer=profile"),
+        *("data.validation=100", "callbacks.ema.decay=0.9", "scheduler=cosine"),
+    ),
     "augmented, seldom evaluated": (
         *("model=skip_reg_deq", "trainer.check_val_every_n_epoch=2", "logger=tensorboard"),
     ),
