@@ -45,5 +45,5 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fastdeq needs Python 3.11 or newer, but $(PYTHON) is %d.%d: say make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -c constraints.txt -e ".[experiment,ode,images,plots,wandb,tensorboard,cluster,joblib,optuna,docs,dev]"
+	$(RUN) -m pip install -c constraints.txt -e ".[experiment,ode,images,plots,safetensors,wandb,tensorboard,cluster,joblib,optuna,docs,dev]"
 	@touch $@

@@ -1,17 +1,21 @@
 """fastdeq: deep equilibrium models in PyTorch — solvers × adjoints × layers.
 
 The library needs torch alone, and imports it at the first use of a name below: `fastdeq --help`
-starts without. Experiments (`fastdeq.experiment`, `fastdeq.training`, `fastdeq.data`) need the
-extra `experiment`.
+starts without. Experiments (`fastdeq.experiment`, `fastdeq.training`, `fastdeq.data`, and
+`fastdeq.load`, which returns the model of a run) need the extra `experiment`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastdeq.extras import missing_package
+
 if TYPE_CHECKING:
     from fastdeq import adjoints, diagnosis, nn, regularizers, solvers
     from fastdeq._export import export
     from fastdeq._fixed_point import fixed_depth, fixed_point
+    from fastdeq.experiment.load import load as load
+    from fastdeq.experiment.load import load_task as load_task
     from fastdeq.krylov import GMRES, gmres
     from fastdeq.nn import (
         DeepEquilibriumNetwork,
@@ -50,6 +54,7 @@ __all__ = [
 _MODULES = {
     "fastdeq._export": ("export",),
     "fastdeq._fixed_point": ("fixed_depth", "fixed_point"),
+    "fastdeq.experiment.load": ("load", "load_task"),  # not in __all__: they need an extra
     "fastdeq.krylov": ("GMRES", "gmres"),
     "fastdeq.nn": (
         "DEQChain",
@@ -66,12 +71,18 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use."""
-    if name not in __all__:
+    if name not in __all__ and name not in _HOMES:
         raise AttributeError(f"module 'fastdeq' has no attribute {name!r}")
-    if name in _HOMES:
+    if name not in _HOMES:
+        return import_module(f"fastdeq.{name}")
+    try:
         return getattr(import_module(_HOMES[name]), name)
-    return import_module(f"fastdeq.{name}")
+    except ModuleNotFoundError as error:
+        message = missing_package(f"fastdeq.{name}", error, "experiment")
+        if name in __all__ or message is None:
+            raise
+        raise ImportError(message) from error
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *__all__, *_HOMES]

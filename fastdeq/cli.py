@@ -1,4 +1,4 @@
-"""The command `fastdeq`, or `python -m fastdeq`: train, data, report, jobs, bench.
+"""The command `fastdeq`, or `python -m fastdeq`: train, data, report, export-weights, jobs, bench.
 
 Only the package of the subcommand that runs is imported: `fastdeq --help` needs neither torch nor
 Lightning.
@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from fastdeq import __version__
 from fastdeq.commands import Parser, exit_status, typed
+from fastdeq.extras import missing_package
 from fastdeq.streams import keep_streams, run_command
 
 COMMANDS = {
@@ -25,6 +26,10 @@ COMMANDS = {
         "draw the solver's steps of experiment=dynamics",
     ),
     "report html": ("fastdeq.report.html_command", "write a page about runs, in one file"),
+    "export-weights": (
+        "fastdeq.experiment.export_weights",
+        "write the weights of a run as safetensors, with a model card",
+    ),
     "jobs": ("fastdeq.cluster.command", "submit a sweep to Slurm, and follow its jobs"),
     "bench": (
         "fastdeq.bench.command",
@@ -34,8 +39,10 @@ COMMANDS = {
 """Where each subcommand's `main` is, and what it does."""
 
 EXTRAS = {
-    **dict.fromkeys(("train", "data", "report", "report html", "bench"), "experiment"),
     **dict.fromkeys(("report plots", "report dynamics"), "plots"),
+    **dict.fromkeys(
+        ("train", "data", "report", "report html", "export-weights", "bench"), "experiment"
+    ),
     "jobs": "cluster",
 }
 """The extra that a subcommand needs; see pyproject.toml."""
@@ -71,11 +78,10 @@ def dispatch(arguments: Sequence[str]) -> int:
     try:
         module = import_module(COMMANDS[name][0])
     except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        if package == "fastdeq" or name not in EXTRAS:
+        message = missing_package(f"fastdeq {name}", error, EXTRAS[name])
+        if message is None:
             raise
-        cure = f"install fastdeq with its extra {EXTRAS[name]!r}, as the README describes"
-        print(f"error: fastdeq {name} needs {package}: {cure}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 1
     status: int = module.main(rest)
     return status

@@ -14,7 +14,7 @@ AT_ONCE = "stop_after=1e-9"  # after every step, but for the last of the run
 
 
 def run(folder: Path, *overrides: str) -> Path:
-    return experiment.run(composed(*SHORT, f"paths.run={folder}", *overrides))
+    return experiment.run_config(composed(*SHORT, f"paths.run={folder}", *overrides))
 
 
 def run_in_pieces(folder: Path, *overrides: str, most: int = 40) -> int:

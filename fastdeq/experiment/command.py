@@ -32,6 +32,7 @@ from fastdeq.experiment.replay import replay
 from fastdeq.experiment.run import read_score, run
 from fastdeq.experiment.signals import received
 from fastdeq.experiment.sweep import RESUMABLE, ConfigError, failed_job, quiet_hydra, record_job
+from fastdeq.runs.folder import OVERRIDES
 from fastdeq.runs.reading import read_overrides
 from fastdeq.runs.status import Interrupted
 from fastdeq.streams import check_written, keep_streams
@@ -210,15 +211,22 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
 
 
 def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
-    """For `from_run=FOLDER`, the arguments of that run with these in their places or after them.
+    """For `from_run=FOLDER`, the arguments of that run with these in their places or after them;
+    for `mode=test checkpoint=FOLDER/best.ckpt` likewise, unless these choose a model themselves.
 
     Raises: FileNotFoundError for a folder that holds no run.
     """
-    folders = [word.partition("=")[2] for word in arguments if word.startswith("from_run=")]
-    if not folders or folders[-1] in ("", "null"):
+    last = {_key(word): word.partition("=")[2] for word in arguments}
+    if last.get("from_run") not in (None, "", "null"):
+        folder = Path(last["from_run"])
+    elif last.get("mode") == "test" and "checkpoint" in last and not _MODEL & last.keys():
+        folder = Path(last["checkpoint"]).parent
+        if not (folder / OVERRIDES).is_file():  # a checkpoint that was moved
+            return list(arguments)
+    else:
         return list(arguments)
     try:
-        before = read_overrides(Path(folders[-1]))
+        before = read_overrides(folder)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"from_run: {error}") from error
     given = {_key(word) for word in arguments}
@@ -228,6 +236,10 @@ def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
 
 _ONCE = {"from_run", "mode", "checkpoint", "paths.run", "resume", "stop_after", "debug"}
 """Keys of a single command, which runs that start from it do not inherit."""
+
+
+_MODEL = {"model", "arch", "data", "recipe", "experiment", "sweep"}
+"""Groups that say what a checkpoint is of; with one of them a test takes nothing from its run."""
 
 
 def _key(override: str) -> str:

@@ -79,7 +79,7 @@ def build_parts(overrides: Sequence[str]) -> Parts:
     """Build and check everything as a run does; no run folder is made. The weights are those of
     `checkpoint`, or else the last ones of `from_run`, or else new.
 
-    Raises: as `fastdeq.experiment.run` does before anything is written.
+    Raises: as `fastdeq.experiment.run_config` does before anything is written.
     """
     cfg = composed(overrides)
     config = check(cfg).config

@@ -127,7 +127,7 @@ def check(cfg: DictConfig, *, for_submission: bool = False) -> Checked:
             f"mode={settings.mode} does not make a run: call fastdeq.experiment.{settings.mode}"
         )
     ranks = count_ranks(config["trainer"], for_submission=for_submission)
-    checkpoint, choices = _checkpoint(settings), _choices()
+    checkpoint, choices = initial_weights(settings), _choices()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run builds everything again and repeats the warnings
         _check_parts(cfg, None if for_submission else config, ranks, checkpoint)
@@ -180,7 +180,8 @@ def read_score(folder: Path) -> float:
     return float(read_summary(folder)["score"]["value"])
 
 
-def _checkpoint(settings: RunSettings) -> Path | None:
+def initial_weights(settings: RunSettings | DictConfig) -> Path | None:
+    """The checkpoint whose weights a run begins with, or that mode=test evaluates."""
     if settings.checkpoint is not None:
         return Path(settings.checkpoint)
     if settings.mode == "test" and settings.from_run is not None:
@@ -253,15 +254,17 @@ def _choices() -> dict[str, str]:
 
 
 def _command() -> str:
-    """The command of this run; for a job of a sweep the command that runs this job alone."""
+    """The command of this run; for a job of a sweep, or a call of `fastdeq.experiment.run`, the
+    command that runs this job alone.
+    """
     hydra = HydraConfig.get()
-    words = hydra.overrides.task if hydra.mode == RunMode.MULTIRUN else sys.argv[1:]
+    words = sys.argv[1:] if hydra.mode == RunMode.RUN else hydra.overrides.task
     return f"{typed('train')} {shlex.join(words)}".rstrip()
 
 
 def _started() -> float:
-    """`time.time` at the start of the command: of the process, or of this job of a sweep."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN or not Path("/proc/self/stat").exists():
+    """`time.time` at the start of the command: of the process, or of this job or call."""
+    if HydraConfig.get().mode != RunMode.RUN or not Path("/proc/self/stat").exists():
         return time.time()
     ticks = float(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19])
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -27,6 +27,9 @@ WANDB_ID = ".wandb_id"
 # Written at the end
 SUMMARY = "summary.json"
 
+# Written by `fastdeq export-weights`
+WEIGHTS, CARD = "model.safetensors", "README.md"
+
 # In a sweep's folder
 SUBMISSION = "submission.json"
 TABLE_MARKDOWN, TABLE_CSV = "table.md", "table.csv"

@@ -123,16 +123,19 @@ def without_seeds(settings: Mapping[str, Leaf]) -> dict[str, Leaf]:
     return {key: value for key, value in settings.items() if key.rpartition(".")[2] != "seed"}
 
 
+def current_target(name: str) -> str:
+    """The name of today of a class that a configuration of an earlier version names."""
+    prefixes = [(old, new) for old, new in RENAMED.items() if name.startswith(old)]
+    return next((new + name.removeprefix(old) for old, new in prefixes), name)
+
+
 def _below(key: str, nodes: tuple[str, ...]) -> bool:
     return any(key == node or key.startswith((f"{node}.", f"{node}[")) for node in nodes)
 
 
 def _plain(key: str, value: Leaf) -> Leaf:
     if isinstance(value, str) and key.endswith("_target_"):
-        return next(
-            (new + value[len(old) :] for old, new in RENAMED.items() if value.startswith(old)),
-            value,
-        )
+        return current_target(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return value
     if key.startswith(COUNTED):

@@ -112,12 +112,12 @@ def with_metrics(node: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in node.items()}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration.
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """The resolved configuration, in the file `name`.
 
     Raises: FileNotFoundError if there is none; ValueError for a file that cannot be read.
     """
-    path = folder / CONFIG
+    path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a run is identified by its configuration")
     try:

@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial, reduce
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, Self, TypeAlias, TypeVar
 
 import torch
 from pytorch_lightning import Callback, LightningModule
@@ -12,6 +12,7 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+import fastdeq
 from fastdeq.nn import DEQChain, ExplicitNetwork
 from fastdeq.notation import State
 from fastdeq.solution import TraceKind
@@ -125,6 +126,33 @@ class AbstractTask(LightningModule):
     @abstractmethod
     def check_fit(self, prediction: Tensor, targets: Tensor) -> None:
         """Raises: ValueError if the criterion cannot compare the two."""
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **parts: Any,
+    ) -> Self:
+        """The task of a checkpoint, in evaluation mode. Without `parts` it is built from the
+        configuration of its run: hparams_file, or the config.yaml beside the checkpoint. Given the
+        arguments of the class as `parts`, Lightning's own method builds it.
+
+        Raises: as `fastdeq.load` does; TypeError for a checkpoint of another class.
+        """
+        if parts:
+            loaded: Self = super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **parts
+            )
+            return loaded
+        task: AbstractTask = fastdeq.load_task(checkpoint_path, hparams_file)
+        if not isinstance(task, cls):
+            found = type(task).__name__
+            raise TypeError(f"{checkpoint_path} is of a {found}: use {found}.load_from_checkpoint")
+        return task if map_location is None else task.to(map_location)
 
     @property
     def leaves_parameters_unused(self) -> bool:

@@ -17,7 +17,7 @@ SHORT = (
 
 
 def a_run(folder: Path, *words: str) -> Path:
-    return experiment.run(composed(*SHORT, f"paths.run={folder}", *words))
+    return experiment.run_config(composed(*SHORT, f"paths.run={folder}", *words))
 
 
 def curve(run: Path, *words: str) -> list[experiment.Point]:

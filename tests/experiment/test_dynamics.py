@@ -66,7 +66,9 @@ def test_states_of_an_experiment_are_those_of_its_solver(tmp_path):
     from fastdeq.report.records import read_record
 
     words = ("experiment=dynamics", "trainer.max_epochs=1", "trainer.accelerator=cpu")
-    folder = experiment.run(composed(*words, "data.samples=32", f"paths.run={tmp_path / 'run'}"))
+    folder = experiment.run_config(
+        composed(*words, "data.samples=32", f"paths.run={tmp_path / 'run'}")
+    )
     record, notes = read_record(folder)
     assert not notes
     panel = dynamics_of(record)

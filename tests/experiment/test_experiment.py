@@ -30,7 +30,7 @@ SHORT = (
 
 def run(tmp_path: Path, *overrides: str) -> Path:
     """Run two epochs of two steps; the run's folder."""
-    return experiment.run(composed(*SHORT, f"paths.outputs={tmp_path}", *overrides))
+    return experiment.run_config(composed(*SHORT, f"paths.outputs={tmp_path}", *overrides))
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -151,7 +151,7 @@ def test_sizes_that_are_not_the_datas_are_refused_before_anything_is_written(
 ) -> None:
     cfg = composed(*SHORT, f"paths.outputs={tmp_path}", "sizes.outputs=7")
     with pytest.raises(ValueError, match=r"sizes\.outputs is 7, but the data has .* 10 outputs"):
-        experiment.run(cfg)
+        experiment.run_config(cfg)
     assert not list(tmp_path.iterdir())
 
 
@@ -167,7 +167,7 @@ def test_an_epochs_line_shows_loss_accuracy_nfe_and_residual(
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["deq", "skip_deq", "skip_reg_deq"])
 def test_a_few_epochs_on_the_digits_reach_ninety_percent(tmp_path: Path, model: str) -> None:
-    folder = experiment.run(
+    folder = experiment.run_config(
         composed(
             f"model={model}",
             "trainer.max_epochs=6",

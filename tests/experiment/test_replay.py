@@ -39,7 +39,7 @@ NETWORKS = {
 
 
 def run(folder: Path, *overrides: str) -> Path:
-    return experiment.run(composed(*SHORT, f"paths.run={folder}", *overrides))
+    return experiment.run_config(composed(*SHORT, f"paths.run={folder}", *overrides))
 
 
 def kept(folder: Path) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def test_a_sweep_of_replays_is_refused(command: CommandLine, failed: Path) -> No
 def test_a_replay_is_not_a_run(failed: Path) -> None:
     cfg = composed("mode=replay", f"from_run={failed}")
     with pytest.raises(ValueError, match=r"fastdeq\.experiment\.replay"):
-        experiment.run(cfg)
+        experiment.run_config(cfg)
 
 
 def test_what_goes_wrong_in_training_is_not_an_exception_of_this_module(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def start(folder: Path) -> int:
     try:
         with open(os.devnull, "w") as nothing:
             os.dup2(nothing.fileno(), 1)
-        experiment.run(composed(*SETTINGS, f"paths.run={folder}"))
+        experiment.run_config(composed(*SETTINGS, f"paths.run={folder}"))
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(1)

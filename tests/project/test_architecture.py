@@ -43,6 +43,7 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.autocast": 0,
     "fastdeq.streams": 0,
     "fastdeq.commands": 0,
+    "fastdeq.extras": 0,
     "fastdeq.autodiff": 0,
     "fastdeq.solvers": 1,
     "fastdeq.krylov": 1,

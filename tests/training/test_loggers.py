@@ -32,7 +32,9 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_tensorboard_writes_the_metrics_into_the_run_folder(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    folder = experiment.run(composed(*SHORT, f"paths.outputs={tmp_path}", "logger=tensorboard"))
+    folder = experiment.run_config(
+        composed(*SHORT, f"paths.outputs={tmp_path}", "logger=tensorboard")
+    )
     assert list(folder.glob("tensorboard/events.out.tfevents.*"))
     events = reader.EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
@@ -135,8 +137,8 @@ def test_without_a_login_each_run_is_kept_in_its_folder_without_prompt_or_networ
 def test_a_resumed_run_keeps_its_id(tmp_path, stranger, runs):
     words = (*SHORT, f"paths.run={tmp_path / 'run'}", "logger=wandb", "model=deq")
     with pytest.raises(Interrupted):
-        experiment.run(composed(*words, "stop_after=1e-9"))
-    experiment.run(composed(*words))
+        experiment.run_config(composed(*words, "stop_after=1e-9"))
+    experiment.run_config(composed(*words))
     first, second = runs
     assert first.id == second.id
     assert first._is_finished
@@ -147,7 +149,7 @@ def test_a_resumed_run_keeps_its_id(tmp_path, stranger, runs):
 def test_an_experiment_with_weights_and_biases_keeps_its_run_beside_metrics_csv(
     tmp_path, stranger, runs
 ):
-    folder = experiment.run(composed(*SHORT, f"paths.outputs={tmp_path}", "logger=wandb"))
+    folder = experiment.run_config(composed(*SHORT, f"paths.outputs={tmp_path}", "logger=wandb"))
     (run,) = runs
     assert run._is_finished
     assert run.id in kept(folder).name
@@ -168,7 +170,7 @@ def test_a_run_that_fails_is_closed_too(tmp_path, stranger, runs, monkeypatch):
 
     monkeypatch.setattr(AbstractTask, "training_step", fail)
     with pytest.raises(RuntimeError, match="out of luck"):
-        experiment.run(composed(*SHORT, f"paths.outputs={tmp_path}", "logger=wandb"))
+        experiment.run_config(composed(*SHORT, f"paths.outputs={tmp_path}", "logger=wandb"))
     (run,) = runs
     assert run._is_finished
 

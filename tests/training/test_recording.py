@@ -30,7 +30,7 @@ SHORT = (
 
 
 def run(folder: Path, *words: str) -> Path:
-    return experiment.run(composed(*SHORT, f"paths.run={folder}", *words))
+    return experiment.run_config(composed(*SHORT, f"paths.run={folder}", *words))
 
 
 def a_solve(**others: Any) -> SolveRecord:

@@ -232,7 +232,7 @@ def test_the_weights_of_a_state_can_be_used_like_those_of_any_checkpoint(tmp_pat
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):
         run(folder, "model=deq", AT_ONCE)
-    tested = experiment.run(
+    tested = experiment.run_config(
         composed(
             *SHORT,
             *("mode=test", "model=deq", f"checkpoint={folder / RESUME}"),

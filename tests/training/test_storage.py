@@ -148,14 +148,14 @@ def stopped(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     for _ in range(2):
         with pytest.raises(Interrupted):
-            experiment.run(composed(*STATES, f"paths.run={folder}", "stop_after=1e-9"))
+            experiment.run_config(composed(*STATES, f"paths.run={folder}", "stop_after=1e-9"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return experiment.run(composed(*STATES, f"paths.run={folder}"))
+    return experiment.run_config(composed(*STATES, f"paths.run={folder}"))
 
 
 @pytest.mark.parametrize("fraction", [i / 8 for i in range(9)])
@@ -166,7 +166,7 @@ def test_a_state_damaged_anywhere_is_skipped(
     content = bytearray(path.read_bytes())
     content[min(int(fraction * len(content)), len(content) - 1)] ^= 0x10
     path.write_bytes(content)
-    experiment.run(composed(*STATES, f"paths.run={stopped}"))
+    experiment.run_config(composed(*STATES, f"paths.run={stopped}"))
     warning = f"warning: {path} is damaged: resuming from {BEFORE}"
     assert warning in capsys.readouterr().out.splitlines()
     assert warning in (stopped / "train.log").read_text()
