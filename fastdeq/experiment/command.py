@@ -211,14 +211,17 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
 
 
 def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
-    """For `from_run=FOLDER`, the arguments of that run with these in their places or after them;
-    for `mode=test checkpoint=FOLDER/best.ckpt` likewise, unless these choose a model themselves.
+    """For `from_run=FOLDER` or `extend=FOLDER`, the arguments of that run with these in their
+    places or after them; for `mode=test checkpoint=FOLDER/best.ckpt` likewise, unless these choose
+    a model themselves.
 
     Raises: FileNotFoundError for a folder that holds no run.
     """
     last = {_key(word): word.partition("=")[2] for word in arguments}
-    if last.get("from_run") not in (None, "", "null"):
-        folder = Path(last["from_run"])
+    named = [key for key in ("from_run", "extend") if last.get(key) not in (None, "", "null")]
+    key = named[0] if named else "checkpoint"
+    if named:
+        folder = Path(last[key])
     elif last.get("mode") == "test" and "checkpoint" in last and not _MODEL & last.keys():
         folder = Path(last["checkpoint"]).parent
         if not (folder / OVERRIDES).is_file():  # a checkpoint that was moved
@@ -228,13 +231,13 @@ def with_saved_overrides(arguments: Sequence[str]) -> list[str]:
     try:
         before = read_overrides(folder)
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"from_run: {error}") from error
+        raise type(error)(f"{key}: {error}") from error
     given = {_key(word) for word in arguments}
     saved = [word for word in current_all(before) if _key(word) not in given | _ONCE]
     return [*saved, *arguments]
 
 
-_ONCE = {"from_run", "mode", "checkpoint", "paths.run", "resume", "stop_after", "debug"}
+_ONCE = {"from_run", "extend", "mode", "checkpoint", "paths.run", "resume", "stop_after", "debug"}
 """Keys of a single command, which runs that start from it do not inherit."""
 
 

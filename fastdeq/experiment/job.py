@@ -35,6 +35,7 @@ from fastdeq.runs.reading import FORMAT
 from fastdeq.training import (
     AbstractTask,
     EpochLines,
+    ExtendedSchedule,
     KeepSigtermHandler,
     LoggerPlots,
     MetricsFile,
@@ -136,6 +137,7 @@ def make_trainer(
                 timer,
                 EpochLines(),
                 *others,
+                *([ExtendedSchedule()] if cfg.get("extend") else []),
                 *checkpoints(job.folder, task),
                 *([LoggerPlots()] if shows else []),
                 *bar,

@@ -27,6 +27,7 @@ class RunSettings:
     mode: Literal["train", "test", "replay", "curve"] = setting()
     checkpoint: str | None = setting()
     from_run: str | None = setting()
+    extend: str | None = setting()
     resume: Literal["auto", "never"] = setting()
     stop_after: float | None = setting(above=0)
     stop_at_failure: bool = setting()
@@ -40,6 +41,13 @@ class RunSettings:
         path = PurePosixPath(self.name)
         if path.is_absolute() or ".." in path.parts or not self.name:
             raise ValueError(f"name is {self.name!r}, but must be a folder below paths.outputs")
+        if self.extend is not None and (
+            self.mode != "train" or self.checkpoint is not None or self.from_run is not None
+        ):
+            raise ValueError(
+                f"extend is {self.extend}, which says everything about the start: leave mode, "
+                "checkpoint and from_run out"
+            )
         if self.mode == "test" and self.checkpoint is None and self.from_run is None:
             raise ValueError(
                 "mode=test needs weights: give checkpoint=PATH, or from_run=FOLDER for the last "

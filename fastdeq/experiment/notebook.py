@@ -42,8 +42,6 @@ def run(overrides: Sequence[str] = ()) -> Result:
         if flags := [word for word in overrides if word.startswith("-")]:
             raise ValueError(f"{flags[0]} is for the command line alone: give overrides only")
         cfg = composed(as_typed(overrides))
-        if cfg.get("mode") == "replay":
-            raise ValueError("mode=replay makes no run: use fastdeq train mode=replay")
         folder = run_config(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error

@@ -30,6 +30,7 @@ from fastdeq.experiment.optimization import check_optimizer, check_scheduler
 from fastdeq.experiment.signals import listening
 from fastdeq.nn import DEQChain
 from fastdeq.report import published_row
+from fastdeq.runs.extending import begin_from, check_extension
 from fastdeq.runs.files import write_json, write_text
 from fastdeq.runs.folder import CONFIG, LAST, OVERRIDES, log_file, make_folder
 from fastdeq.runs.identity import digest, identity
@@ -126,6 +127,8 @@ def check(cfg: DictConfig, *, for_submission: bool = False) -> Checked:
         raise ValueError(
             f"mode={settings.mode} does not make a run: call fastdeq.experiment.{settings.mode}"
         )
+    if settings.extend is not None:
+        check_extension(Path(settings.extend), config)
     ranks = count_ranks(config["trainer"], for_submission=for_submission)
     checkpoint, choices = initial_weights(settings), _choices()
     with warnings.catch_warnings():
@@ -173,6 +176,8 @@ def _describe(folder: Path, config: dict[str, Any], identity: str) -> None:
     created(folder, identity)
     write_json(folder / OVERRIDES, list(HydraConfig.get().overrides.task))
     write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+    if config["extend"] is not None:
+        begin_from(Path(config["extend"]), folder)
 
 
 def read_score(folder: Path) -> float:

@@ -14,6 +14,7 @@ from fastdeq.training.diagnosis import (
     trend_of,
     with_norm,
 )
+from fastdeq.training.extension import ExtendedSchedule
 from fastdeq.training.failures import Failures, TrainingFailed
 from fastdeq.training.loggers.console import EpochLines, ProgressBar, table_of
 from fastdeq.training.loggers.metrics_file import MetricsFile
@@ -47,6 +48,7 @@ __all__ = [
     "Cosine",
     "Diagnosis",
     "EpochLines",
+    "ExtendedSchedule",
     "Failures",
     "KeepSigtermHandler",
     "LRSchedulerConfig",

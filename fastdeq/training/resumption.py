@@ -194,6 +194,9 @@ class Resumption(Callback):
     ) -> None:
         """Restore that state; the random state follows at the first step."""
         _upgrade(checkpoint)
+        for state in checkpoint.get("callbacks", {}).values():
+            if "best_k_models" in state:
+                _move(state, Path(trainer.default_root_dir))
         self._restored = checkpoint[_KEY]
         self.seconds_before = checkpoint[_KEY]["seconds"]
         self.metrics = dict(checkpoint[_KEY]["metrics"])
@@ -217,6 +220,16 @@ class Resumption(Callback):
         before, self._requests = self._requests, Reading(sent)
         stops, saves = zip(*before.rows(), strict=True) if before else ((0,), (0,))
         return round(max(stops)), any(saves)
+
+
+def _move(state: dict[str, Any], folder: Path) -> None:
+    """Let a ModelCheckpoint find its files in `folder`: the run was moved, or is extended there."""
+    state["dirpath"] = str(folder)
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        if path := state.get(key):
+            state[key] = str(folder / Path(path).name)
+    scores = state["best_k_models"].items()
+    state["best_k_models"] = {str(folder / Path(path).name): score for path, score in scores}
 
 
 def _upgrade(checkpoint: dict[str, Any]) -> None:

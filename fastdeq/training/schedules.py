@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
-from torch.optim import Optimizer
+import torch
+from torch.nn import Parameter
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     LRScheduler,
@@ -40,6 +42,21 @@ class AbstractSchedule(ABC):
     def following(self, monitor: str) -> "AbstractSchedule":
         """This schedule, with `monitor` as the metric that it follows by default."""
         return self
+
+    def extend(self, scheduler: LRScheduler, steps: int) -> None:
+        """Move a scheduler of a shorter run to where the schedule of a run of `steps` optimizer
+        steps is after as many steps, with the learning rates.
+        """
+        groups = scheduler.optimizer.param_groups
+        rates = [{"params": [Parameter(torch.zeros(()))], "lr": g["initial_lr"]} for g in groups]
+        optimizer = SGD(rates)
+        fresh = self.build(optimizer, steps)
+        optimizer.step()  # torch warns if a scheduler is stepped first
+        for _ in range(scheduler.last_epoch):
+            fresh.step()
+        scheduler.load_state_dict(fresh.state_dict())
+        for group, moved in zip(groups, optimizer.param_groups, strict=True):
+            group["lr"] = moved["lr"]
 
     def is_due(self, interval: str, number: int) -> bool:
         """Whether the scheduler is stepped after the number-th epoch or step (from 1)."""
@@ -129,6 +146,9 @@ class LRSchedulerConfig(AbstractSchedule):
         if self.is_plateau and "mode" not in given and "accuracy" in (self.monitor or ""):
             options["mode"] = "max"
         return self.scheduler(optimizer, **options)
+
+    def extend(self, scheduler: LRScheduler, steps: int) -> None:
+        """A scheduler of torch knows its length itself, or has none: it continues as it is."""
 
     def following(self, monitor: str) -> AbstractSchedule:
         return replace(self, monitor=self.monitor or monitor) if self.is_plateau else self

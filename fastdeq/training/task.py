@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 import fastdeq
 from fastdeq.nn import DEQChain, ExplicitNetwork
@@ -378,6 +378,12 @@ class AbstractTask(LightningModule):
             scheduler.step(self.trainer.callback_metrics[self.schedule.monitor or ""])
         else:
             scheduler.step()  # type: ignore[union-attr]  # one scheduler, not a list
+
+    def extend_schedule(self) -> None:
+        """Move the schedule of a shorter run to this run's; see `AbstractSchedule.extend`."""
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, LRScheduler):
+            self.schedule.extend(scheduler, self._count_steps())
 
     def _count_steps(self) -> int:
         """The number of optimizer steps of the whole run."""

@@ -23,7 +23,8 @@ WORDS = (
 
 
 def bias(model: torch.nn.Module) -> torch.Tensor:
-    return model.state_dict()["head.bias"]
+    value: torch.Tensor = model.state_dict()["head.bias"]
+    return value
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,7 @@ def test_a_notebook_gets_one_line_for_wrong_words() -> None:
         (["-m", "seed=1,2"], "-m is for the command line alone"),
         (["modle=deq"], "there is no key 'modle'"),
         (["mode=replay", "from_run=x"], "x is not a run folder"),
+        (["mode=replay", "checkpoint=x"], "mode=replay does not make a run"),
     ):
         with pytest.raises((ValueError, OSError, TypeError), match=text):
             experiment.run(words)
