@@ -28,7 +28,7 @@ COMMANDS = {
     "report html": ("fastdeq.report.html_command", "write a page about runs, in one file"),
     "export-weights": (
         "fastdeq.experiment.export_weights",
-        "write the weights of a run as safetensors, with a model card",
+        "write weights as safetensors, with a model card",
     ),
     "jobs": ("fastdeq.cluster.command", "submit a sweep to Slurm, and follow its jobs"),
     "bench": (

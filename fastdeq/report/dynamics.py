@@ -51,7 +51,7 @@ def dynamics_of(run: Record) -> Dynamics:
     if batch is None or batch.forward.states is None or batch.inputs is None:
         raise ValueError(
             f"{run.folder} has not recorded its states: train it with "
-            "callbacks.record.states=true, as experiment=dynamics does"
+            "+callbacks.record.states=true, as experiment=dynamics does"
         )
     states, x, target = batch.forward.states, batch.inputs, batch.targets
     if states.shape[2] != 1 or x[0].size != 1 or target is None or target[0].size != 1:

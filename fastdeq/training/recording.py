@@ -231,7 +231,9 @@ def record_batch(
                 prediction, solution = task.model(x, trace=trace)
                 loss = task.criterion(prediction, targets)
             _differentiate(loss, task)
-            radius = _spectral_radius(CellCall(layer.cell, calls[0], layer.precision), solution)
+            with context() if context is not None else ExitStack():  # as the input was made
+                call = CellCall(layer.cell, calls[0], layer.precision)
+                radius = _spectral_radius(call, solution)
     finally:
         handle.remove()
     return _as_record(solution, radius, (x, targets) if states else None)

@@ -196,7 +196,7 @@ class Resumption(Callback):
         _upgrade(checkpoint)
         for state in checkpoint.get("callbacks", {}).values():
             if "best_k_models" in state:
-                _move(state, Path(trainer.default_root_dir))
+                _move(state, Path(trainer.default_root_dir).resolve())
         self._restored = checkpoint[_KEY]
         self.seconds_before = checkpoint[_KEY]["seconds"]
         self.metrics = dict(checkpoint[_KEY]["metrics"])

@@ -529,4 +529,6 @@ def test_one_and_two_processes_have_the_same_metrics(root, command):
     for name, value in alone.items():
         # Counts are equal; what is averaged was added up in another order, in float32.
         exact = name.endswith("accuracy")
+        if name.endswith("spectral_radius"):  # of the samples of the first process
+            continue
         assert together[name] == pytest.approx(value, rel=0 if exact else 2e-3, abs=1e-7), name

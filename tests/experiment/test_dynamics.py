@@ -84,7 +84,7 @@ def test_runs_without_a_picture_are_refused_in_one_line(tmp_path, monkeypatch, c
     for name in "abcde":
         a_run(tmp_path / "many" / name, "deq")
     for name, text in (
-        ("plain", "has not recorded its states: train it with callbacks.record.states=true"),
+        ("plain", "has not recorded its states: train it with +callbacks.record.states=true"),
         ("wide", "has states of 3 numbers for inputs of 1"),
         ("many", "5 runs are found, but the picture has 4 panels at most"),
     ):

@@ -54,6 +54,7 @@ def test_a_run_folder_holds_configuration_metrics_checkpoint_and_summary(tmp_pat
         "last.ckpt.sha256",
         "metrics.csv",
         "overrides.json",
+        "recorded",
         "status.json",
         "summary.json",
         "train.log",

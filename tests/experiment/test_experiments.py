@@ -48,6 +48,11 @@ VARIED = [(experiment, f"model={model}") for experiment, model in TRAINED] + [
     for group in ("solver", "adjoint", "optimizer", "scheduler", "trainer", "logger")
     for choice in GROUPS[group]
 ]
+SOLVER_OF = {
+    "adjoint=reversible": ("solver=reversible",),
+    "adjoint=shine": ("solver=lbroyden",),
+}
+"""Adjoints that need a solver of their own."""
 SETTINGS: dict[str, dict[str, object]] = {
     "mnist_fc": {
         "arch.initialization": "glorot",
@@ -225,7 +230,7 @@ def test_every_experiment_trains_with_every_model(
 def test_every_experiment_composes_with_every_choice(experiment: str, choice: str) -> None:
     if needed := NEEDS.get(choice):
         pytest.importorskip(needed)
-    cfg = composed(f"experiment={experiment}", choice)
+    cfg = composed(f"experiment={experiment}", choice, *SOLVER_OF.get(choice, ()))
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for key in ("solver", "adjoint", "loss", "scheduler", "data"):
         instantiate(cfg[key], _convert_="all")

@@ -103,6 +103,7 @@ def test_a_sample_that_stalls_does_so_in_a_compiled_solve_too():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch about itself
 def test_generated_code_returns_the_answers_of_the_eager_solve():
     check_same(*both(Anderson(max_steps=10)))
 

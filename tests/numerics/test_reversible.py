@@ -282,7 +282,7 @@ def test_a_second_derivative_and_forward_mode_are_refused_with_the_cure():
         dual = forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(RuntimeError, match="use the Unrolled adjoint, or reverse mode"):
             of_x(dual)
-    with pytest.raises(RuntimeError, match=r"within transforms of torch\.func: use the Implicit"):
+    with pytest.raises(RuntimeError, match=r"within transforms of torch\.func: use the Unrolled"):
         torch.func.jvp(of_x, (x,), (torch.ones_like(x),))
 
 

@@ -58,7 +58,9 @@ def test_one_two_and_three_processes_have_the_same_metrics(command: CommandLine)
         for name, value in alone.items():
             # Counts are equal; what is averaged was added up in another order, in float32.
             exact = name.endswith("accuracy")
-            assert together[name] == pytest.approx(value, rel=0 if exact else 2e-3, abs=1e-7), name
+            if name.endswith("spectral_radius"):  # of the samples of the first process
+            continue
+        assert together[name] == pytest.approx(value, rel=0 if exact else 2e-3, abs=1e-7), name
 
 
 @pytest.mark.parametrize(("on_failure", "megabytes"), [("warn", 25), ("skip_step", 0.01)])

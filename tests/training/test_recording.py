@@ -90,7 +90,7 @@ def test_a_file_of_another_layout_is_refused_in_one_line(tmp_path):
 
 
 def test_a_run_records_its_solves_forward_and_backward_with_the_states(tmp_path, lines):
-    words = ("model=skip_deq", "callbacks.record.states=true", "+callbacks.record.keep=all")
+    words = ("model=skip_deq", "+callbacks.record.states=true", "+callbacks.record.keep=all")
     folder = run(tmp_path / "run", *words, "+callbacks.record.samples=8")
     (said,) = [line for line in lines if line.startswith("recording")]
     files = [recording_file(folder, epoch) for epoch in (0, 1, None)]
