@@ -19,6 +19,10 @@ def run(folder: Path, *words: str) -> Path:
     return experiment.run([*WORDS, *MORE, *words, f"paths.run={folder}"]).folder
 
 
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / METRICS).open(newline="") as file:
         return list(csv.DictReader(file))
@@ -37,10 +41,10 @@ def test_an_extended_run_is_a_longer_run_bit_for_bit_and_leaves_the_first_alone(
     tmp_path: Path,
 ) -> None:
     first = run(tmp_path / "first", "trainer.max_epochs=1")
-    before = {path: path.read_bytes() for path in first.iterdir()}
+    before = {path: path.read_bytes() for path in files(first)}
     words = [f"extend={first}", "trainer.max_epochs=3", f"paths.run={tmp_path / 'further'}"]
     further = experiment.run(words).folder
-    assert {path: path.read_bytes() for path in first.iterdir()} == before
+    assert {path: path.read_bytes() for path in files(first)} == before
     whole = run(tmp_path / "whole", "trainer.max_epochs=3")
     ours, expected = weights(further), weights(whole)
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
