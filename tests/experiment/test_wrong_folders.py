@@ -214,7 +214,9 @@ def test_without_pillow_the_cure_is_named(monkeypatch, capsys, root):
 
 
 def test_without_pillow_the_other_sets_are_there():
-    code = "import sys, pytorch_lightning; sys.modules['PIL'] = None; from fastdeq.data.command import main; "
+    # Lightning comes first: plots of torchmetrics, where matplotlib is there, import Pillow, too.
+    code = "import sys, pytorch_lightning; sys.modules['PIL'] = None; "
+    code += "from fastdeq.data.command import main; "
     command = [sys.executable, "-c", code + "sys.exit(main(['digits']))"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
