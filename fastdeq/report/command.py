@@ -8,7 +8,7 @@ from pathlib import Path
 from fastdeq.commands import Parser, UsageError, exit_status, typed
 from fastdeq.report.notes import footnotes
 from fastdeq.report.rows import make_rows
-from fastdeq.report.runs import find_runs
+from fastdeq.report.runs import add_paths, find_runs
 from fastdeq.report.tables import FORMATS
 
 SUFFIXES = {".md": "markdown", ".csv": "csv", ".json": "json"}
@@ -51,13 +51,7 @@ def parser() -> Parser:
         f"  {command} outputs/multirun/2026-07-01_12-00-00-000000 --format csv\n"
         f"  {command} outputs --out table.md",
     )
-    made.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="a run folder, a folder above some, or the folder of a sweep",
-    )
+    add_paths(made)
     made.add_argument(
         "--format",
         choices=list(FORMATS),

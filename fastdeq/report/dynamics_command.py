@@ -9,6 +9,7 @@ from fastdeq.report.configuration import MODELS
 from fastdeq.report.dynamics import MOST, dynamics_of, still, write_animation
 from fastdeq.report.plots import style
 from fastdeq.report.records import read_records
+from fastdeq.report.runs import add_paths
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -47,13 +48,7 @@ def parser() -> Parser:
         "The runs are those of experiment=dynamics (sweep=dynamics trains all three).",
         examples=f"  {command} RUN RUN RUN\n  {command} outputs/multirun/SWEEP --out plots",
     )
-    made.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="a run folder, a folder above some, or the folder of a sweep",
-    )
+    add_paths(made)
     made.add_argument(
         "--out",
         type=Path,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastdeq.commands import Parser, exit_status, typed
 from fastdeq.report.html import page
+from fastdeq.report.runs import add_paths
 from fastdeq.runs.files import write_text
 
 
@@ -35,13 +36,7 @@ def parser() -> Parser:
         "nothing from the network.",
         examples=f"  {command} outputs\n  {command} outputs/multirun/SWEEP --out sweep.html",
     )
-    made.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="a run folder, a folder above some, or the folder of a sweep",
-    )
+    add_paths(made)
     made.add_argument(
         "--out",
         type=Path,

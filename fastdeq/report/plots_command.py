@@ -7,6 +7,7 @@ from pathlib import Path
 from fastdeq.commands import Parser, exit_status, typed
 from fastdeq.report.plots import PLOTS, draw, write
 from fastdeq.report.records import read_records
+from fastdeq.report.runs import add_paths
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,13 +39,7 @@ def parser() -> Parser:
         "What a run has not recorded is left out.",
         examples=f"  {command} RUN\n  {command} outputs/multirun/SWEEP --out plots/sweep",
     )
-    made.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="a run folder, a folder above some, or the folder of a sweep",
-    )
+    add_paths(made)
     made.add_argument(
         "--out",
         type=Path,

@@ -1,5 +1,6 @@
 """Finds run folders below paths, and in the job records of sweeps."""
 
+from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,17 @@ def find_runs(paths: Iterable[Path]) -> Found:
         for place in places:
             _add(place, found)
     return found
+
+
+def add_paths(parser: ArgumentParser) -> None:
+    """The argument of all subcommands of the report: what `find_runs` takes."""
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="a run folder, a folder above some, or the folder of a sweep",
+    )
 
 
 def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:

@@ -126,7 +126,7 @@ class Reuse(Callback):
             self._table = None
 
     def _begin(self, trainer: Trainer, value: State) -> None:
-        """Say how much is going to be kept, and make room for it."""
+        """Log the size of what will be kept, and allocate it."""
         layout, n = Layout.of(value), _loader(trainer).samples
         entries = sum(shape.numel() for shape in layout.shapes)
         self._example = map_scales(lambda z: z[:1].detach().cpu(), value)

@@ -1,5 +1,6 @@
 """torchdeq's DEQ: a map and a start ↦ states with gradients, and statistics."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -66,7 +67,7 @@ class _Map:
         }
 
 
-class _DEQ(nn.Module):
+class _DEQ(nn.Module, ABC):
     """f and z_init ↦ (states, info), as torchdeq.
 
     args: a Namespace, a dictionary or None; options by keyword take precedence (see `Arguments`).
@@ -115,6 +116,7 @@ class _DEQ(nn.Module):
             info["sradius"] = _spectral_radius(f, z)
         return [f.state(z)], info
 
+    @abstractmethod
     def states(
         self,
         f: _Map,
@@ -123,7 +125,6 @@ class _DEQ(nn.Module):
         writer: Writer | None,
     ) -> list[Tensor]:
         """The states of a training step, flat and with gradients."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def _solved(
