@@ -41,9 +41,9 @@ def export(
     steps: K; None takes the `max_steps` of each layer's solver.
 
     The prediction equals that of the model with `max_steps` = K to rounding: a sample that meets
-    the tolerance earlier keeps that state, others their best one. (Samples that stall or diverge
-    may differ: nothing is decided on the host.) `torch.onnx.export(program)` takes it where the
-    solver is Picard or ReversibleSolver.
+    the tolerance earlier keeps that state, others their best one. (A sample that would stall
+    continues instead.) `torch.onnx.export(program)` takes it where the solver is Picard or
+    ReversibleSolver.
 
     Raises: TypeError for a model that is not a module; ValueError for steps below 1, for fewer than
         two samples, for a layer whose solver decides on the host (use Picard, Anderson or

@@ -77,26 +77,41 @@ def _problem(solver: AbstractSolver, f: FlatMap, carry: Carry) -> Problem:
 def _advance(solver: AbstractSolver, f: FlatMap, carry: Carry, memory: Any) -> tuple[Carry, Any]:
     """`check_every` steps of all samples that have not ended; those after `max_steps` change
     nothing."""
-    problem, rule = _problem(solver, traceable(f), carry), solver.rule
-    progress = Progress.restored(rule, solver.pooling, carry.z, carry.progress)
+    problem = _problem(solver, traceable(f), carry)
+    progress = Progress.restored(solver.rule, solver.pooling, carry.z, carry.progress)
     at, best_z, steps, nfe = Iterate(carry.z, carry.g), carry.best_z, carry.steps, carry.nfe
     for _ in range(solver.check_every):
         active, ran_away = progress.active, progress.ran_away
-        problem.freeze(best_z, active, progress.alive)
-        step, memory = solver.step(problem, at, memory)
-        steps, nfe = steps + active, nfe + active * problem.take_count()
-        better = progress.test(step.iterate, rule.measure(step.iterate), step.stalled)
-        assert better is not None
+        at, best_z, memory, evaluations = stepped(solver, problem, progress, at, best_z, memory)
+        steps, nfe = steps + active, nfe + active * evaluations
         assert ran_away is not None
         assert progress.ran_away is not None
-        best_z = torch.where(better[:, None], step.iterate.z, best_z)
         progress.ran_away = torch.where(active, progress.ran_away, ran_away)
         progress.active = progress.active & (steps < carry.limit)
-        rows = progress.active[:, None]
-        at = Iterate(
-            torch.where(rows, step.iterate.z, best_z), step.iterate.g.masked_fill(~rows, 0.0)
-        )
     return Carry(at.z, at.g, best_z, steps, nfe, carry.limit, progress.tensors()), memory
+
+
+def stepped(
+    solver: AbstractSolver,
+    problem: Problem,
+    progress: Progress,
+    at: Iterate,
+    best_z: Tensor,
+    memory: Any,
+) -> tuple[Iterate, Tensor, Any, int | Tensor]:
+    """One step of all samples that have not ended, and its test, without a decision on the host.
+
+    Returns the iterate, the best states, the memory, and the evaluations of f.
+    """
+    problem.freeze(best_z, progress.active, progress.alive)
+    step, memory = solver.step(problem, at, memory)
+    new = step.iterate
+    better = progress.test(new, progress.rule.measure(new), step.stalled)
+    assert better is not None  # on the host alone
+    best_z = torch.where(better[:, None], new.z, best_z)
+    rows = progress.active[:, None]
+    at = Iterate(torch.where(rows, new.z, best_z), new.g.masked_fill(~rows, 0.0))
+    return at, best_z, memory, problem.take_count()
 
 
 def _separate(carry: Carry) -> Carry:

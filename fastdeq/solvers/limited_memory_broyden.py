@@ -152,7 +152,9 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
             b.steps.clear()
             return Step(new), (new.g, b)
         # A frozen sample stays where it is.
-        step = direction if problem.all_active else new.z - current.z
+        step = direction
+        if not problem.all_active:
+            step = torch.where(problem.active[:, None], direction, 0.0)
         newton, product, squared = b.push(step, new.g)
         # The update's denominator is s·B (g₊ − g), since B g = −s.
         denominator = squared - product

@@ -199,18 +199,31 @@ class Progress:
     best iterate, infinite where f was never good.
     """
 
-    def __init__(self, rule: Termination, pooling: Pooling, z: Tensor, min_steps: int = 0) -> None:
+    def __init__(
+        self,
+        rule: Termination,
+        pooling: Pooling,
+        z: Tensor,
+        min_steps: int = 0,
+        *,
+        on_host: bool = True,
+    ) -> None:
         """z: the start, (B, D), which is read for its shape and dtype. min_steps: before this many,
-        no sample ends for its residual."""
-        self.rule, self.pooling = rule, pooling
+        no sample ends for its residual.
+
+        on_host: where looking at a tensor costs less than computing with it. Without, tests make no
+            decision on the host, and all tensors are on the device of z.
+        """
+        self.rule, self.pooling, self._on_host = rule, pooling, on_host
+        batch, device = z.shape[0], torch.device("cpu") if on_host else z.device
         self._early: int | Tensor = (
             min_steps  # tests, the first of them of the start, that end no sample
         )
-        self.active = self.alive = self.good = torch.ones(len(z), dtype=torch.bool)
-        self.status = torch.full((len(z),), _RUNNING)
+        self.active = self.alive = self.good = torch.ones(batch, dtype=torch.bool, device=device)
+        self.status = torch.full((batch,), _RUNNING, device=device)
         self.ran_away: Tensor | None = None  # by the last iterate; None: no sample
         kind = torch.finfo(z.dtype)
-        unknown = torch.full((len(z),), torch.inf, dtype=z.dtype)
+        unknown = torch.full((batch,), torch.inf, dtype=z.dtype, device=device)
         self.residual = self.f_norm = self._best = unknown
         # Of the iterates so far: the largest ‖du‖, and ‖f(z)‖ up to which it explains growth. All
         # finite values are within bounds before the first one.
@@ -218,7 +231,7 @@ class Progress:
         self._first: tuple[Tensor, Tensor] | None = None  # du and size
         self._caps: tuple[Tensor, Tensor | None] | None = None  # computed where they are needed
         self._largest = kind.max
-        self._all_active = True
+        self._all_active = on_host  # as far as it is known there
         length = pooling.length(z)
         self._factor = PROTECTIVE_FACTOR * length
         entries = 1 if rule.entrywise else length
@@ -226,7 +239,6 @@ class Progress:
         self._lost = max(rule.growth, _FALLEN / (_ROUNDING * kind.eps * entries**0.5))
         self._window: deque[tuple[Tensor, Tensor]] = deque(maxlen=STALL_WINDOW)
         self._rolling: Tensor | None = None  # the objectives of the window, where it is a tensor
-        self._on_host = True  # where looking at a tensor costs less than computing with it
 
     def tensors(self, *, stalls: bool = False) -> dict[str, Tensor]:
         """All that later tests depend on, once the first iterate was tested.
@@ -254,13 +266,12 @@ class Progress:
     ) -> "Progress":
         """The progress of `tensors`, whose tests make no decision on the host: for compiled solves,
         on any device."""
-        progress = Progress(rule, pooling, z)
+        progress = Progress(rule, pooling, z, on_host=False)
         for name in _CARRIED:
             setattr(progress, name, kept[name])
         progress._first = kept["first_du"], kept["first_size"]
         progress.ran_away = kept["ran_away"]
-        progress._all_active, progress._rolling = False, kept.get("rolling")
-        progress._on_host = False
+        progress._rolling = kept.get("rolling")
         progress._early = kept.get("early", 0)
         return progress
 
