@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import dense, evaluations, memory, multiscale, train_step
+from benchmarks import adjoints, dense, evaluations, memory, multiscale, train_step
 from benchmarks.measuring import HAS_TORCHDEQ, SYSTEMS, Row
 from fastdeq.report.markdown import aligned
 
@@ -31,6 +31,7 @@ SECTIONS: dict[str, Callable[[bool], Iterable[Row]]] = {
     "scaling": dense.scaling,
     "multiscale": multiscale.rows,
     "evaluations": evaluations.rows,
+    "adjoints": adjoints.rows,
     "memory": memory.rows,
     "train": train_step.rows,
 }
