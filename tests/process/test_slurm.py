@@ -164,13 +164,17 @@ def content(folder: Path, name: str = "summary.json") -> dict[str, Any]:
 
 
 def processes_of(number: str) -> list[int]:
-    """Of submitit in a job: those whose environment names it."""
+    """Of submitit in a job: those of Python whose environment names it. Not srun, whose command
+    line names submitit too, and which blocks signals of its own before any task has started.
+    """
     mark = f"SLURM_JOB_ID={number}\0".encode()
+    python = Path(sys.executable).resolve()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if (
-                b"submitit.core" in (folder / "cmdline").read_bytes()
+                (folder / "exe").readlink() == python
+                and b"submitit.core" in (folder / "cmdline").read_bytes()
                 and mark in (folder / "environ").read_bytes()
             ):
                 found.append(int(folder.name))
