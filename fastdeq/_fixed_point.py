@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdeq.adjoints import AbstractAdjoint, Direct, Equilibrium, Implicit, Shine
+from fastdeq.adjoints.implicit import StartedImplicit
 from fastdeq.adjoints.states import StatesAt, check_closing, chosen_steps, closed
 from fastdeq.flatten import Layout
 from fastdeq.norms import sample_norm
@@ -17,7 +18,7 @@ from fastdeq.notation import FlatMap, State, StateMap
 from fastdeq.rows import BatchMap
 from fastdeq.solution import Recording, Solution, Status, TraceKind
 from fastdeq.solvers import AbstractSolver, LimitedMemoryBroydenSolver
-from fastdeq.transforms import Transforms, mapped_only, plain
+from fastdeq.transforms import Transforms, mapped_only, plain, transformed
 
 _DEFAULT_SOLVER = LimitedMemoryBroydenSolver()
 _DEFAULT_ADJOINT = Implicit()
@@ -27,6 +28,7 @@ def fixed_point(
     f: StateMap,
     z0: State,
     *,
+    v0: Tensor | None = None,
     solver: AbstractSolver = _DEFAULT_SOLVER,
     adjoint: AbstractAdjoint = _DEFAULT_ADJOINT,
     trace: TraceKind | None = None,
@@ -44,6 +46,9 @@ def fixed_point(
     z0: the initial state: a (B, ...) floating-point tensor, or a tuple or dictionary of them, one
         per scale. It gets gradients only from the unrolled adjoint: an equilibrium does not depend
         on its start. An empty batch, B = 0, is not solved: f is evaluated once.
+    v0: start the backward solve of `Implicit` at the best multiple of this cotangent, (B, D), for
+        one product: `solution.backward.value` of an earlier call with the same samples, once its
+        backward pass has run. It pays where the same batch is solved again with little change.
     trace: record the history of residual norms ("residuals"), or of states too ("states"), of the
         forward solve and of the one that the backward pass of an implicit adjoint makes.
     states: also return states on the way, as `solution.states`: n of them, after steps evenly
@@ -62,8 +67,9 @@ def fixed_point(
     returned, and `solution.status` reports what happened.
 
     Raises: TypeError for settings that are not a solver or an adjoint, and for a z0 or an f(z) that
-        is not floating point; ValueError for f(z) of another shape than z, for an adjoint that does
-        not support the solver, and for states beyond the solver's last step; RuntimeError for
+        is not floating point; ValueError for f(z) of another shape than z, for a v0 of another one
+        than (B, D) or without `Implicit`, for an adjoint that does not support the solver, and for
+        states beyond the solver's last step; RuntimeError for
         derivatives that the adjoint does not have. Warns (RuntimeWarning) where f itself is not
         finite.
     """
@@ -81,6 +87,8 @@ def fixed_point(
     if not start.shape[0]:
         solution = _of_nothing(flat_f, layout, z0, start, len(record.steps))
         return replace(solution, aux=aux.last)
+    if v0 is not None:
+        adjoint = _started(adjoint, v0, start)
     find = _found_by_vmap if mapped_only() else _found
     found, last = find(flat_f, start, solver, adjoint, record), aux.last
     stats = found.forward.stats
@@ -94,6 +102,24 @@ def fixed_point(
         states=tuple(layout.unflatten(each) for each in on_the_way),
         **vars(replace(stats, nfe=stats.nfe + 1)),  # the closing evaluation
     )
+
+
+def _started(adjoint: AbstractAdjoint, v0: Tensor, z0: Tensor) -> AbstractAdjoint:
+    """The adjoint with a start of its backward solve. Raises: ValueError, RuntimeError."""
+    if not isinstance(adjoint, Implicit):
+        raise ValueError(
+            f"v0 starts the backward solve of Implicit, and {type(adjoint).__name__} makes no such "
+            "solve: leave v0 out, or use Implicit"
+        )
+    if transformed():
+        raise RuntimeError("v0 has no place within transforms of torch.func: leave it out")
+    if not isinstance(v0, Tensor) or v0.shape != z0.shape:
+        shape = tuple(v0.shape) if isinstance(v0, Tensor) else type(v0).__name__
+        raise ValueError(
+            f"v0 is {shape}, but must be a tensor of the flat state's shape, {tuple(z0.shape)}: "
+            "give solution.backward.value of an earlier call with the same samples"
+        )
+    return StartedImplicit(adjoint, v0.detach().to(z0))
 
 
 def _found(

@@ -135,7 +135,7 @@ class BackwardReport:
     """Filled in by the backward pass; `stats` stays None where that is ordinary backpropagation.
 
     trace: the history that the backward solve records: that of the forward solve.
-    value: v, (B, D), with `trace`.
+    value: v, (B, D): the start of the next backward solve, on request (`v0` of `fixed_point`).
     solves: whether it solves (I − Jᵀ) v = w. Where it integrates an equation instead (a neural
         ODE's), the residuals of `stats` are NaN and its status is NOT_SOLVED.
     """

@@ -25,7 +25,7 @@ class Closing:
     solver: of (I − P) v = w, P = Jᵀ for cotangents and J for tangents.
     order: how many derivatives there are. Transforms of torch.func raise it as they need.
     name: of the adjoint, for errors. once: it has one derivative, whatever is needed.
-    clip: see `Kind`.
+    clip, start: see `Kind`.
     """
 
     solver: Solver
@@ -33,6 +33,7 @@ class Closing:
     order: int = 1
     once: bool = False
     clip: float | None = None
+    start: Tensor | None = None
 
     def equilibrium(self, f: FlatMap, forward: SolveResult) -> Equilibrium:
         """forward: of the solve of f."""
@@ -89,6 +90,7 @@ class Closing:
             restrict=restrict,
             linearize=linearize,
             clip=self.clip,
+            start=self.start if order == most - 1 else None,  # of what the loss reads
         )
         return output, Resolvent(output, z_in, None, kind)
 

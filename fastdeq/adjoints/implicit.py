@@ -1,5 +1,9 @@
 """Implicit differentiation: exact derivatives of the equilibrium, each from one linear solve."""
 
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
 from fastdeq.adjoints.base import AbstractAdjoint, Equilibrium
 from fastdeq.adjoints.closing import Closing
 from fastdeq.krylov import GMRES
@@ -47,6 +51,21 @@ class Implicit(AbstractAdjoint):
             )
 
     def close(self, f: FlatMap, forward: SolveResult) -> Equilibrium:
+        return self.closing.equilibrium(f, forward)
+
+    @property
+    def closing(self) -> Closing:
+        """The closing evaluation, with these settings."""
         once = self.clip is not None
-        closing = Closing(self.solver, "Implicit", self.order, once=once, clip=self.clip)
-        return closing.equilibrium(f, forward)
+        return Closing(self.solver, "Implicit", self.order, once=once, clip=self.clip)
+
+
+@dataclass(frozen=True)
+class StartedImplicit(AbstractAdjoint):
+    """Implicit, whose backward solve starts at v0, (B, D)."""
+
+    adjoint: Implicit
+    v0: Tensor
+
+    def close(self, f: FlatMap, forward: SolveResult) -> Equilibrium:
+        return replace(self.adjoint.closing, start=self.v0).equilibrium(f, forward)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdeq.adjoints.once import differentiable_once
 from fastdeq.autodiff import carries_tangent, jvp_by_transforms, jvp_by_vjps, primal, vjp_here
-from fastdeq.krylov import GMRES
+from fastdeq.krylov import GMRES, closest_multiple
 from fastdeq.norms import sample_norm
 from fastdeq.notation import FlatMap
 from fastdeq.rows import BatchMap, Linearized, wrapped
@@ -59,6 +59,7 @@ class Kind:
     axes: of the batch, (N_1 … N_k B, D), those that torch.vmap maps, the last first: its length,
         and whether all along it have the same P.
     clip: the most ‖v‖ / ‖w‖, of cotangents; what is longer is scaled down.
+    start: of a solve, (B, D): v starts at its best multiple. None: at 0 (GMRES) or at w.
     """
 
     solver: Solver
@@ -71,6 +72,7 @@ class Kind:
     forward: bool = False
     axes: tuple[tuple[int, bool], ...] = ()
     clip: float | None = None
+    start: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +124,7 @@ class Resolvent:
             report=BackwardReport(),
             restrict=None,
             linearize=None,
+            start=None,
         )
         return replace(self, kind=kind)
 
@@ -181,7 +184,7 @@ class Resolvent:
             raise RuntimeError("this adjoint has no forward mode: use the Implicit adjoint")
         product, w = wrapped(product, _constant), primal(w).detach()
         report = self.kind.report
-        found = _found(solver, product, w, report.trace)
+        found = _found(solver, product, w, report.trace, self.kind.start)
         if isinstance(found, SolveResult):
             report.stats = found.stats
             v, lost = found.value, _lost(found, w)
@@ -189,8 +192,7 @@ class Resolvent:
             v, lost = found, ~torch.isfinite(found).all(dim=1)
         if self.kind.clip is not None and not self.kind.forward:
             v = _clipped(v, self.kind.clip * sample_norm(w))
-        if report.trace is not None:
-            report.value = v
+        report.value = v
         if not bool(lost.any()):
             return v, None
         _warn(lost, w)
@@ -273,6 +275,7 @@ class _FixedPoint(torch.autograd.Function):
             solver=replace(kind.solver, compact=None, compile=False),
             restrict=None,
             linearize=None,
+            start=None,
         )
         known = _FixedPoint.apply(*flat, f_out, f_in, lost, kind, arriving)  # type: ignore[no-untyped-call]
         return known.view(size, -1, known.shape[1]), 0
@@ -359,13 +362,18 @@ def _constant(product: FlatMap) -> FlatMap:
 
 
 def _found(
-    solver: Solver, product: FlatMap, w: Tensor, trace: TraceKind | None
+    solver: Solver, product: FlatMap, w: Tensor, trace: TraceKind | None, start: Tensor | None
 ) -> SolveResult | Tensor:
     if isinstance(solver, GMRES):
-        return solver.solve(wrapped(product, _subtracted), w, trace=trace is not None)
-    if isinstance(solver, AbstractSolver):
+        system = wrapped(product, _subtracted)
+        return solver.solve(system, w, x0=start, trace=trace is not None)
+    if not isinstance(solver, AbstractSolver):
+        return solver.solve(product, w)
+    if start is None:
         return solve(solver, _added(product, w), w, trace=trace)
-    return solver.solve(product, w)
+    v, _ = closest_multiple(_subtracted(product), w, start, per_sample=solver.per_sample)
+    found = solve(solver, _added(product, w), v, trace=trace)
+    return replace(found, nfe=found.nfe + 1)
 
 
 def _clipped(v: Tensor, most: Tensor) -> Tensor:

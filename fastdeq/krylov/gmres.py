@@ -72,9 +72,14 @@ class GMRES:
                 "says that they are coupled: leave one of the two out"
             )
 
-    def solve(self, matvec: FlatMap, b: Tensor, *, trace: bool = False) -> SolveResult:
-        """Solve A x = b from x = 0. matvec: (B, D) → (B, D), linear. b: (B, D).
+    def solve(
+        self, matvec: FlatMap, b: Tensor, *, x0: Tensor | None = None, trace: bool = False
+    ) -> SolveResult:
+        """Solve A x = b from x = 0, or from a multiple of x0. matvec: (B, D) → (B, D), linear. b,
+        x0: (B, D).
 
+        x0: the start is the multiple with the smallest residual, per sample, which is at most ‖b‖:
+            a poor x0 costs the one product that it takes, and no accuracy.
         trace: also return the residual norms after every product, by the recurrence.
 
         A sample that cannot be solved keeps its best finite x, and its status reports it. Not
@@ -83,7 +88,7 @@ class GMRES:
         watch = Stopwatch(b.device)
         with torch.no_grad(), full_precision(matvec, b.device) as product:
             solved = _scaled if self.per_sample else _shared
-            result = solved(self, product, b, trace)
+            result = solved(self, product, b, x0, trace)
         return replace(result, elapsed=watch.stop())
 
 
@@ -121,14 +126,17 @@ def gmres(
     return replace(result, value=result.value.view(b.shape))
 
 
-def _shared(settings: GMRES, matvec: FlatMap, b: Tensor, trace: bool) -> SolveResult:
+def _shared(
+    settings: GMRES, matvec: FlatMap, b: Tensor, x0: Tensor | None, trace: bool
+) -> SolveResult:
     """One problem for the whole batch vector; every sample gets its statistics."""
     shape = b.shape
 
     def of_the_whole(product: FlatMap) -> FlatMap:
         return lambda v: product(v.view(shape)).reshape(1, -1)
 
-    flat = _scaled(settings, wrapped(matvec, of_the_whole), b.reshape(1, -1), trace)
+    start = None if x0 is None else x0.reshape(1, -1)
+    flat = _scaled(settings, wrapped(matvec, of_the_whole), b.reshape(1, -1), start, trace)
     traced = (
         None if flat.trace is None else Trace(residuals=flat.trace.residuals.expand(-1, len(b)))
     )
@@ -142,7 +150,9 @@ def _shared(settings: GMRES, matvec: FlatMap, b: Tensor, trace: bool) -> SolveRe
     )
 
 
-def _scaled(settings: GMRES, matvec: FlatMap, b: Tensor, trace: bool) -> SolveResult:
+def _scaled(
+    settings: GMRES, matvec: FlatMap, b: Tensor, x0: Tensor | None, trace: bool
+) -> SolveResult:
     """Solve for b with entries of order 1, and scale back.
 
     Squares of tiny gradients underflow in float32, and a norm of 0 would count as solved.
@@ -153,19 +163,24 @@ def _scaled(settings: GMRES, matvec: FlatMap, b: Tensor, trace: bool) -> SolveRe
     # an operator that couples the samples stays the same.
     unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
     history: list[Tensor] | None = [] if trace else None
-    result = _restarted(settings, matvec, b / unit, history)
+    result = _restarted(settings, matvec, b / unit, x0, history)
     traced = None if history is None else Trace(residuals=torch.stack(history) * unit)
     return replace(result, value=result.value * unit, residual=result.residual * unit, trace=traced)
 
 
 def _restarted(
-    settings: GMRES, matvec: FlatMap, b: Tensor, history: list[Tensor] | None
+    settings: GMRES,
+    matvec: FlatMap,
+    b: Tensor,
+    x0: Tensor | None,
+    history: list[Tensor] | None,
 ) -> SolveResult:
     """Cycles of GMRES until every sample is solved, stuck, or out of steps."""
     scale = sample_norm(b)
-    x, r, residual = torch.zeros_like(b), b, scale
+    x, r = (torch.zeros_like(b), b) if x0 is None else closest_multiple(matvec, b, x0)
+    residual = scale if x0 is None else sample_norm(r)
     steps = torch.zeros(len(b), dtype=torch.int64, device=b.device)
-    nfe, target = steps.clone(), settings.tol * scale
+    nfe, target = torch.full_like(steps, x0 is not None), settings.tol * scale
     exact = not settings.per_sample and settings.tol >= 100 * torch.finfo(b.dtype).eps
     broken = ~finite(scale)
     stuck = torch.zeros_like(broken)
@@ -217,6 +232,27 @@ def _restarted(
     return SolveResult(
         value=x, residual=residual, relative_residual=relative, steps=steps, nfe=nfe, status=status
     )
+
+
+def closest_multiple(
+    matvec: FlatMap, b: Tensor, x0: Tensor, *, per_sample: bool = True
+) -> tuple[Tensor, Tensor]:
+    """x = α x0 with the α that minimizes ‖b − A x‖, per sample or for the whole batch, and b − A x,
+    both (B, D); x = 0 where A x0 is zero or not finite. One product."""
+    if not per_sample:
+        x, left = closest_multiple(
+            lambda v: matvec(v.view(b.shape)).reshape(1, -1), b.reshape(1, -1), x0.reshape(1, -1)
+        )
+        return x.view(b.shape), left.view(b.shape)
+    length = sample_norm(x0)
+    unusable = ~((length > 0) & finite(length))
+    x = (x0 / length[:, None]).masked_fill(unusable[:, None], 0.0)
+    product = matvec(x)
+    squared = torch.linalg.vecdot(product, product)
+    alpha = torch.linalg.vecdot(product, b) / squared
+    out = ~((squared > 0) & finite(alpha))[:, None]
+    alpha = alpha[:, None]
+    return (alpha * x).masked_fill(out, 0.0), b - (alpha * product).masked_fill(out, 0.0)
 
 
 def _is_last(cycle: Cycle, out_of_steps: bool) -> bool:

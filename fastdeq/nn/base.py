@@ -62,8 +62,8 @@ class AbstractCellLayer(AbstractSolvingModule):
     `AbstractInitializer`; ValueError for ordinary dropout in the cell and for another precision.
     """
 
-    takes_states: ClassVar[bool] = False
-    """Whether `solve` takes `states` and `states_adjoint`."""
+    solves: ClassVar[bool] = False
+    """Whether `solve` takes `v0`, `states` and `states_adjoint`: an equilibrium layer."""
 
     def __init__(
         self,
@@ -108,6 +108,7 @@ class AbstractCellLayer(AbstractSolvingModule):
         x: Any,
         *,
         z0: State | None = None,
+        v0: Tensor | None = None,
         jacobian_loss: bool = False,
         depth: int | None = None,
         trace: TraceKind | None = None,
@@ -120,6 +121,7 @@ class AbstractCellLayer(AbstractSolvingModule):
             or step, for example. It becomes `solution.z0`; gradients flow into it from the skip
             loss, and from the result with the Unrolled adjoint or `depth`. `z0.detach()` stops
             them, and frees the graph behind it.
+        v0: as in `fixed_point` (equilibrium layers only).
         jacobian_loss: also estimate ‖J‖²_F / D at z, as `solution.jacobian_loss`; see
             `fastdeq.regularizers`.
         depth: unroll the cell this many times from z₀ with ordinary backpropagation instead
@@ -129,9 +131,9 @@ class AbstractCellLayer(AbstractSolvingModule):
         states, states_adjoint: as in `fixed_point` (equilibrium layers only).
 
         Raises and warns as `solve`; also ValueError for a z0 of another shape than the state's, and
-        for states where there is no solver.
+        for states or a v0 where there is no solver.
         """
-        options = self._options(depth, states, states_adjoint)
+        options = self._options(depth, v0, states, states_adjoint)
         with parametrizations_cached(self):
             f = CellCall(self.cell, x, self.precision)
             start = _widened_in_autocast(self.initializer(f, x) if z0 is None else z0)
@@ -163,16 +165,21 @@ class AbstractCellLayer(AbstractSolvingModule):
             return z0
 
     def _options(
-        self, depth: int | None, states: StatesAt | None, states_adjoint: AbstractAdjoint | None
+        self,
+        depth: int | None,
+        v0: Tensor | None,
+        states: StatesAt | None,
+        states_adjoint: AbstractAdjoint | None,
     ) -> dict[str, Any]:
-        if states is None:
+        if v0 is None and states is None:
             return {}
-        if not self.takes_states or depth is not None:
+        if not self.solves or depth is not None:
+            name = "v0" if states is None else "states"
             raise ValueError(
-                "states on the way are those of a solver: leave out `states` for a "
-                f"{type(self).__name__}" + (" with a depth" if self.takes_states else "")
+                f"without a solver there is no `{name}`: leave it out for a "
+                f"{type(self).__name__}" + (" with a depth" if self.solves else "")
             )
-        return {"states": states, "states_adjoint": states_adjoint}
+        return {"v0": v0, "states": states, "states_adjoint": states_adjoint}
 
     def extra_repr(self) -> str:
         shown = self.settings

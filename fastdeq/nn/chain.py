@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastdeq.adjoints import AbstractAdjoint
 from fastdeq.adjoints.states import StatesAt
@@ -65,6 +65,7 @@ class DEQChain(AbstractSolvingModule):
         x: Any,
         *,
         z0: State | dict[str, Any] | None = None,
+        v0: Tensor | dict[str, Tensor] | None = None,
         jacobian_loss: bool = False,
         depth: int | None = None,
         trace: TraceKind | None = None,
@@ -74,9 +75,9 @@ class DEQChain(AbstractSolvingModule):
         """(y, solution); the options are those of `AbstractCellLayer.forward`, for every
         equilibrium layer.
 
-        z0: of several layers, a dictionary of the starts of some of them by name.
+        z0, v0: of several layers, a dictionary of the starts of some of them by name.
         """
-        starts = self._starts(z0)
+        starts, cotangents = self._starts("z0", z0), self._starts("v0", v0)
         options: dict[str, Any] = {
             **{"jacobian_loss": jacobian_loss, "depth": depth, "trace": trace},
             **{"states": states, "states_adjoint": states_adjoint},
@@ -84,7 +85,7 @@ class DEQChain(AbstractSolvingModule):
         solutions = []
         for name, layer in self._layers():
             if name in self._solving:
-                x, solution = layer(x, z0=starts.get(name), **options)
+                x, solution = layer(x, z0=starts.get(name), v0=cotangents.get(name), **options)
                 solutions.append(solution)
             else:
                 x = layer(x)
@@ -108,17 +109,17 @@ class DEQChain(AbstractSolvingModule):
             x = layer.explicit(x) if isinstance(layer, AbstractSolvingModule) else layer(x)
         return x
 
-    def _starts(self, z0: Any) -> dict[str, Any]:
-        if z0 is None:
+    def _starts(self, name: str, given: Any) -> dict[str, Any]:
+        if given is None:
             return {}
         if len(self._solving) == 1:
-            return {self._solving[0]: z0}
-        if not isinstance(z0, dict) or not z0.keys() <= set(self._solving):
+            return {self._solving[0]: given}
+        if not isinstance(given, dict) or not given.keys() <= set(self._solving):
             raise ValueError(
-                "this chain has several equilibrium layers: give z0 as a dictionary of their names "
-                f"({', '.join(self._solving)}) and starts"
+                f"this chain has several equilibrium layers: give {name} as a dictionary of their "
+                f"names ({', '.join(self._solving)}) and starts"
             )
-        return z0
+        return given
 
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
         # Not named_children(), which leaves out the second use of a module.

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastdeq._fixed_point import check_settings, fixed_point
 from fastdeq.adjoints import AbstractAdjoint, Implicit
@@ -45,7 +45,7 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
     ValueError for `per_sample=True` with a cell that couples the samples in evaluation too.
     """
 
-    takes_states: ClassVar[bool] = True
+    solves: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -89,6 +89,7 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         f: StateMap,
         z0: State,
         trace: TraceKind | None,
+        v0: Tensor | None = None,
         states: StatesAt | None = None,
         states_adjoint: AbstractAdjoint | None = None,
     ) -> Solution:
@@ -96,6 +97,7 @@ class DeepEquilibriumNetwork(AbstractCellLayer):
         return fixed_point(
             f,
             z0,
+            v0=v0,
             solver=self.solver_of_call(),
             adjoint=self.adjoint,
             trace=trace,

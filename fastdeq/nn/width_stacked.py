@@ -68,15 +68,21 @@ class WidthStackedDEQ(AbstractSolvingModule):
         return tuple(self.deqs)  # type: ignore[arg-type]  # a ModuleList
 
     def forward(
-        self, x: Any, *, z0: Sequence[State | None] | None = None, **options: Any
+        self,
+        x: Any,
+        *,
+        z0: Sequence[State | None] | None = None,
+        v0: Sequence[Tensor | None] | None = None,
+        **options: Any,
     ) -> tuple[Any, Solution]:
-        """(y, solution). z0: a start per branch, or None for that of its layer; the other options
-        are those of `AbstractCellLayer.forward`, for every branch.
+        """(y, solution). z0, v0: a start per branch, or None for that of its layer; the other
+        options are those of `AbstractCellLayer.forward`, for every branch.
         """
-        starts = [None] * len(self.deqs) if z0 is None else z0
+        none = [None] * len(self.deqs)
+        starts = zip(none if z0 is None else z0, none if v0 is None else v0, strict=True)
         outputs, solutions = [], []
-        for pre, deq, post, start in zip(self.pre, self.deqs, self.post, starts, strict=True):
-            z, solution = deq(pre(x), z0=start, **options)
+        for pre, deq, post, (z, v) in zip(self.pre, self.deqs, self.post, starts, strict=True):
+            z, solution = deq(pre(x), z0=z, v0=v, **options)
             outputs.append(post(z))
             solutions.append(solution)
         return self.final(self.combine(*outputs)), joined(solutions)
