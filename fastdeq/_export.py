@@ -97,6 +97,11 @@ def _check_solver(layer: DeepEquilibriumNetwork) -> None:
             f"export cannot trace {type(layer.solver).__name__}, which decides on the host: build "
             "the layer with Picard, Anderson or LimitedMemoryBroydenSolver"
         )
+    if getattr(layer.solver, "history", None) is not None:
+        raise ValueError(
+            f"export keeps histories in the dtype of the states: leave "
+            f"{type(layer.solver).__name__}.history out"
+        )
 
 
 @contextmanager

@@ -1,11 +1,17 @@
 """The histories of quasi-Newton methods, Anderson and GMRES, (B, k, D) with k at most `memory`,
 and their algebra."""
 
+from collections.abc import Iterator
+from typing import Literal, TypeAlias
+
 import torch
 from torch import Tensor
 
 from fastdeq.autodiff import is_recorded
 from fastdeq.norms import sample_norm
+
+HistoryDtype: TypeAlias = Literal["bfloat16"]
+"""In which a history may be kept, instead of in the dtype of the states."""
 
 _FIRST = 4  # initial capacity of a history, in rows
 
@@ -17,10 +23,14 @@ class History:
     uses little memory, a step reads its history without a copy, and all copies made for growing
     are together smaller than one of the full history. Where derivatives are recorded, every row
     makes a new buffer instead, so that the unrolled adjoint can differentiate through the old ones.
+
+    dtype: of the buffer; None: that of the first row. `project` and `add_combination` compute in
+        the dtype of the states.
     """
 
-    def __init__(self, memory: int) -> None:
+    def __init__(self, memory: int, dtype: HistoryDtype | None = None) -> None:
         self.memory = memory
+        self._dtype = None if dtype is None else torch.bfloat16
         self._pushed = 0
         self._buffer: Tensor | None = None
 
@@ -38,7 +48,7 @@ class History:
         if is_recorded(row):
             row = row * scale
             kept = [self.rows[:, max(0, len(self) + 1 - self.memory) :]] if len(self) else []
-            self._buffer = torch.cat((*kept, row[:, None]), dim=1)
+            self._buffer = torch.cat((*kept, row[:, None].to(self._dtype or row.dtype)), dim=1)
             self._pushed = self._buffer.shape[1]
             return self._pushed - 1
         place = self._pushed % self.memory
@@ -48,14 +58,17 @@ class History:
     def slot(self, like: Tensor) -> Tensor:
         """The slot of the next row, (B, D) as `like`, for the caller to write; no gradients."""
         if self._buffer is None:
-            self._buffer = _empty_rows(like, min(_FIRST, self.memory))
+            self._buffer = self._empty_rows(like, min(_FIRST, self.memory))
         elif self._pushed == self._buffer.shape[1] < self.memory:
-            grown = _empty_rows(like, min(2 * self._pushed, self.memory))
+            grown = self._empty_rows(like, min(2 * self._pushed, self.memory))
             grown[:, : self._pushed] = self._buffer
             self._buffer = grown
         place = self._pushed % self.memory
         self._pushed += 1
         return self._buffer[:, place]
+
+    def _empty_rows(self, like: Tensor, rows: int) -> Tensor:
+        return like.new_empty(like.shape[0], rows, like.shape[1], dtype=self._dtype)
 
     def clear(self) -> None:
         """Remove all rows; the buffer stays."""
@@ -87,12 +100,11 @@ def writable(matrix: Tensor) -> Tensor:
     return matrix.clone() if is_recorded(matrix) else matrix
 
 
-def _empty_rows(like: Tensor, rows: int) -> Tensor:
-    return like.new_empty(like.shape[0], rows, like.shape[1])
-
-
 def project(history: Tensor, v: Tensor) -> Tensor:
     """Inner products of v (B, D) with every row: (B, k)."""
+    if history.dtype != v.dtype:
+        parts = zip(_widened(history, v.dtype), v.split(_samples(history)), strict=True)
+        return torch.cat([project(rows, part) for rows, part in parts])
     # As a row times a matrix: on the CPU, a matrix times a column takes up to 15 times as long.
     return torch.bmm(v[:, None], history.mT)[:, 0]
 
@@ -101,10 +113,24 @@ def add_combination(
     v: Tensor, history: Tensor, coefficients: Tensor, *, keep: float = 1.0, scale: float = 1.0
 ) -> Tensor:
     """keep · v + scale · Σ of the rows with (B, k) coefficients: (B, D), in one pass."""
+    if history.dtype != v.dtype:
+        n = _samples(history)
+        parts = zip(v.split(n), _widened(history, v.dtype), coefficients.split(n), strict=True)
+        return torch.cat([add_combination(*part, keep=keep, scale=scale) for part in parts])
     total = torch.baddbmm(
         v[:, None], coefficients[:, None], history, beta=keep, alpha=scale
     )  # (B, 1, D)
     return total[:, 0]
+
+
+def _samples(history: Tensor) -> int:
+    """How many samples are widened at once: their rows are as large as one state of the batch."""
+    batch, k = history.shape[:2]
+    return max(1, -(-batch // max(1, k)))
+
+
+def _widened(history: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    return (part.to(dtype) for part in history.split(_samples(history)))
 
 
 def safe_inverse(v: Tensor, dg: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fastdeq.autodiff import is_recorded
-from fastdeq.history import FixedHistory, History, add_combination, project
+from fastdeq.history import FixedHistory, History, HistoryDtype, add_combination, project
 from fastdeq.norms import sample_norm
 from fastdeq.settings import setting, settings
-from fastdeq.solvers.base import AbstractSolver, Problem, Step
+from fastdeq.solvers.base import AbstractSolver, Problem, Step, check_history
 from fastdeq.solvers.termination import Iterate
 
 _WRITTEN_OUT = 6  # rows; the code of larger systems takes long to compile
@@ -23,8 +23,8 @@ class _Differences:
     A sample at rest has a row of zeros, which gets coefficient 0.
     """
 
-    def __init__(self, memory: int, ridge: float) -> None:
-        self.dg, self.moves = History(memory), History(memory)
+    def __init__(self, memory: int, ridge: float, dtype: HistoryDtype | None) -> None:
+        self.dg, self.moves = History(memory, dtype), History(memory, dtype)
         self.ridge = ridge
         self._gram: Tensor | None = None
 
@@ -35,19 +35,22 @@ class _Differences:
         place = self.dg.push(dg, inverse)
         self.moves.push(move, inverse)
         if is_recorded(dg):
-            self._gram = self._whole_gram()
+            self._gram = self._whole_gram(dg.dtype)
             return
         rows, k = self.dg.rows, len(self.dg)
         if self._gram is None:
             memory = self.dg.memory
             self._gram = dg.new_empty(dg.shape[0], memory, memory, dtype=torch.float64)
-        overlap = project(rows, rows[:, place])
-        overlap[:, place].fill_(1 + self.ridge)
+        overlap = project(rows, rows[:, place].to(dg.dtype))
+        if rows.dtype == dg.dtype:
+            overlap[:, place].fill_(1 + self.ridge)
+        else:  # rounded rows are not of length 1
+            overlap[:, place] += self.ridge + (overlap[:, place] == 0)
         self._gram[:, place, :k] = overlap
         self._gram[:, :k, place] = overlap
 
-    def _whole_gram(self) -> Tensor:
-        rows = self.dg.rows
+    def _whole_gram(self, dtype: torch.dtype) -> Tensor:
+        rows = self.dg.rows.to(dtype)
         gram = torch.bmm(rows, rows.mT).double()
         resting = gram.detach().diagonal(dim1=1, dim2=2) == 0
         return gram + torch.diag_embed(resting + self.ridge)
@@ -104,6 +107,9 @@ class Anderson(AbstractSolver):
     memory: m, how many differences are kept; the oldest is dropped.
     ridge: λ, relative: added to the diagonal of the Gram matrix of normalized differences.
     damping: β in (0, 1], the weight of the residual in the mixed step.
+    history: "bfloat16" keeps the differences in half the memory; states, the Gram matrix and all
+        arithmetic stay as they are. A step then reduces the residual at most by a factor of about
+        500, the rounding of bfloat16. None: the dtype of the states.
     One evaluation per step.
 
     Departures from the reference:
@@ -121,11 +127,17 @@ class Anderson(AbstractSolver):
     memory: int = setting(default=5, at_least=1)
     ridge: float = setting(default=1e-6, at_least=0)
     damping: float = setting(default=1.0, above=0, at_most=1)
+    history: HistoryDtype | None = setting(default=None)
+
+    def validate(self) -> None:
+        """Also refuse a history in another dtype for compiled steps."""
+        super().validate()
+        check_history(self)
 
     def init(self, problem: Problem, first: Iterate) -> _Memory:
         if problem.fixed_shapes:
             return _FixedDifferences(self.memory, self.ridge, first.z)
-        return _Differences(self.memory, self.ridge)
+        return _Differences(self.memory, self.ridge, self.history)
 
     def step(self, problem: Problem, current: Iterate, memory: _Memory) -> tuple[Step, _Memory]:
         update = current.g if self.damping == 1 else self.damping * current.g

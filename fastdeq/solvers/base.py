@@ -225,3 +225,14 @@ class AbstractSolver(ABC):
         Rows of finished samples are computed along with the others and ignored: a step must not let
         one row of the batch influence another, other than through `problem.norm`.
         """
+
+
+def check_history(solver: Any) -> None:
+    """Refuse `history`, which a quasi-Newton method has, together with `compile`.
+
+    Raises: ValueError.
+    """
+    if solver.history is not None and solver.compile:
+        raise ValueError(
+            f"{type(solver).__name__}.history is for eager solves: leave it or `compile` out"
+        )

@@ -5,9 +5,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastdeq.history import FixedHistory, History, add_combination, project, writable
+from fastdeq.history import (
+    FixedHistory,
+    History,
+    HistoryDtype,
+    add_combination,
+    project,
+    writable,
+)
 from fastdeq.settings import setting, settings
-from fastdeq.solvers.base import AbstractSolver, Problem, Step
+from fastdeq.solvers.base import AbstractSolver, Problem, Step, check_history
 from fastdeq.solvers.termination import Iterate
 
 _LARGEST = 0.25  # over a unit of rounding: ‖s‖² over the denominator of an update
@@ -20,8 +27,8 @@ class _Product:
     Σ_{i<j} (s_j·s_{i+1}) ω_i c_i: a triangular system, whose matrix gets one row with every step.
     """
 
-    def __init__(self, memory: int, like: Tensor) -> None:
-        self.steps = History(memory)
+    def __init__(self, memory: int, dtype: HistoryDtype | None, like: Tensor) -> None:
+        self.steps = History(memory, dtype)
         # Entries on the diagonal, which stands for ones, and above it are not read.
         self._matrix = like.new_zeros(like.shape[0], memory, memory)
         self._weights = like.new_zeros(like.shape[0], memory)  # ω
@@ -61,7 +68,7 @@ class _Product:
         rows = self.steps.rows if len(self.steps) else following[:, None][:, :0]
         for j in reversed(range(len(self.steps))):
             product = self._weights[:, j] * torch.linalg.vecdot(following, w)
-            following = rows[:, j]
+            following = rows[:, j].to(w.dtype)
             w = w + product[:, None] * following
         return w
 
@@ -127,6 +134,7 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
     memory: rank-one terms kept. When they are full the method restarts from −I at the current
         state: a sum without its oldest terms would no longer satisfy any secant equation. One
         evaluation per step; no line search, as in the reference.
+    history: "bfloat16" keeps the steps in half the memory, as in `Anderson`.
 
     Departures from the reference:
     1. B is kept as a product of factors I + s₊ sᵀ / ‖s‖² of successive steps (Kelley, Iterative
@@ -138,10 +146,17 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
     compiles_steps = takes_one_evaluation = True
 
     memory: int = setting(default=20, at_least=1)
+    history: HistoryDtype | None = setting(default=None)
+
+    def validate(self) -> None:
+        """Also refuse a history in another dtype for compiled steps."""
+        super().validate()
+        check_history(self)
 
     def init(self, problem: Problem, first: Iterate) -> tuple[Tensor, _Memory]:
-        kind = _FixedProduct if problem.fixed_shapes else _Product
-        return first.g, kind(self.memory, first.z)
+        if problem.fixed_shapes:
+            return first.g, _FixedProduct(self.memory, first.z)
+        return first.g, _Product(self.memory, self.history, first.z)
 
     def step(
         self, problem: Problem, current: Iterate, memory: tuple[Tensor, _Memory]
