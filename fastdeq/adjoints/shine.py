@@ -31,8 +31,7 @@ class Shine(AbstractAdjoint):
     Approximate: B satisfies the secant equations of the solver's last steps, so v is good in the
     directions in which the state moved, and v = w across them. With `steps` it tends to the exact
     one. No product with Jᵀ but `steps` and two. Needs `LimitedMemoryBroydenSolver`, with `memory`
-    at least its steps (a restart forgets B), or `BroydenSolver`; in a batch, the former forgets the
-    last update of a sample that ends before others. Differentiable once, in reverse
+    at least its steps (a restart forgets B), or `BroydenSolver`. Differentiable once, in reverse
     mode; a second derivative raises RuntimeError. For states on the way, v starts at w.
 
     Departure from the reference: where v is not finite, it falls back to w, with a warning; the

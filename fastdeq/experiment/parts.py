@@ -103,7 +103,7 @@ def build_parts(overrides: Sequence[str]) -> Parts:
     return Parts(task=task.train(), batch=batch, autocast=precision.train_step_context)
 
 
-_ADJOINTS = ("implicit", "implicit_fixed_point", "jfb", "phantom")
+_ADJOINTS = ("implicit", "implicit_fixed_point", "shine", "neumann", "phantom", "jfb")
 _EVERY_SOLVER = {field.name for field in fields(AbstractSolver)}
 
 

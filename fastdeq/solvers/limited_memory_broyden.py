@@ -166,14 +166,12 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
         if isinstance(b, _Product) and b.full:
             b.steps.clear()
             return Step(new), (new.g, b)
-        # A frozen sample stays where it is.
-        step = direction
-        if not problem.all_active:
-            step = torch.where(problem.active[:, None], direction, 0.0)
-        newton, product, squared = b.push(step, new.g)
+        newton, product, squared = b.push(direction, new.g)
         # The update's denominator is s·B (g₊ − g), since B g = −s.
         denominator = squared - product
         good = _LARGEST * denominator.abs() > torch.finfo(new.g.dtype).eps * squared
+        if not problem.all_active:  # no update by a step that a frozen sample has not taken
+            good = good & problem.active
         # Filled before the divisions: slopes at 0 would be NaN however they are masked later.
         factor = torch.where(good, squared, 1.0) / torch.where(good, denominator, 1.0)
         b.weigh(torch.where(good, squared, torch.inf).reciprocal())

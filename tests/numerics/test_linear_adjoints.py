@@ -169,14 +169,14 @@ def test_shine_makes_no_product_with_the_jacobian_and_reports_those_of_its_refin
 
 def test_the_inverse_of_a_batch_is_that_of_its_samples_where_the_memory_holds_all_steps():
     problem = problem_named("tanh")
-    solver = LimitedMemoryBroydenSolver(tol=1e-13, max_steps=2500, memory=100)
+    # Samples end after 4 to 9 steps. The last step is far from rounding.
+    solver = LimitedMemoryBroydenSolver(tol=1e-5, max_steps=60, memory=60)
     together = gradients(problem, solver, Shine())[0]
     for i in range(len(problem.x)):
         part = problem.rows(torch.tensor([i]))
         value = flat(part, solved(part, solver, Shine()))
         (alone,) = torch.autograd.grad(value, part.x, cotangent(problem)[i : i + 1])
-        # Without the last update of a sample that ends before others.
-        torch.testing.assert_close(alone[0], together[i], rtol=0.05, atol=1e-9)
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-7, atol=1e-9)
 
 
 def test_shine_refuses_a_solver_without_an_inverse_and_transforms_with_the_cure():
