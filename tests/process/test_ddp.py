@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdeq import DeepEquilibriumNetwork, DEQChain, SkipDeepEquilibriumNetwork
+from fastdeq import (
+    DeepEquilibriumNetwork,
+    DEQChain,
+    SkipDeepEquilibriumNetwork,
+    compilation,
+)
 from fastdeq.adjoints import Implicit, JacobianFree
 from fastdeq.experiment.launch import leave
 from fastdeq.krylov import GMRES
@@ -58,7 +63,9 @@ def model(kind: str) -> DEQChain:
             cell, nn.Linear(WIDTH, WIDTH), **options
         )
     else:
-        deq = DeepEquilibriumNetwork(cell, **options)
+        # In the processes alone: what they are compared with is not compiled.
+        compiled = kind == "compiled" and dist.is_initialized()
+        deq = DeepEquilibriumNetwork(cell, compile=compiled, **options)
     return DEQChain(stem=nn.Linear(3, WIDTH), deq=deq, head=nn.Linear(WIDTH, 2)).double()
 
 
@@ -90,7 +97,7 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
 
-PLAIN = ("gmres", "anderson", "jfb", "weight_norm", "skip")
+PLAIN = ("gmres", "anderson", "jfb", "weight_norm", "skip", "compiled")
 RANDOM = ("jacobian", "dropout")  # draw per rank, so no one-batch run is the same
 
 
@@ -98,6 +105,7 @@ def worker(rank: int, folder: str) -> None:
     """Two steps of every kind of model under DistributedDataParallel; saves what came out."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    compilation.BACKEND = "eager"  # without the minutes that generating code takes
     store = f"file://{folder}/store"
     limit = timedelta(minutes=1)  # a rank that waits for a dead one fails instead of hanging
     dist.init_process_group("gloo", init_method=store, timeout=limit, rank=rank, world_size=WORLD)
