@@ -169,12 +169,13 @@ class LimitedMemoryBroydenSolver(AbstractSolver):
         newton, product, squared = b.push(direction, new.g)
         # The update's denominator is s·B (g₊ − g), since B g = −s.
         denominator = squared - product
-        good = _LARGEST * denominator.abs() > torch.finfo(new.g.dtype).eps * squared
+        good = denominator.abs() > torch.finfo(new.g.dtype).eps / _LARGEST * squared
         if not problem.all_active:  # no update by a step that a frozen sample has not taken
             good = good & problem.active
+        skipped = ~good
         # Filled before the divisions: slopes at 0 would be NaN however they are masked later.
-        factor = torch.where(good, squared, 1.0) / torch.where(good, denominator, 1.0)
-        b.weigh(torch.where(good, squared, torch.inf).reciprocal())
+        factor = squared.masked_fill(skipped, 1.0) / denominator.masked_fill(skipped, 1.0)
+        b.weigh(squared.masked_fill(skipped, torch.inf).reciprocal())
         return Step(new), (b.or_restart(newton * factor[:, None], new.g), b)
 
     def adjoint_estimate(self, memory: tuple[Tensor, _Product], w: Tensor) -> Tensor:
