@@ -8,7 +8,7 @@ starts without. Experiments (`fastdeq.experiment`, `fastdeq.training`, `fastdeq.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastdeq.extras import missing_package
+from fastdeq.extras import extra_for
 
 if TYPE_CHECKING:
     from fastdeq import adjoints, diagnosis, nn, regularizers, solvers
@@ -75,13 +75,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fastdeq' has no attribute {name!r}")
     if name not in _HOMES:
         return import_module(f"fastdeq.{name}")
-    try:
+    with extra_for(f"fastdeq.{name}"):
         return getattr(import_module(_HOMES[name]), name)
-    except ModuleNotFoundError as error:
-        message = missing_package(f"fastdeq.{name}", error, "experiment")
-        if name in __all__ or message is None:
-            raise
-        raise ImportError(message) from error
 
 
 def __dir__() -> list[str]:

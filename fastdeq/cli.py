@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from fastdeq import __version__
 from fastdeq.commands import Parser, exit_status, typed
-from fastdeq.extras import missing_package
+from fastdeq.extras import MissingExtra, extra_for
 from fastdeq.streams import keep_streams, run_command
 
 COMMANDS = {
@@ -39,13 +39,12 @@ COMMANDS = {
 """Where each subcommand's `main` is, and what it does."""
 
 EXTRAS = {
-    **dict.fromkeys(("report plots", "report dynamics"), "plots"),
-    **dict.fromkeys(
-        ("train", "data", "report", "report html", "export-weights", "bench"), "experiment"
-    ),
-    "jobs": "cluster",
+    "report plots": ("plots",),
+    "report dynamics": ("plots",),
+    "export-weights": ("safetensors",),
+    "jobs": ("cluster",),
 }
-"""The extra that a subcommand needs; see pyproject.toml."""
+"""Extras that a subcommand needs beside `experiment`; see pyproject.toml."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -76,12 +75,10 @@ def dispatch(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         return exit_status(lambda: bool(parser().parse_args([name])))
     try:
-        module = import_module(COMMANDS[name][0])
-    except ModuleNotFoundError as error:
-        message = missing_package(f"fastdeq {name}", error, EXTRAS[name])
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
+        with extra_for(f"fastdeq {name}", "experiment", *EXTRAS.get(name, ())):
+            module = import_module(COMMANDS[name][0])
+    except MissingExtra as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     status: int = module.main(rest)
     return status

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from fastdeq.cluster.record import OPEN, Submitted, newest, read_submission, slurm_states
@@ -14,6 +13,7 @@ from fastdeq.commands import Parser, exit_status, typed
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.grid import read_grid
 from fastdeq.experiment.sweep import RESUMABLE
+from fastdeq.extras import require
 from fastdeq.report import SweepTable, read_jobs
 from fastdeq.report.markdown import aligned
 
@@ -28,8 +28,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(given: Namespace) -> int:
-    if find_spec("hydra_plugins.hydra_submitit_launcher") is None:
-        raise ImportError("a launcher is missing: pip install hydra-submitit-launcher")
+    require("fastdeq jobs", "hydra_plugins.hydra_submitit_launcher")
     return ACTIONS[given.action](given)
 
 

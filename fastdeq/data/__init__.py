@@ -4,17 +4,20 @@
 ``experiment``. The README in this folder gives source and licence of ``digits.h5``.
 """
 
-from fastdeq.data.augmentation import Augmentation, PadCrop, RandomFlip, ResizeCrop, Transform
-from fastdeq.data.cifar10 import Cifar10DataModule
-from fastdeq.data.digits import DigitsDataModule, read_digits
-from fastdeq.data.epoch_loader import Batch, Batches, EpochLoader, Normalization
-from fastdeq.data.image_folder import ImageFolderDataModule
-from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule, read_idx
-from fastdeq.data.module import InMemoryDataModule, Samples
-from fastdeq.data.polynomial import PolynomialDataModule, polynomial
-from fastdeq.data.published import StoredDataModule
-from fastdeq.data.store import ImageSet, read_store, write_store
-from fastdeq.data.svhn import SvhnDataModule, read_cropped_digits
+from fastdeq.extras import extra_for
+
+with extra_for("fastdeq.data"):
+    from fastdeq.data.augmentation import Augmentation, PadCrop, RandomFlip, ResizeCrop, Transform
+    from fastdeq.data.cifar10 import Cifar10DataModule
+    from fastdeq.data.digits import DigitsDataModule, read_digits
+    from fastdeq.data.epoch_loader import Batch, Batches, EpochLoader, Normalization
+    from fastdeq.data.image_folder import ImageFolderDataModule
+    from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule, read_idx
+    from fastdeq.data.module import InMemoryDataModule, Samples
+    from fastdeq.data.polynomial import PolynomialDataModule, polynomial
+    from fastdeq.data.published import StoredDataModule
+    from fastdeq.data.store import ImageSet, read_store, write_store
+    from fastdeq.data.svhn import SvhnDataModule, read_cropped_digits
 
 __all__ = [
     "Augmentation",

@@ -6,7 +6,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -17,14 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastdeq.data.epoch_loader import Batch, EpochLoader, Normalization
 from fastdeq.data.store import Records, one_line
+from fastdeq.extras import require
 from fastdeq.settings import check_value, setting, settings
 
-try:
+with suppress(ImportError):  # reported where it is needed: only image folders need it
     from PIL import Image, ImageOps
-except ImportError:  # reported where it is needed: only image folders need it
-    _HAS_PILLOW = False
-else:
-    _HAS_PILLOW = True
 
 _FORMATS = ("JPEG", "PNG")
 _BIT_DEPTH = 24  # place of this byte in a PNG file, whose header comes first
@@ -36,9 +33,8 @@ _SAMPLE = 3  # spawn key of the random numbers of a sample; its place in the ord
 
 
 def require_pillow() -> None:
-    """Raise ImportError, with the cure, where Pillow is not installed."""
-    if not _HAS_PILLOW:
-        raise ImportError("image folders need Pillow: pip install pillow")
+    """Raises: MissingExtra if Pillow is not installed."""
+    require("data=image_folder", "PIL")
 
 
 def identify(content: bytes) -> None:

@@ -6,10 +6,13 @@
 work (`job`).
 """
 
-from fastdeq.experiment.command import job
-from fastdeq.experiment.curve import Point, curve
-from fastdeq.experiment.notebook import Result, run
-from fastdeq.experiment.replay import replay
-from fastdeq.experiment.run import run as run_config
+from fastdeq.extras import extra_for
+
+with extra_for("fastdeq.experiment"):
+    from fastdeq.experiment.command import job
+    from fastdeq.experiment.curve import Point, curve
+    from fastdeq.experiment.notebook import Result, run
+    from fastdeq.experiment.replay import replay
+    from fastdeq.experiment.run import run as run_config
 
 __all__ = ["Point", "Result", "curve", "job", "replay", "run", "run_config"]

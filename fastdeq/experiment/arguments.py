@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from hydra._internal.utils import _locate
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 from pytorch_lightning import Trainer
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 
 from fastdeq.experiment.explain import nearest
 from fastdeq.experiment.signatures import is_plain_dataclass, signature_of
+from fastdeq.experiment.targets import locate
 from fastdeq.settings import check_bounds, describe, fits
 
 _DIRECTIVES = {
@@ -172,7 +172,7 @@ def _key(node: Node) -> str:
 
 def _check_made(node: DictConfig) -> Made:
     name = _read(_child(node, "_target_"))
-    target = _target(_key(_child(node, "_target_")), name)
+    target = locate(_key(_child(node, "_target_")), name)
     for directive, hint in _DIRECTIVES.items():
         if directive in node:
             _expect(_child(node, directive), _read(_child(node, directive)), hint)
@@ -182,24 +182,6 @@ def _check_made(node: DictConfig) -> Made:
     kind = target if inspect.isclass(target) else signature_of(target).hints.get("return")
     kind = get_origin(kind) or kind
     return Made(name, kind if isinstance(kind, type) else None, node.get("_partial_") is True)
-
-
-def _target(key: str, name: Any) -> Any:
-    if not isinstance(name, str) or not name:
-        raise TypeError(f"{key} is {name!r}, but must be the dotted name of a class or a function")
-    try:
-        target = _locate(name)  # as get_object of hydra.utils, which also logs the error
-    except Exception as error:  # whatever a module raises that is imported for it
-        cause = error.__cause__ or error
-        reason = str(cause).partition("\n")[0]
-        if isinstance(cause, ModuleNotFoundError) and cause.name == name.partition(".")[0]:
-            reason += ": is it installed, or its folder on PYTHONPATH?"
-        raise ValueError(
-            f"{key} is {name!r}, but there is no such class or function ({reason})"
-        ) from error
-    if not callable(target):
-        raise TypeError(f"{key} is {name}, which is not a class or function, but a {type(target)}")
-    return target
 
 
 def _check_call(node: DictConfig, target: Any) -> None:

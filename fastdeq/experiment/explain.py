@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from hydra._internal.utils import _locate
 from hydra.errors import (
     ConfigCompositionException,
     InstantiationException,
@@ -23,6 +22,8 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 from fastdeq.experiment.rendezvous import RankFailed
 from fastdeq.experiment.signatures import signature_of
+from fastdeq.experiment.targets import locate
+from fastdeq.extras import MissingExtra
 from fastdeq.training import TrainingFailed
 
 
@@ -34,9 +35,8 @@ def explain(error: BaseException) -> str:
     if type(error).__name__ == "UncompletedJobError":  # of submitit, with all that was printed
         job, what = [*str(error).splitlines(), ""][:2]
         return f"{job} {what}; the sweep's other jobs continue: start it again to collect them"
-    name = (
-        "" if isinstance(error, ValueError | TypeError | OSError) else f"{type(error).__name__}: "
-    )
+    plain = isinstance(error, ValueError | TypeError | OSError | MissingExtra)
+    name = "" if plain else f"{type(error).__name__}: "
     return _one_line(f"{name}{error}" if str(error) else type(error).__name__)
 
 
@@ -51,9 +51,13 @@ def _missing_choice(error: MissingConfigException) -> str:
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     if not group:
         return str(error)
+    if (group, choice) == ("hydra/sweeper", "optuna"):  # what hydra/sweeper=search is made of
+        return str(MissingExtra("hydra/sweeper=search", "hydra_plugins.hydra_optuna_sweeper"))
     if (group, choice) == ("arch", "none"):  # the arch of a multiscale model has the recipe's name
         return f"recipe=none has no arch: give arch=, one of {', '.join(options)}"
-    return f"there is no {group}={choice}{nearest(choice, options)}{_listing(' choices', options)}"
+    similar = nearest(choice, options)
+    title = " choices" if similar else "; choices"
+    return f"there is no {group}={choice}{similar}{_listing(title, options)}"
 
 
 def _composition(error: ConfigCompositionException) -> str:
@@ -79,8 +83,8 @@ def _accepts(node: Any, name: str) -> str | None:
     if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
         return None
     try:
-        target = _locate(node["_target_"])
-    except Exception:  # a class that cannot be imported is reported elsewhere
+        target = locate("_target_", node["_target_"])
+    except (TypeError, ValueError):  # reported elsewhere
         return None
     return target.__name__ if name in signature_of(target).names else None
 
@@ -96,9 +100,15 @@ def _quoted(error: BaseException) -> str:
 
 def _instantiation(error: InstantiationException) -> str:
     found = re.search(r"full_key: (\S+)", str(error))
+    key = found.group(1) if found else ""
+    if target := re.match(r"Error locating target '([^']*)'", str(error)):
+        try:
+            locate(f"{key}._target_".lstrip("."), target.group(1))
+        except (TypeError, ValueError) as reason:
+            return str(reason)
     cause = error.__cause__
     text = explain(cause) if cause is not None else str(error).splitlines()[0]
-    return f"{found.group(1)}: {text}" if found else text
+    return f"{key}: {text}" if key else text
 
 
 def _resolution(error: InterpolationResolutionError) -> str:

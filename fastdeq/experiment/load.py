@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fastdeq.experiment.build import build_task
 from fastdeq.experiment.checkpoint import load_weights
 from fastdeq.experiment.explain import explain
+from fastdeq.extras import MissingExtra
 from fastdeq.nn import DEQChain
 from fastdeq.runs.folder import BEST, CONFIG, LAST, WEIGHTS
 from fastdeq.runs.identity import current, current_target
@@ -117,10 +118,7 @@ def _with_weights(config: DictConfig, path: Path) -> AbstractTask:
         load_weights(task, path)
         return task
     if load_model is None:
-        raise ImportError(
-            f"{path} needs safetensors: install fastdeq with its extra 'safetensors', as the "
-            "README describes"
-        )
+        raise MissingExtra(str(path), "safetensors")
     try:
         load_model(task.model, path)
     except Exception as error:  # SafetensorError is an Exception; RuntimeError: another model

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from hydra.utils import get_object
-
 from fastdeq.data.module import AbstractDataModule
+from fastdeq.experiment.targets import locate
 from fastdeq.nn import DEQChain
 from fastdeq.runs.folder import CONFIG, WEIGHTS
 from fastdeq.runs.reading import Run
@@ -100,7 +99,7 @@ def _inputs(run: Run) -> str:
     """The normalization of the data, if the setting or its class says what it is."""
     given = run.settings.get("data.normalization")
     if given == "published":
-        module = get_object(str(run.settings["data._target_"]))
+        module = locate("data._target_", run.settings["data._target_"])
         if issubclass(module, AbstractDataModule) and hasattr(module, "published"):
             return f"normalized by {module.published}"
     return "unchanged" if given is None else f"with `data.normalization={given}`"

@@ -4,7 +4,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, open_dict
 from fastdeq.experiment.checks import check_values
 from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.submission import check_queue, check_tasks, to_submit
+from fastdeq.extras import require
 from fastdeq.report import SweepJob, SweepTable, read_jobs
 from fastdeq.runs.files import write_json
 from fastdeq.runs.folder import job_record
@@ -69,8 +69,8 @@ class Sweep(Callback):
                     "hydra/launcher=submitit_slurm, or as an array (slurm/sweep_array.sbatch)"
                 )
             )
-        _check_plugin(config.hydra.launcher)
-        _check_plugin(config.hydra.sweeper)
+        _check_plugin(config, "launcher")
+        _check_plugin(config, "sweeper")
         params = config.hydra.sweeper.get("params") or {}
         given = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
         loader = GlobalHydra.instance().config_loader()  # lists what glob(...) matches
@@ -177,20 +177,13 @@ def quiet_hydra() -> None:
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against")
 
 
-def _check_plugin(node: DictConfig) -> None:
+def _check_plugin(config: DictConfig, key: str) -> None:
     """Raises: ConfigError for a launcher or sweeper that is not installed."""
-    *package, _ = str(node._target_).split(".")
-    plugin = ".".join(package[:2])
-    if plugin in _PLUGINS and find_spec(plugin) is None:
-        raise ConfigError(ImportError(f"{plugin} is not installed: pip install {_PLUGINS[plugin]}"))
-
-
-_PLUGINS = {
-    "hydra_plugins.hydra_joblib_launcher": "hydra-joblib-launcher",
-    "hydra_plugins.hydra_submitit_launcher": "hydra-submitit-launcher",
-    "hydra_plugins.hydra_optuna_sweeper": "hydra-optuna-sweeper",
-}
-"""Plugins of Hydra, and the packages that contain them."""
+    package = ".".join(str(config.hydra[key]._target_).split(".")[:2])
+    if package != "hydra._internal":
+        _or_config_error(
+            require, f"hydra/{key}={config.hydra.runtime.choices[f'hydra/{key}']}", package
+        )
 
 
 def _alternatives(override: Override) -> list[str]:

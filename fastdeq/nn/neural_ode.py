@@ -11,6 +11,7 @@ from fastdeq._fixed_point import unsolved
 from fastdeq.adjoints.once import differentiable_once
 from fastdeq.autocast import Precision
 from fastdeq.autodiff import carries_tangent, edges_behind
+from fastdeq.extras import extra_for
 from fastdeq.flatten import Layout
 from fastdeq.nn.base import AbstractCellLayer
 from fastdeq.nn.call import CellCall
@@ -20,10 +21,8 @@ from fastdeq.notation import State, StateMap
 from fastdeq.solution import BackwardReport, Solution, SolveStats, Status, TraceKind
 from fastdeq.timer import Stopwatch
 
-try:
+with extra_for("fastdeq.nn.neural_ode"):
     from torchdiffeq import odeint_adjoint
-except ImportError as error:
-    raise ImportError("neural ODEs need torchdiffeq: pip install torchdiffeq") from error
 
 Integrator: TypeAlias = Literal["dopri5", "bosh3", "dopri8", "adaptive_heun"]
 """Adaptive Runge–Kutta methods of torchdiffeq."""

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from fastdeq.extras import install
 from fastdeq.report.configuration import NONE
 from fastdeq.report.drawing import plots
 from fastdeq.report.notes import footnotes
@@ -34,7 +35,7 @@ def page(paths: Sequence[Path], out: Path) -> tuple[str, list[str]]:
     records, missing = read_found(found, paths)
     missing = [note for note in missing if note not in found.failed.values()]
     if plots is None:
-        missing.append("the page is without plots: install fastdeq with its extra 'plots'")
+        missing.append(f"the page is without plots: {install('plots')}")
     sections = [
         _section("Runs", _table(rows, out), rows),
         _section("Plots", _plots(records), plots is not None),

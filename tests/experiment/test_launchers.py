@@ -1,7 +1,6 @@
 """``train.py -m`` with jobs in other processes: the same table, the same failures, and searches."""
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
-from fastdeq.experiment import sweep
+from fastdeq import extras
 from tests.commands import ROOT, SHORT, Answer, CommandLine
 
 pytestmark = pytest.mark.slow
@@ -24,8 +23,8 @@ PLUGINS = {
 
 
 def installed(name: str) -> bool:
-    """Whether the plugin is there; `find_spec` imports its parent, which may not be."""
-    return find_spec("hydra_plugins") is not None and find_spec(PLUGINS[name]) is not None
+    """Whether the plugin is there."""
+    return extras.is_installed(PLUGINS[name])
 
 
 def needs(name: str) -> pytest.MarkDecorator:
@@ -87,15 +86,16 @@ def test_the_ends_of_an_interval_are_checked_before_the_search(command: CommandL
     assert not answer.files
 
 
-@pytest.mark.parametrize("name", ["joblib", "submitit_local"])
-def test_a_launcher_that_is_not_installed_names_its_package(
-    command: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str
+def test_a_launcher_that_is_not_installed_names_its_extra(
+    command: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "find_spec", lambda package: None)
-    answer = command("-m", f"hydra/launcher={name}", *SHORT, "seed=1,2")
-    assert answer.status == 1
-    package = {"joblib": "joblib", "submitit_local": "submitit"}[name]
-    assert answer.err.splitlines()[-1].endswith(f"pip install hydra-{package}-launcher")
+    monkeypatch.setattr(extras, "is_installed", lambda package: False)
+    for name, extra in (("joblib", "joblib"), ("submitit_local", "cluster")):
+        answer = command("-m", f"hydra/launcher={name}", *SHORT, "seed=1,2")
+        assert answer.status == 1
+        assert answer.err.startswith(f"error: hydra/launcher={name} needs hydra_plugins.")
+        assert f'pip install "fastdeq[{extra}]"' in answer.err
+        assert len(answer.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

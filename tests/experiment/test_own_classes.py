@@ -4,12 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from fastdeq.experiment.explain import explain
+from fastdeq.experiment.targets import locate
 from tests.commands import SHORT, CommandLine
+from tests.loops import each
 
 FILES = {
     "own/__init__.py": "",
+    "own/broken.py": "import gone",
     "own/parts.py": """
 import torch
 from torch import nn
@@ -112,10 +118,40 @@ def test_own_classes_are_chosen_with_a_configuration_folder_of_ones_own(
     assert answer.err.startswith("error: there is no experiment=own")
 
 
-def test_a_package_that_cannot_be_imported_is_named(command: CommandLine, folder: Path) -> None:
-    answer = command(*SHORT, "model=deq", "arch.cell._target_=ownn.parts.Cell")
-    assert answer.status == 1
-    (line,) = answer.err.splitlines()
-    assert "ownn" in line
-    assert "arch.cell" in line
-    assert "PYTHONPATH" in line
+TARGETS = {
+    "fastdeq.solvers.Andersen": "but fastdeq.solvers has no 'Andersen'; did you mean "
+    "fastdeq.solvers.Anderson?",
+    "fastdeq.data.Digits": "but fastdeq.data has no 'Digits'; did you mean "
+    "fastdeq.data.DigitsDataModule?",
+    "fastdeq.solvers.Anderson.Qr": "but fastdeq.solvers.Anderson has no 'Qr'",
+    "torch.optm.Adam": "but torch has no 'optm'; did you mean torch.optim?",
+    "ownn.parts.Cell": "but there is no package 'ownn': is it installed, or its folder on "
+    "PYTHONPATH?",
+    "Anderson": "but must be the dotted name of a class or a function, package.module.Name",
+    "fastdeq..Anderson": "but must be the dotted name of a class or a function, "
+    "package.module.Name",
+    "own.broken.Cell": "but own.broken cannot be imported (ModuleNotFoundError: No module named "
+    "'gone')",
+}
+
+
+@each("name, reason", TARGETS.items())
+def test_a_class_that_does_not_exist_is_named_in_one_sentence(
+    name: str, reason: str, folder: Path
+) -> None:
+    with pytest.raises((TypeError, ValueError)) as error:
+        locate("solver._target_", name)
+    assert str(error.value) == f"solver._target_ is {name!r}, {reason}"
+
+
+def test_a_wrong_class_is_reported_alike_in_every_group(command: CommandLine) -> None:
+    for group in ("model", "data", "solver", "optimizer", "arch.cell", "+callbacks.mine"):
+        answer = command(*SHORT, f"{group}._target_=fastdeq.Gone")
+        assert answer.status == 1
+        key = group.lstrip("+")
+        assert answer.err == (
+            f"error: {key}._target_ is 'fastdeq.Gone', but fastdeq has no 'Gone'\n"
+        )
+    with pytest.raises(InstantiationException) as error:  # of a saved configuration
+        instantiate({"cell": {"_target_": "fastdeq.Gone"}})
+    assert explain(error.value) == "cell._target_ is 'fastdeq.Gone', but fastdeq has no 'Gone'"

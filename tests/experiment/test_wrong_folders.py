@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from fastdeq.data import decode as decode_module
 from fastdeq.data.command import main
 from fastdeq.data.store import CURE
 from tests.data.image_folders import (
@@ -206,11 +205,13 @@ def test_asking_for_batches_before_setup_says_what_to_do(root):
 
 
 def test_without_pillow_the_cure_is_named(monkeypatch, capsys, root):
-    monkeypatch.setattr(decode_module, "_HAS_PILLOW", False)
-    with pytest.raises(ImportError, match=r"need Pillow: pip install pillow$"):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(
+        ImportError, match=r'image_folder needs PIL: pip install "fastdeq\[images\]"'
+    ):
         folder(root)
     assert main(["image_folder", f"--root={root}"]) == 1
-    assert capsys.readouterr().err.startswith("error: image folders need Pillow: pip install")
+    assert capsys.readouterr().err.startswith("error: data=image_folder needs PIL: pip install")
 
 
 def test_without_pillow_the_other_sets_are_there():

@@ -1,5 +1,6 @@
 """``fastdeq``: subcommands, help, what is imported for it, and how its commands are named."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -102,7 +103,28 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
     monkeypatch.setattr(cli, "import_module", module)
     assert cli.dispatch(["train"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: fastdeq train needs hydra: install fastdeq with its extra 'exp")
+    assert line.startswith('error: fastdeq train needs hydra: pip install "fastdeq[experiment]"')
+
+
+def test_each_package_of_the_experiments_names_the_extra_without_it() -> None:
+    code = """
+import importlib, sys
+for name in ("numpy", "yaml", "hydra", "lightning_fabric", "pytorch_lightning"):
+    sys.modules[name] = None
+for name in ("data", "training", "experiment", "report"):
+    try:
+        importlib.import_module(f"fastdeq.{name}")
+    except ImportError as error:
+        print(error.name, error)
+"""
+    words = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [  # with a name, `python -m` prints no traceback
+        *("fastdeq.data", "fastdeq.training", "fastdeq.experiment", "fastdeq.report")
+    ]
+    for line in lines:
+        assert re.search(r"fastdeq\.\w+ needs \w+: pip install .fastdeq\[experiment\]", line)
 
 
 def test_a_command_is_named_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from fastdeq.extras import require
 from fastdeq.report.drawing import drawn
 from fastdeq.report.records import Record
+
+require("logger=tensorboard", "tensorboard")
 
 
 class TensorBoard(TensorBoardLogger):

@@ -8,13 +8,16 @@ import secrets
 from pathlib import Path
 from typing import Literal, cast
 
-import wandb
 from pytorch_lightning.loggers import WandbLogger
 
+from fastdeq.extras import extra_for
 from fastdeq.report.drawing import drawn
 from fastdeq.report.records import Record
 from fastdeq.runs.files import write_text
 from fastdeq.runs.folder import WANDB_ID
+
+with extra_for("logger=wandb"):
+    import wandb
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
