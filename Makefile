@@ -2,6 +2,8 @@
 
 PYTHON ?= $(shell python3.11 -c "print('python3.11')" 2>/dev/null || echo python3)
 RUN    := .venv/bin/python
+# What training needs, until all is installed; and all that the other targets need.
+TRAIN  := $(if $(wildcard .venv/.installed),.venv/.installed,.venv/.experiment)
 READY  := .venv/.installed
 
 .PHONY: help train test test-fast check docs bench clean
@@ -14,9 +16,10 @@ help:
 	@echo 'make docs               build the documentation into site/; a warning is an error'
 	@echo 'make bench ARGS="..."   run the benchmarks: one table, and JSON in build/; --only, --quick'
 	@echo 'make clean              remove .venv, caches and builds; outputs/ stays'
-	@echo 'Each makes .venv and installs into it once. Another interpreter: PYTHON=/path/to/python3'
+	@echo 'Each makes .venv and installs into it what it needs, once.'
+	@echo 'Another interpreter: PYTHON=/path/to/python3'
 
-train: $(READY)
+train: $(TRAIN)
 	$(RUN) train.py $(ARGS)
 
 # One process per core, and one thread in each; the tests of a file share fixtures and stay together.
@@ -42,8 +45,10 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed again when the dependencies change.
-$(READY): pyproject.toml constraints.txt
+.venv/.experiment: EXTRAS := experiment
+.venv/.installed: EXTRAS := experiment,ode,images,plots,safetensors,wandb,tensorboard,cluster,joblib,optuna,docs,dev
+.venv/.experiment .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fastdeq needs Python 3.11 or newer, but $(PYTHON) is %d.%d: say make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -c constraints.txt -e ".[experiment,ode,images,plots,safetensors,wandb,tensorboard,cluster,joblib,optuna,docs,dev]"
+	$(RUN) -m pip install -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
