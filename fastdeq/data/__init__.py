@@ -8,11 +8,18 @@ from fastdeq.extras import extra_for
 
 with extra_for("fastdeq.data"):
     from fastdeq.data.augmentation import Augmentation, PadCrop, RandomFlip, ResizeCrop, Transform
-    from fastdeq.data.cifar10 import Cifar10DataModule
+    from fastdeq.data.cifar import Cifar10DataModule, Cifar100DataModule
     from fastdeq.data.digits import DigitsDataModule, read_digits
     from fastdeq.data.epoch_loader import Batch, Batches, EpochLoader, Normalization
     from fastdeq.data.image_folder import ImageFolderDataModule
-    from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule, read_idx
+    from fastdeq.data.mnist import (
+        EmnistDataModule,
+        FashionMnistDataModule,
+        KmnistDataModule,
+        MnistDataModule,
+        QmnistDataModule,
+        read_idx,
+    )
     from fastdeq.data.module import InMemoryDataModule, Samples
     from fastdeq.data.polynomial import PolynomialDataModule, polynomial
     from fastdeq.data.published import StoredDataModule
@@ -24,16 +31,20 @@ __all__ = [
     "Batch",
     "Batches",
     "Cifar10DataModule",
+    "Cifar100DataModule",
     "DigitsDataModule",
+    "EmnistDataModule",
     "EpochLoader",
     "FashionMnistDataModule",
     "ImageFolderDataModule",
     "ImageSet",
     "InMemoryDataModule",
+    "KmnistDataModule",
     "MnistDataModule",
     "Normalization",
     "PadCrop",
     "PolynomialDataModule",
+    "QmnistDataModule",
     "RandomFlip",
     "ResizeCrop",
     "Samples",

@@ -11,21 +11,31 @@ import torch
 from torch import Tensor
 
 from fastdeq.commands import Parser, UsageError, exit_status, typed
-from fastdeq.data.cifar10 import Cifar10DataModule
+from fastdeq.data.cifar import Cifar10DataModule, Cifar100DataModule
 from fastdeq.data.digits import DigitsDataModule
 from fastdeq.data.image_folder import ImageFolderDataModule
-from fastdeq.data.mnist import FashionMnistDataModule, MnistDataModule
+from fastdeq.data.mnist import (
+    EmnistDataModule,
+    FashionMnistDataModule,
+    KmnistDataModule,
+    MnistDataModule,
+    QmnistDataModule,
+)
 from fastdeq.data.module import AbstractDataModule, Samples
 from fastdeq.data.polynomial import PolynomialDataModule
 from fastdeq.data.svhn import SvhnDataModule
 
 SETS: dict[str, type[AbstractDataModule]] = {
     "cifar10": Cifar10DataModule,
+    "cifar100": Cifar100DataModule,
     "digits": DigitsDataModule,
+    "emnist": EmnistDataModule,
     "fashion_mnist": FashionMnistDataModule,
     "image_folder": ImageFolderDataModule,
+    "kmnist": KmnistDataModule,
     "mnist": MnistDataModule,
     "polynomial": PolynomialDataModule,
+    "qmnist": QmnistDataModule,
     "svhn": SvhnDataModule,
 }
 """The data sets by their names in conf/data."""

@@ -9,18 +9,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
 
 import pooch  # type: ignore[import-untyped]
 from torch import Tensor
 
+from fastdeq.data.archive import read_members
 from fastdeq.data.module import InMemoryDataModule, NormalizationSetting, Samples, data_module
 from fastdeq.data.store import (
     CURE,
     REQUIRED_ATTRIBUTES,
     ImageSet,
     building,
+    read_content,
     read_store,
     write_store,
 )
@@ -35,10 +37,15 @@ _SOURCES = tomllib.loads(
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file of a published set: the ``names`` it goes by, the mirrors' first, and its ``md5``."""
+    """A file of a published set: the ``names`` it goes by, the mirrors' first, and its ``md5``.
+
+    ``folder``: where it lies in the archive that it comes from. ``md5`` is empty where it is not
+    published.
+    """
 
     names: tuple[str, ...]
     md5: str
+    folder: str = ""
 
     def find(self, folder: Path) -> Path | None:
         """Return the file in ``folder`` under the first of its names that is there."""
@@ -53,11 +60,12 @@ Form = tuple[SourceFile, ...]
 class ImageSource(ABC):
     """A published image set: what it is, where its files are, and how they are read.
 
-    ``name``: of its store. ``files`` and ``unpacked``: the two forms in which a folder may have it.
-    sources.toml explains the rest.
+    ``name``: of its store; ``place``: of the folder that its files may lie in. ``files`` and
+    ``others``: the forms in which a folder may have it. sources.toml explains the rest.
     """
 
     name: str
+    place: str
     title: str
     version: str
     source: str
@@ -66,20 +74,41 @@ class ImageSource(ABC):
     files: Form
     folders: tuple[str, ...]
     mirrors: tuple[str, ...]
-    unpacked: Form = ()
+    others: tuple[Form, ...] = ()
 
     @classmethod
     def from_table(
-        cls, name: str, spellings: Callable[[str], tuple[str, ...]] = lambda name: (name,)
+        cls,
+        name: str,
+        spellings: Callable[[str], tuple[str, ...]] = lambda name: (name,),
+        **fields: Any,
     ) -> Self:
         """Return a set of sources.toml; ``spellings`` gives the names that a file goes by."""
-        values: dict[str, Any] = {"name": name}
+
+        def form(table: Mapping[str, str]) -> Form:
+            paths = {PurePosixPath(key): md5 for key, md5 in table.items()}
+            return tuple(
+                SourceFile(names=spellings(path.name), md5=md5, folder=path.parent.name)
+                for path, md5 in paths.items()
+            )
+
+        values: dict[str, Any] = {"name": name, "place": name, **fields}
         for key, value in _SOURCES[name].items():
-            if key in ("files", "unpacked"):
-                pairs = value.items()
-                value = [SourceFile(names=spellings(file), md5=md5) for file, md5 in pairs]
-            values[key] = tuple(value) if isinstance(value, list) else value
+            if isinstance(value, dict):
+                value = form(value)
+            elif key == "others":
+                value = map(form, value)
+            values[key] = value if isinstance(value, str) else tuple(value)
         return cls(**values)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """All forms, that of the mirrors first; an archive comes before what is in it."""
+        return (self.files, *self.others)
+
+    def form_of(self, files: Sequence[Path]) -> int:
+        """Return the number of the form that ``files`` have, by the name of the first."""
+        return next(i for i, form in enumerate(self.forms) if files[0].name in form[0].names)
 
     @abstractmethod
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
@@ -103,13 +132,27 @@ class ImageSource(ABC):
             }
         return attributes
 
+    def contents(self, files: Sequence[Path], *, verify: bool) -> dict[str, bytes]:
+        """Return the contents by place, of ``files`` or of what is in them, an archive.
+
+        With ``verify``, first, raises as ``verify_md5``. Raises ValueError naming a file that
+        cannot be read.
+        """
+        number = self.form_of(files)
+        if verify:
+            self.verify_md5(files, self.forms[number])
+        if len(files) > 1:
+            return {str(path): read_content(path) for path in files}
+        unpacked = self.forms[number + 1]
+        return read_members(files[0], [f"{file.folder}/{file.names[0]}" for file in unpacked])
+
     def find(self, root: Path, *forms: Form) -> tuple[Path, Form]:
         """Return folder and form at or beneath ``root`` that are the most complete.
 
-        Where no file is there, these are ``root/<name>`` and the first form.
+        Where no file is there, these are ``root/<place>`` and the first form.
         """
         # Sets share file names: folders named after the set come before the data folder itself.
-        folders = [root / self.name, *(root / folder for folder in self.folders), root]
+        folders = [root / self.place, *(root / folder for folder in self.folders), root]
         places = [(folder, form) for form in forms if form for folder in folders]
         return min(places, key=lambda place: len(missing_in(*place)) / len(place[1]))
 
@@ -117,10 +160,21 @@ class ImageSource(ABC):
         """Raise ValueError, naming file and cure, unless each path has the MD5 of its file."""
         md5 = partial(hashlib.md5, usedforsecurity=False)  # where policy forbids MD5 for security
         for path, file in zip(paths, form, strict=True):
+            if not file.md5:
+                archives = [one[0].names[0] for one in self.forms if len(one) == 1]
+                raise self.unverifiable(path, "the archives", " or ".join(archives))
             with path.open("rb") as content:
                 found = hashlib.file_digest(content, md5).hexdigest()
             if found != file.md5:
                 raise self.not_official(path, "MD5 of the file", found)
+
+    def unverifiable(self, path: Path, kind: str, official: str) -> ValueError:
+        """Return the error for a file whose checksum is not published, only those of a kind."""
+        return ValueError(
+            f"{path}: cannot be verified, for of {self.title} only the checksums of {kind} are "
+            f"published: give the official {official} instead, or take your own files as they are "
+            "with data.verify=false"
+        )
 
     def not_official(self, path: Path, kind: str, found: str) -> ValueError:
         """Return the error for a file with another checksum, of this kind, than published."""
@@ -144,12 +198,6 @@ def image_set(
 def missing_in(folder: Path, form: Sequence[SourceFile]) -> list[SourceFile]:
     """Return the files that are not in ``folder``."""
     return [file for file in form if file.find(folder) is None]
-
-
-def is_gzip(path: Path) -> bool:
-    """Return whether the file begins as gzip does, whatever its name says."""
-    with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
 
 
 def download(files: Iterable[SourceFile], folder: Path, mirrors: Sequence[str]) -> None:
@@ -246,7 +294,8 @@ class StoredDataModule(InMemoryDataModule):
     name of the store has a checksum of their contents, so that different sets never mix.
     ``normalization``: see ``Normalization.configured``.
 
-    A subclass is final and defines ``source`` and ``published`` too.
+    A subclass is final and defines ``source`` and ``published`` too, and where a setting of its own
+    chooses among variants of the set, ``chosen``.
 
     Raises ValueError for ``verify=False`` without a ``root`` or with ``download``. ``prepare_data``
     and ``setup`` raise FileNotFoundError or NotADirectoryError for a ``root`` or source files that
@@ -267,7 +316,7 @@ class StoredDataModule(InMemoryDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._root = None if self.root is None else given_folder("root", self.root)
-        self._store = store_folder(self.store)
+        self._store, self._source = store_folder(self.store), self.chosen()
         if not self.verify and self.root is None:
             raise ValueError("verify=false is for files of your own: give data.root=PATH too")
         if not self.verify and self.download:
@@ -276,16 +325,20 @@ class StoredDataModule(InMemoryDataModule):
                 "set one of them"
             )
 
+    def chosen(self) -> ImageSource:
+        """Return the variant of ``source`` that the settings choose."""
+        return self.source
+
     def prepare(self) -> None:
         self._ensure()
 
     def load(self) -> tuple[Samples, Samples]:
         path = self._ensure()
-        images = read_store(path, cure=CURE, wanted=self.source.attributes(verify=self.verify))
-        if self.verify and not self.source.is_official(images.attributes):
+        images = read_store(path, cure=CURE, wanted=self._source.attributes(verify=self.verify))
+        if self.verify and not self._source.is_official(images.attributes):
             raise ValueError(
                 f"{path}: nothing shows that its files were the official ones of "
-                f"{self.source.title}: {CURE}"
+                f"{self._source.title}: {CURE}"
             )
         return self._from_images(images, str(path))
 
@@ -293,7 +346,7 @@ class StoredDataModule(InMemoryDataModule):
         """Return the path of the store, built if it was missing (see ``building``)."""
         if self._root is not None:
             existing_folder(self._root, "the files")
-        path = self._store / f"{self.source.name}.h5"
+        path = self._store / f"{self._source.name}.h5"
         if self.verify and path.exists():
             return path
         files = self._find_files()
@@ -301,8 +354,8 @@ class StoredDataModule(InMemoryDataModule):
             checksums = b"".join(bytes.fromhex(sha256_of(file)) for file in files)
             path = path.with_stem(f"{path.stem}-{hashlib.sha256(checksums).hexdigest()[:12]}")
         if not path.exists():
-            images = self.source.read(files, verify=self.verify)
-            own = self.source.attributes(verify=self.verify)
+            images = self._source.read(files, verify=self.verify)
+            own = self._source.attributes(verify=self.verify)
             with building(path) as missing:
                 if missing:
                     write_store(path, replace(images, attributes={**images.attributes, **own}))
@@ -310,8 +363,8 @@ class StoredDataModule(InMemoryDataModule):
 
     def _find_files(self) -> list[Path]:
         """Return the source files in the order of their form, downloaded if necessary."""
-        wanted = self.source
-        folder, form = self._find(wanted.files, wanted.unpacked)
+        wanted = self._source
+        folder, form = self._find(*wanted.forms)
         if missing_in(folder, form) and self.download:
             folder, form = self._find(wanted.files)  # the form that the mirrors have
             download(missing_in(folder, form), folder, wanted.mirrors)
@@ -331,5 +384,5 @@ class StoredDataModule(InMemoryDataModule):
 
     def _find(self, *forms: Form) -> tuple[Path, Form]:
         if self._root is None:
-            return self._store / self.source.name, self.source.files
-        return self.source.find(self._root, *forms)
+            return self._store / self._source.place, self._source.files
+        return self._source.find(self._root, *forms)

@@ -1,14 +1,16 @@
 """SVHN: 32 × 32 colour crops of house numbers, 73,257 digits for training and 26,032 for test.
 
+The 531,131 extra ones, which are less difficult, can be added to those for training.
+
 Y. Netzer, T. Wang, A. Coates, A. Bissacco, B. Wu, A. Y. Ng, Reading Digits in Natural Images with
 Unsupervised Feature Learning, 2011. "Format 2", the cropped digits, as MATLAB 5 files.
 """
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -16,9 +18,9 @@ from numpy.typing import NDArray
 from scipy.io import loadmat
 from torch import Tensor
 
-from fastdeq.data.cifar10 import Cifar10DataModule
+from fastdeq.data.cifar import Cifar10DataModule
 from fastdeq.data.module import data_module
-from fastdeq.data.published import ImageSource, StoredDataModule, image_set
+from fastdeq.data.published import Form, ImageSource, StoredDataModule, image_set
 from fastdeq.data.store import ImageSet, one_line, read_content
 from fastdeq.runs.files import sha256_of
 
@@ -29,12 +31,19 @@ _WANTED = "get train_32x32.mat and test_32x32.mat of SVHN's format 2 (cropped di
 @final
 @dataclass(frozen=True, kw_only=True)
 class SvhnImages(ImageSource):
-    """The files of the cropped digits, for training and for test, verified by their MD5."""
+    """The files of the cropped digits, for training and for test, verified by their MD5.
+
+    ``extra``: the file of further ones for training, which comes third among ``files`` if used.
+    """
+
+    extra: Form
 
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
-        train, test = (read_cropped_digits(path) for path in files)
+        train, test, *extra = (read_cropped_digits(path) for path in files)
         if verify:
             self.verify_md5(files, self.files)
+        if extra:
+            train = torch.cat([train[0], extra[0][0]]), torch.cat([train[1], extra[0][1]])
         return image_set(train, test, {path: sha256_of(path) for path in files})
 
 
@@ -83,9 +92,21 @@ SVHN = SvhnImages.from_table("svhn")
 @final
 @data_module
 class SvhnDataModule(StoredDataModule):
-    """SVHN, digits of house numbers: batches (B, 3, 32, 32), see ``StoredDataModule``."""
+    """SVHN, digits of house numbers: batches (B, 3, 32, 32), see ``StoredDataModule``.
 
-    source = SVHN
+    ``extra``: whether the extra set is used for training too.
+    """
+
+    extra: bool = False
+
+    source: ClassVar[SvhnImages] = SVHN
     input_shape = (3, 32, 32)
     outputs = _CLASSES
     published = Cifar10DataModule.published  # as it was published
+
+    def chosen(self) -> ImageSource:
+        if not self.extra:
+            return self.source
+        files = (*self.source.files, *self.source.extra)
+        split = self.source.split.replace("without", "with")
+        return replace(self.source, name=f"{self.source.name}_extra", files=files, split=split)

@@ -77,11 +77,15 @@ class Paths(Record):
 
 @settings
 class Sizes(Record):
-    """The sizes that a model must fit; the group `data` sets them."""
+    """The sizes that a model must fit; the group `data` sets them.
+
+    classes: the outputs of each variant of a set, which its file chooses from.
+    """
 
     input: list[int] = setting()
     features: int = setting(at_least=1)
     outputs: int = setting(at_least=1)
+    classes: dict[str, int] | None = None
 
 
 KEYS: dict[str, Any] = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdeq.data.cifar10 import CIFAR10, Cifar10Images
+from fastdeq.data.cifar import CIFAR10, CifarImages
 from fastdeq.data.svhn import SVHN, SvhnImages
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -115,13 +115,16 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
     return folder
 
 
-def small_cifar(*, mirrors: Sequence[str] = ("http://127.0.0.1:9/",)) -> Cifar10Images:
+def small_cifar(*, mirrors: Sequence[str] = ("http://127.0.0.1:9/",)) -> CifarImages:
     """CIFAR-10 whose official files are ``cifar_files()``."""
     files = cifar_files()
     return replace(
         CIFAR10,
         files=(replace(CIFAR10.files[0], md5=md5(archive(files))),),
-        unpacked=tuple(replace(one, md5=md5(files[one.names[0]])) for one in CIFAR10.unpacked),
+        others=(
+            tuple(replace(one, md5=md5(files[one.names[0]])) for one in CIFAR10.others[0]),
+            *CIFAR10.others[1:],
+        ),
         mirrors=tuple(mirrors),
     )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastdeq.data import Cifar10DataModule, read_store
-from fastdeq.data.cifar10 import CIFAR10
+from fastdeq.data.cifar import CIFAR10
 from tests.data.cifar_svhn_files import (
     ARCHIVE,
     BATCHES,
@@ -274,7 +274,7 @@ def test_unpacked_files_that_are_whole_are_not_downloaded(monkeypatch, tmp_path)
 
 
 def test_every_published_file_has_its_checksum():
-    files = [*CIFAR10.files, *CIFAR10.unpacked]
+    files = [*CIFAR10.files, *CIFAR10.others[0]]
     assert [file.names[0] for file in files] == [ARCHIVE, *BATCHES, META]
     assert len({file.md5 for file in files}) == len(files)
     assert all(len(bytes.fromhex(file.md5)) == 16 for file in files)
@@ -284,7 +284,7 @@ def test_every_published_file_has_its_checksum():
 
 def _has_cifar() -> bool:
     root = Path(os.environ.get("FASTDEQ_DATA") or "/nowhere")
-    folder, form = CIFAR10.find(root, CIFAR10.files, CIFAR10.unpacked)
+    folder, form = CIFAR10.find(root, *CIFAR10.forms)
     return all(file.find(folder) for file in form)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastdeq.data import read_idx
-from fastdeq.data.published import is_gzip
+from fastdeq.data.archive import is_gzip
 from tests.data.idx_files import idx, zipped
 
 VALUES = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4) * 10

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from fastdeq.data.cifar10 import read_pickle
+from fastdeq.data.pickles import read_pickle
 from tests.data.cifar_svhn_files import array, listed, pickled, string
 
 VALUES = np.arange(12, dtype=np.uint8).reshape(3, 4)

@@ -1,7 +1,9 @@
 """SVHN: files in MATLAB's format, by hand and by SciPy, what is wrong with them, downloads."""
 
+import hashlib
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -58,6 +60,34 @@ def test_the_files_are_found_and_read_exactly(tmp_path, place):
     ):
         assert np.array_equal(samples.inputs.numpy(), pixels.transpose(3, 2, 0, 1))
         assert np.array_equal(samples.targets.numpy(), labels[:, 0] % 10)
+
+
+def test_the_extra_digits_are_added_to_those_for_training_on_request(monkeypatch, tmp_path):
+    (more, labels), _ = digits(7)
+    content = mat(matrix(b"X", more), matrix(b"y", labels))
+    folder = write_folder(tmp_path / "root", {**svhn_files(), "extra_32x32.mat": content})
+    source = small_svhn()
+    official = (replace(source.extra[0], md5=hashlib.md5(content).hexdigest()),)
+    monkeypatch.setattr(SvhnDataModule, "source", replace(source, extra=official))
+    data = SvhnDataModule(root=folder, extra=True)
+    train, test = data.load()
+    both = np.concatenate([X, more], axis=3).transpose(3, 2, 0, 1)
+    assert np.array_equal(train.inputs.numpy(), both)
+    assert train.targets.tolist() == [*(Y[:, 0] % 10).tolist(), *(labels[:, 0] % 10).tolist()]
+    assert len(test) == len(SvhnDataModule(root=folder).load()[1]) == 11
+    assert len(SvhnDataModule(root=folder).load()[0]) == 12
+    assert data.metadata["split"].endswith("with the extra ones")
+    assert sorted(path.name for path in (tmp_path / "cache").glob("*.h5")) == [
+        "svhn.h5",
+        "svhn_extra.h5",
+    ]
+    other = write_folder(tmp_path / "other", {"extra_32x32.mat": svhn_files()[MAT[1]]})
+    write_folder(other, svhn_files())
+    monkeypatch.setenv("FASTDEQ_CACHE", str(tmp_path / "fresh"))
+    wrong = SvhnDataModule(root=other, extra=True)
+    assert refusal(wrong, other / "extra_32x32.mat").startswith("not the official file of SVHN")
+    (other / "extra_32x32.mat").unlink()
+    assert refusal(wrong, other).startswith("extra_32x32.mat of SVHN is not there: ")
 
 
 def test_one_pixel_of_a_file_by_hand_is_where_it_belongs(tmp_path):
@@ -169,6 +199,7 @@ def test_the_files_are_downloaded(monkeypatch, tmp_path):
 
 
 def test_every_published_file_has_its_checksum():
-    assert [file.names for file in SVHN.files] == [(name,) for name in MAT]
-    assert all(len(bytes.fromhex(file.md5)) == 16 for file in SVHN.files)
+    files = [*SVHN.files, *SVHN.extra]
+    assert [file.names for file in files] == [(name,) for name in (*MAT, "extra_32x32.mat")]
+    assert all(len(bytes.fromhex(file.md5)) == 16 for file in files)
     assert all(address.endswith("/") for address in SVHN.mirrors)

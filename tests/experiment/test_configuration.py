@@ -207,6 +207,8 @@ ARCHS = {
     "digits": ("fc", "digits_conv"),
     "mnist": ("fc", "mnist_conv"),
     "fashion_mnist": ("fc", "mnist_conv"),
+    "emnist": ("fc", "mnist_conv"),
+    "cifar100": ("fc", "cifar_tiny"),
     "cifar10": ("fc", "cifar_tiny"),
     "svhn": ("fc", "cifar_tiny"),
 }
