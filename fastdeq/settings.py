@@ -68,6 +68,20 @@ def settings(cls: type[_T]) -> type[_T]:
     return made
 
 
+def brief(value: Any) -> str:
+    """The repr of settings without the fields that have their default; other values as text."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return str(value)
+    fields = [field for field in dataclasses.fields(value) if field.repr]
+    given = {field: getattr(value, field.name) for field in fields}
+    parts = [f"{f.name}={_brief(each)}" for f, each in given.items() if each != f.default]
+    return f"{type(value).__name__}({', '.join(parts)})"
+
+
+def _brief(value: Any) -> str:
+    return brief(value) if dataclasses.is_dataclass(value) else repr(value)
+
+
 def _check_names(cls: type, args: tuple[Any, ...], given: dict[str, Any]) -> None:
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     listing = f"its fields are {', '.join(names)}"

@@ -6,6 +6,7 @@ A run must not end because a terminal cannot show a character or is closed, a re
 
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -37,6 +38,11 @@ def check_written() -> None:
     raw = _raw(sys.stdout)
     if isinstance(raw, _Lasting) and raw.error is not None:
         raise OSError(f"stdout cannot be written ({raw.error.strerror}): the output is incomplete")
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that stdout is; None if it is not one."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def run_command(

@@ -18,6 +18,7 @@ from fastdeq.experiment.choices import check_choices, with_merged_groups
 from fastdeq.experiment.curve import curve
 from fastdeq.experiment.explain import explain
 from fastdeq.experiment.launch import work_for
+from fastdeq.experiment.place import PLACE, prefix
 from fastdeq.experiment.renamed import check_renamed, current_all
 from fastdeq.experiment.rendezvous import (
     end_with,
@@ -106,10 +107,13 @@ def job(cfg: DictConfig) -> float:
             fail(error, debug=cfg.get("debug") is True)
     folder = None
     hydra = HydraConfig.get()
-    print(f"\njob {hydra.job.num}  {' '.join(hydra.overrides.task)}", flush=True)
+    overrides = " ".join(hydra.overrides.task)
+    mine = PLACE.get()
+    alone = f"\njob {hydra.job.num}  {overrides}"
+    print(alone if mine is None else mine.heading(overrides), flush=True)
     if cfg.get("stop_at_failure") is True and (failed := failed_job()) is not None:
         why = f"not started, for job {failed} has failed (stop_at_failure)"
-        print(why, flush=True)
+        print(f"{prefix()}{why}", flush=True)
         record_job(None, why, interrupted=True)
         end_with(RESUMABLE)
         return math.nan
@@ -190,7 +194,7 @@ def report(error: Exception, *, debug: bool) -> None:
     """Print one line to stderr, with `debug` after the traceback."""
     if debug:
         traceback.print_exception(error)
-    print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+    print(f"{prefix()}error: {explain(error)}", file=sys.stderr, flush=True)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:

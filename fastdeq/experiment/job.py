@@ -4,10 +4,8 @@ Everything here works from a plain, resolved configuration. A process that train
 one, so that nothing (a sweep, the time in a name) differs between ranks.
 """
 
-import logging
 import os
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,14 @@ from pytorch_lightning.core.hooks import ModelHooks
 from pytorch_lightning.loggers import Logger
 
 import fastdeq
+from fastdeq.experiment.announcements import announce, conclude
 from fastdeq.experiment.build import STEP, build_data, build_task
 from fastdeq.experiment.checkpoint import load_weights
+from fastdeq.experiment.lightning_messages import hear_lightning
 from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.signals import received
-from fastdeq.report import heading, row
 from fastdeq.runs.files import remove_sealed, write_json
-from fastdeq.runs.folder import BEFORE, BEST, LAST, RESUME, SUMMARY
-from fastdeq.runs.log import LOG
+from fastdeq.runs.folder import BEFORE, RESUME, SUMMARY
 from fastdeq.runs.provenance import peak_memory, provenance
 from fastdeq.runs.reading import FORMAT
 from fastdeq.training import (
@@ -46,7 +44,6 @@ from fastdeq.training import (
     StepTimer,
     checkpoints,
     rows_of,
-    table_of,
 )
 
 
@@ -56,7 +53,8 @@ class Job:
 
     config: resolved, plain containers. checkpoint: initial weights. resume: the saved state to
     resume from. choices: of the configuration's groups. reference: the published row of this run,
-    if there is one. started: `time.time` at the start of the command.
+    if there is one. interactive: with a progress bar. prefix: of the lines on the console, which
+    other runs share. started: `time.time` at the start of the command.
     """
 
     config: dict[str, Any]
@@ -68,6 +66,7 @@ class Job:
     reference: dict[str, Any] | None = None
     ranks: int = 1
     interactive: bool = False
+    prefix: str = ""
     started: float = field(default_factory=time.time)
 
 
@@ -88,12 +87,19 @@ def work(job: Job) -> None:
     try:
         trainer = make_trainer(cfg, task, job, timer, loggers)
         if rank == 0:
-            _announce(task, trainer, job)
+            announce(
+                task,
+                trainer,
+                folder=job.folder,
+                resume=None if job.resume is None else job.resume.name,
+                ranks=job.ranks,
+                parameters=_count_parameters(task),
+            )
         metrics = _run(job, trainer, task, data)
         if rank == 0:
             summary = _summary(job, trainer, task, timer, metrics)
             write_json(job.folder / SUMMARY, summary)
-            _conclude(summary, job, trainer, task)
+            conclude(summary, trainer, task, folder=job.folder, reference=job.reference)
             for name in (RESUME, BEFORE):  # a finished run does not resume
                 remove_sealed(job.folder / name)
     finally:
@@ -115,7 +121,7 @@ def make_trainer(
     loggers: list[Logger] | None = None,
 ) -> lightning.Trainer:
     """The trainer of the configuration; without a job, only to check that it can be built."""
-    _quiet()
+    hear_lightning()
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
     # Explicit, since Lightning would guess from variables that a cluster sets for other purposes.
     slurm = current_step() is not None
@@ -135,7 +141,7 @@ def make_trainer(
                 *first,
                 KeepSigtermHandler(),
                 timer,
-                EpochLines(),
+                EpochLines(cfg.get("progress_minutes")),
                 *others,
                 *([ExtendedSchedule()] if cfg.get("extend") else []),
                 *checkpoints(job.folder, task),
@@ -183,24 +189,6 @@ _OWN = {
     *("enable_checkpointing", "enable_progress_bar"),
 }
 """Arguments of the trainer that `make_trainer` sets, so that a configuration must not."""
-
-
-def _quiet() -> None:
-    """Suppress advice of Lightning that does not apply here; other warnings are shown."""
-    # Its banner (hardware, available loggers) is replaced by the lines of _announce.
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        "Experiment logs directory",  # the folder is new, and config.yaml is in it first
-        "Checkpoint directory",  # likewise
-        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning 2.6 on torch 2.13
-        ".*does not have many workers",  # batches are cut from memory
-        "It is recommended to use `self.log",  # the tasks' means are synchronized already
-        "`ModelCheckpoint\\(monitor=",  # a run that stops before its first validation: _conclude
-        "The `srun` command is available",  # whether it is used is known (cluster.current_step)
-        "The number of training batches",  # fewer in an epoch than log_every_n_steps
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _make_loggers(cfg: dict[str, Any], job: Job, rank: int) -> list[Logger]:
@@ -272,51 +260,6 @@ def _summary(
         "reference": job.reference,
         **provenance(trainer.strategy.root_device, job.command, fastdeq.__version__),
     }
-
-
-def _announce(task: AbstractTask, trainer: lightning.Trainer, job: Job) -> None:
-    layer, device = task.model.equilibria[0], trainer.strategy.root_device
-    LOG.info("run folder  %s", job.folder)
-    if job.resume is not None:
-        LOG.info("resuming    from %s", job.resume.name)
-    LOG.info("device      %s%s", device, f" × {job.ranks}" if job.ranks > 1 else "")
-    LOG.info("parameters  %s", f"{_count_parameters(task):,}")
-    for name, value in layer.settings.items():
-        LOG.info("%-11s %s", name, value)
-    LOG.info("loss        %s", task.weights)
-
-
-def _conclude(
-    summary: dict[str, Any], job: Job, trainer: lightning.Trainer, task: AbstractTask
-) -> None:
-    """Log the final table, with the published row below the measured one, and the run folder."""
-    table = table_of(trainer, task, "test")
-    LOG.info("\n%s", heading(table, ""))
-    LOG.info("%s", row(table, "measured", summary["metrics"]))
-    if job.reference is not None:
-        LOG.info("%s", row(table, "published", job.reference["metrics"]))
-        LOG.info("published: %s", job.reference["source"])
-    residual, unconverged = (summary["metrics"][f"test/{name}"] for name in _CONVERGENCE)
-    LOG.info(
-        "test solves: relative residual %.1e, %.2f %% unconverged", residual, 100 * unconverged
-    )
-    if summary["train_seconds"] is not None:
-        step = summary["train_ms_per_step"]
-        pace = "" if step is None else f", {step:.1f} ms per step (median)"
-        count = summary["steps"]
-        steps = "1 step" if count == 1 else f"{count:,} steps"
-        LOG.info("%s in %.1f s%s", steps, summary["train_seconds"], pace)
-    if (shares := summary["train_time_shares"]) is not None:
-        names = _PARTS if "f" in shares else {**_PARTS, "solver": "solver with f"}
-        parts = ", ".join(f"{100 * share:.0f} % {names[name]}" for name, share in shares.items())
-        LOG.info("training time: %s", parts)
-    if job.config["mode"] == "train" and not (job.folder / BEST).exists():
-        LOG.info("the run ended before its first validation: there is %s and no %s", LAST, BEST)
-    LOG.info("see %s", job.folder)
-
-
-_CONVERGENCE = ("residual", "unconverged")
-_PARTS = {"f": "f", "solver": "solver", "adjoint": "adjoint", "other": "everything else"}
 
 
 def _rounded(shares: dict[str, float] | None) -> dict[str, float] | None:

@@ -32,6 +32,7 @@ class RunSettings:
     stop_after: float | None = setting(above=0)
     stop_at_failure: bool = setting()
     nfe: list[int] | None = setting()
+    progress_minutes: float | None = setting(above=0)
     debug: bool = setting()
     precision: Precision | None = setting()
     compile: bool = setting()

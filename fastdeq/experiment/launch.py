@@ -39,15 +39,15 @@ def launch(job: Job) -> None:
     """
     log = log_file(job.folder, job.config["mode"])
     if (workers := rendezvous()) is not None:
-        with logging_to(log):
+        with logging_to(log, job.prefix):
             _run_leader(job, workers)
         return
     if job.ranks == 1:
-        with logging_to(log):
+        with logging_to(log, job.prefix):
             work(job)
         return
     ranks = spawn(_rank, args=(job, free_port()), nprocs=job.ranks, join=False)
-    with logging_to(log):
+    with logging_to(log, job.prefix):
         _wait_for(ranks)
     if not is_done(job.folder):  # all have ended well, but not the run
         raise Interrupted("stopped before its end, and can resume")
@@ -138,7 +138,7 @@ def _rank(rank: int, job: Job, port: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // job.ranks))
     # Only the first rank logs; `spawn` reports failures of the others to the parent.
     log = log_file(job.folder, job.config["mode"])
-    log_output = logging_to(log) if rank == 0 else nullcontext()
+    log_output = logging_to(log, job.prefix) if rank == 0 else nullcontext()
     # A cluster may signal all processes, and the parent passes it on: two signals, one request.
     stops = [number for number in STOP_SIGNALS if number != signal.SIGINT]
     with listening(stops, patient=True):

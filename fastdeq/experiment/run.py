@@ -27,6 +27,7 @@ from fastdeq.experiment.job import Job, make_trainer
 from fastdeq.experiment.keys import RunSettings
 from fastdeq.experiment.launch import interactive, launch
 from fastdeq.experiment.optimization import check_optimizer, check_scheduler
+from fastdeq.experiment.place import prefix
 from fastdeq.experiment.signals import listening
 from fastdeq.nn import DEQChain
 from fastdeq.report import published_row
@@ -70,9 +71,9 @@ def run(cfg: DictConfig) -> Path:
     folder = _folder(chosen, config, settings, identity, resumes=resumes)
     with run_lock(folder):
         if resumes and is_done(folder):
-            print(f"done already: see {folder}")
+            print(f"{prefix()}done already: see {folder}")
             return folder
-        with logging_to(log_file(folder, settings.mode)):
+        with logging_to(log_file(folder, settings.mode), prefix()):
             resume = saved_state(folder)
         job = Job(
             config=config,
@@ -83,7 +84,8 @@ def run(cfg: DictConfig) -> Path:
             choices=checked.choices,
             reference=checked.reference,
             ranks=checked.ranks,
-            interactive=interactive(),
+            interactive=interactive() and not prefix(),
+            prefix=prefix(),
             started=started,
         )
         with listening(), recorded(folder, identity, explain):

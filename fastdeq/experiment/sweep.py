@@ -11,11 +11,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
 from fastdeq.experiment.checks import check_values
+from fastdeq.experiment.place import PLACE, place_of
 from fastdeq.experiment.rendezvous import current_step
 from fastdeq.experiment.submission import check_queue, check_tasks, to_submit
 from fastdeq.extras import require
@@ -58,7 +60,13 @@ def failed_job() -> int | None:
 
 
 class Sweep(Callback):
-    """Hydra's callback around a sweep (conf/train.yaml: hydra.callbacks)."""
+    """Hydra's callback around a sweep (conf/train.yaml: hydra.callbacks). Launchers send it to the
+    processes of the jobs.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: int | None = None
+        """The number of jobs of the sweep, once it has started."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Compose once with every value of the sweep and check it, before anything is written."""
@@ -86,6 +94,17 @@ class Sweep(Callback):
                     _or_config_error(check_tasks, launcher, cfg.trainer)
         if launcher is not None:
             _or_config_error(check_queue, launcher)
+        keys = [override.key_or_group for override in parsed]
+        values = dict(zip(keys, map(len, overrides), strict=True))  # the last one of a key counts
+        self.jobs = config.hydra.sweeper.get("n_trials") or math.prod(values.values())
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Keep the place of the job in the sweep."""
+        PLACE.set(None if self.jobs is None else place_of(config.hydra, self.jobs))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Forget it."""
+        PLACE.set(None)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print and write the table; exit with status 1 if a job failed, 75 if one can resume."""

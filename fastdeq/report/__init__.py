@@ -3,7 +3,7 @@
 from fastdeq.extras import extra_for
 
 with extra_for("fastdeq.report"):
-    from fastdeq.report.columns import Group, groups, heading, row
+    from fastdeq.report.columns import Group, fit, groups, heading, row
     from fastdeq.report.published import published_row
     from fastdeq.report.rows import Row, make_rows
     from fastdeq.report.runs import find_runs
@@ -15,6 +15,7 @@ __all__ = [
     "SweepJob",
     "SweepTable",
     "find_runs",
+    "fit",
     "groups",
     "heading",
     "make_rows",

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 Metrics = Mapping[str, float]
 
+FIRST = 9
+"""The width of the rows' names."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -16,6 +19,12 @@ class Column:
     text: str
     width: int
     factor: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """The metric without the stage of an evaluation."""
+        stage, _, name = self.metric.partition("/")
+        return self.metric if stage == "train" else name
 
     def cell(self, metrics: Metrics) -> str:
         """The metric as text, right-aligned; blank if it is missing."""
@@ -38,6 +47,11 @@ class Group:
     @property
     def width(self) -> int:
         return sum(column.width for column in self.columns)
+
+    def without(self, name: str) -> "Group":
+        """The group without a metric; see `_DROPPED`."""
+        kept = [each for each in self.columns if name not in (each.metric, each.name)]
+        return Group(self.title, tuple(kept))
 
 
 def groups(
@@ -66,6 +80,25 @@ def groups(
     return tuple(made)
 
 
+_DROPPED = (
+    *("explicit_seconds", "train/seconds", "seconds", "train/residual", "explicit_loss"),
+    *("train/accuracy", "explicit_accuracy", "train/nfe", "train/loss", "nfe", "loss"),
+)
+"""Metrics in the order in which a narrow terminal loses their columns; those without a stage are
+of the evaluation.
+"""
+
+
+def fit(table: tuple[Group, ...], width: int) -> tuple[Group, ...]:
+    """The table without the columns that do not fit beside the rows' names, `width` characters."""
+    for name in _DROPPED:
+        last = sum(len(group.columns) for group in table) == 1
+        if last or sum(2 + group.width for group in table) <= width:
+            break
+        table = tuple(kept for group in table if (kept := group.without(name)).columns)
+    return table
+
+
 def _columns(prefix: str, *, accuracy: bool, loss: str) -> tuple[Column, ...]:
     share = (Column(f"{prefix}accuracy", "accuracy", "{:.2f} %", 10, 100.0),) if accuracy else ()
     return (
@@ -78,12 +111,12 @@ def _columns(prefix: str, *, accuracy: bool, loss: str) -> tuple[Column, ...]:
 
 def heading(table: tuple[Group, ...], first: str) -> str:
     """Two lines: titles of groups and headings of columns. first: the heading of the row names."""
-    titles = "".join(f"  {group.title + ' ':─<{group.width}}" for group in table)
+    titles = "".join(f"  {f'{group.title} '[: group.width]:─<{group.width}}" for group in table)
     names = "".join(
         "  " + "".join(f"{column.heading:>{column.width}}" for column in group.columns)
         for group in table
     )
-    return f"{'':{_FIRST}}{titles}\n{first:{_FIRST}}{names}"
+    return f"{'':{max(FIRST, len(first))}}{titles}\n{first:{FIRST}}{names}"
 
 
 def row(table: tuple[Group, ...], name: str, metrics: Metrics) -> str:
@@ -91,7 +124,16 @@ def row(table: tuple[Group, ...], name: str, metrics: Metrics) -> str:
     cells = "".join(
         "  " + "".join(column.cell(metrics) for column in group.columns) for group in table
     )
-    return f"{name:{_FIRST}}{cells}".rstrip()
+    return f"{name:{FIRST}}{cells}".rstrip()
 
 
-_FIRST = 9  # width of the rows' names
+def duration(seconds: float) -> str:
+    """A time in one unit: 40 s, 12 min, 3.4 h, 2.1 d."""
+    for limit, divisor, text in (
+        (90, 1, "{:.0f} s"),
+        (5400, 60, "{:.0f} min"),
+        (172_800, 3600, "{:.1f} h"),
+    ):
+        if seconds < limit:
+            return text.format(seconds / divisor)
+    return f"{seconds / 86400:.1f} d"

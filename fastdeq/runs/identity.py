@@ -12,7 +12,7 @@ from typing import Any
 Leaf = str | int | float | bool | None
 
 FREE = (
-    *("paths", "logger", "from_run", "debug"),
+    *("paths", "logger", "from_run", "debug", "progress_minutes"),
     *("resume", "stop_after", "stop_at_failure", "callbacks.resumption", "callbacks.record"),
     "nfe",  # of mode=curve, which makes no run
     *("trainer.accelerator", "trainer.devices", "trainer.strategy", "trainer.num_nodes"),

@@ -3,24 +3,27 @@
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from fastdeq.runs.status import Interrupted
+from fastdeq.streams import terminal_width
 
 LOG = logging.getLogger("fastdeq")
 
 
 @contextmanager
-def logging_to(path: Path) -> Iterator[None]:
+def logging_to(path: Path, prefix: str = "") -> Iterator[None]:
     """Write log messages and all warnings to the console, and with the time to `path`.
 
     The traceback of an exception is written to the file.
+
+    prefix: of every line on the console, which other runs may share.
     """
     console, file = (
-        _Console(),
+        _Console(prefix),
         logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"),
     )
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
@@ -45,6 +48,11 @@ def logging_to(path: Path) -> Iterator[None]:
         file.close()
 
 
+def log_fitted(text: str, fit: Callable[[int], str | None]) -> None:
+    """Log a text; on a terminal print what `fit` returns for its width instead (None: nothing)."""
+    LOG.info("%s", text, extra={"fit": fit})
+
+
 def _log_warning(
     message: Warning | str,
     category: type[Warning],
@@ -59,5 +67,19 @@ def _log_warning(
 class _Console(logging.Handler):
     """Prints to the current stdout, which a progress bar replaces."""
 
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
+
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
+        fit, width = getattr(record, "fit", None), terminal_width()
+        text = self.format(record)
+        if fit is not None and width is not None:
+            text = fit(width - len(self.prefix))
+        if text is not None:
+            print(prefixed(text, self.prefix), flush=True)
+
+
+def prefixed(text: str, prefix: str) -> str:
+    """The text with a prefix before each of its lines."""
+    return "\n".join(f"{prefix}{line}" for line in text.split("\n")) if prefix else text

@@ -17,6 +17,7 @@ with extra_for("fastdeq.training"):
         trend_of,
         with_norm,
     )
+    from fastdeq.training.ending import why_ended
     from fastdeq.training.extension import ExtendedSchedule
     from fastdeq.training.failures import Failures, TrainingFailed
     from fastdeq.training.loggers.console import EpochLines, ProgressBar, table_of
@@ -81,5 +82,6 @@ __all__ = [
     "status_counts",
     "table_of",
     "trend_of",
+    "why_ended",
     "with_norm",
 ]

@@ -1,11 +1,13 @@
 """The time of training steps, and what it is spent on."""
 
+import math
 import statistics
 import time
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Timer
 from torch.utils.hooks import RemovableHandle
 
 from fastdeq.nn import DEQChain
@@ -42,6 +44,15 @@ class StepTimer(Callback):
     def median_ms(self) -> float | None:
         """Median milliseconds per step after the warm-up; None without such steps."""
         return 1000 * statistics.median(self.seconds) if self._steps else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Wall-clock seconds per optimizer step so far in this process, with everything between
+        the steps; None before the first one ends.
+        """
+        if self.first_start is None or not self._seen:
+            return None
+        return (time.perf_counter() - self.first_start) / self._seen
 
     @property
     def shares(self) -> dict[str, float] | None:
@@ -103,6 +114,20 @@ class StepTimer(Callback):
             for name, seconds in self._unread.parts().items():
                 self._parts[name] += seconds
             self._unread = None
+
+
+def seconds_left(trainer: Trainer, task: AbstractTask) -> float | None:
+    """The seconds until the training ends, at its pace so far; None if that is not known yet. It
+    may end earlier, by a callback.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # run time
+    timers = [each for each in callbacks if isinstance(each, StepTimer)]
+    pace = timers[0].seconds_per_step if timers else None
+    if pace is None:
+        return None
+    limits = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
+    steps = task.count_steps() - trainer.global_step
+    return max(0.0, min(pace * steps, *(limit for limit in limits if limit is not None), math.inf))
 
 
 _PARTS = ("f", "solver", "adjoint")

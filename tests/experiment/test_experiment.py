@@ -14,6 +14,7 @@ from fastdeq.data import Cifar10DataModule, read_digits
 from fastdeq.experiment.build import build_task
 from fastdeq.experiment.run import read_score
 from fastdeq.runs.folder import make_folder
+from tests.commands import CommandLine
 from tests.configurations import composed
 from tests.data.cifar_svhn_files import cifar_files, small_cifar, write_folder
 
@@ -192,3 +193,23 @@ def test_a_run_augments_the_training_images_of_a_stored_set(
         for choice in ("[]", "flip_resize_crop")
     )
     assert plain != augmented
+
+
+def test_a_run_says_what_lightning_reports_and_why_it_ended(command: CommandLine) -> None:
+    answer = command(
+        *SHORT,
+        *("trainer.max_epochs=4", "+trainer.profiler=simple", "progress_minutes=1e-9"),
+        *("callbacks=early_stopping", "callbacks.early_stopping.patience=1"),
+        *("callbacks.early_stopping.min_delta=9", "+callbacks.early_stopping.verbose=true"),
+    )
+    assert answer.status == 0, answer.err
+    printed = answer.out.splitlines()
+    assert "solver      LimitedMemoryBroydenSolver(tol=0.005)" in printed
+    assert any(line.startswith("2/4 ") and "  step 4 of 8, loss " in line for line in printed)
+    assert any("Metric val/loss improved" in line for line in printed)  # of verbose=true
+    assert "FIT Profiler Report" in printed
+    assert "TEST Profiler Report" in printed
+    reason = "Monitored metric val/loss did not improve in the last 1 records"
+    assert printed[-1].startswith(f"training ended: early stopping: {reason}")
+    (log,) = (path for path in answer.files if path.name == "train.log")
+    assert reason in log.read_text()

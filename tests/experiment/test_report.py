@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fastdeq.report import SweepTable, groups, heading, read_jobs, row
-from fastdeq.report.columns import Group
+from fastdeq.report import SweepTable, fit, groups, heading, read_jobs, row
+from fastdeq.report.columns import Group, duration
 from fastdeq.report.sweeps import SweepJob, mean_and_deviation
 
 # Columns
@@ -37,7 +37,8 @@ def ends(line: str) -> list[int]:
 
 
 def full(**options: Any) -> tuple[Group, ...]:
-    return groups("val", "test", **{"accuracy": True, "explicit": True, "residual": True} | options)
+    title = options.pop("title", "test")
+    return groups("val", title, **{"accuracy": True, "explicit": True, "residual": True} | options)
 
 
 @pytest.mark.parametrize("accuracy", [True, False])
@@ -91,6 +92,29 @@ def test_the_loss_of_a_run_that_diverges_is_shown_in_its_place(broken, shown):
 
 def test_a_row_without_metrics_is_its_name():
     assert row(full(), "published", {}) == "published"
+
+
+def test_a_narrow_terminal_loses_the_least_important_columns_first():
+    table, before = full(), None
+    for width in range(140, 5, -1):
+        kept = [column.metric for group in fit(table, width) for column in group.columns]
+        names = heading(fit(table, width), "epoch").splitlines()[1]
+        assert len(names) <= 9 + width or len(kept) == 1
+        assert before is None or set(kept) <= set(before)
+        before = kept
+    assert before == ["val/accuracy"]
+    shown = heading(fit(table, 62), "epoch").splitlines()[1].split()
+    assert shown == ["epoch", "NFE", "loss", "NFE", "accuracy", "loss", "accuracy"]
+    regression = fit(full(accuracy=False, title="validation"), 5)
+    assert [column.metric for group in regression for column in group.columns] == ["val/loss"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h"), (2e5, "2.3 d")],
+)
+def test_a_duration_has_one_unit(seconds, text):
+    assert duration(seconds) == text
 
 
 # Sweeps

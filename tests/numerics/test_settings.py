@@ -12,6 +12,7 @@ import torch
 import fastdeq
 from fastdeq import GMRES, adjoints, solvers
 from fastdeq.adjoints import AbstractAdjoint, Implicit, Phantom
+from fastdeq.settings import brief
 from fastdeq.solvers import (
     AbstractSolver,
     Anderson,
@@ -55,6 +56,15 @@ def fields_of(*hints: Any) -> list[Any]:
 
 every_kind = each("kind", ALL)
 every_number = each("kind, name", fields_of(*NUMBERS))
+
+
+def test_brief_shows_what_differs_from_the_defaults_and_means_the_same():
+    assert brief(Anderson()) == "Anderson()"
+    assert brief(Anderson(tol=0.5, termination="abs")) == "Anderson(tol=0.5, termination='abs')"
+    assert brief(Implicit(solver=GMRES(max_steps=3))) == "Implicit(solver=GMRES(max_steps=3))"
+    assert [brief(other) for other in (3, "rk4(tol=1)", None)] == ["3", "rk4(tol=1)", "None"]
+    for kind in ALL:
+        assert eval(brief(kind()), dict(NAMES)) == kind()
 
 
 def test_the_list_of_settings_is_complete():

@@ -213,7 +213,7 @@ def test_a_run_without_its_stdout_comes_to_its_end(
     answer = command(*SHORT, "paths.run=run")
     assert answer.status == 0, answer.err
     log = (command.folder / "run" / "train.log").read_text(encoding="utf-8")
-    for line in ("run folder", "1/1", "measured", "see run"):
+    for line in ("run folder", "1/1", "measured", "see run", "training ended: "):
         assert line in log
     assert (command.folder / "run" / "last.ckpt").exists()
 

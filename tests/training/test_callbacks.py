@@ -24,6 +24,7 @@ from fastdeq.training import (
     checkpoints,
     table_of,
 )
+from fastdeq.training.loggers import console
 from tests.training.tasks import (
     Listed,
     make_task,
@@ -214,16 +215,25 @@ class Kept(Logger):
         return {name: value for row in mine for name, value in row.items()}
 
 
+def first(epoch: str, left: str = "") -> str:
+    """What stands before the metrics of a line."""
+    return f"{epoch:9}{left:>9}"
+
+
 @pytest.mark.parametrize("kind", [ClassificationTask, RegressionTask])
-def test_an_epochs_line_has_the_metrics_of_this_epoch(kind, tmp_path, lines):
+@pytest.mark.parametrize("left", ["", "10 min"])
+def test_an_epochs_line_has_the_metrics_of_this_epoch_and_the_time_left(
+    kind, left, tmp_path, lines, monkeypatch
+):
+    monkeypatch.setattr(console, "seconds_left", lambda *_: 600 if left else None)
     task, logged = make_task(kind, lr=0.1, skip=0.1), Kept()
     trainer = fit(task, tmp_path, StepTimer(), EpochLines(), logger=logged, max_epochs=3)
     table = table_of(trainer, task, "val", residual=True)
     metrics = [logged.of_epoch(epoch) for epoch in range(3)]
     for name in ("train/loss", "val/loss"):  # else a line of another epoch would look right
         assert len({epoch[name] for epoch in metrics}) == 3
-    wanted = [row(table, f"{i}/3", epoch) for i, epoch in enumerate(metrics, start=1)]
-    assert lines == [heading(table, "epoch"), *wanted]
+    wanted = [row(table, first(f"{i}/3", left), epoch) for i, epoch in enumerate(metrics, start=1)]
+    assert lines == [heading(table, first("epoch", "left")), *wanted]
 
 
 def test_the_lines_stand_under_their_headings(tmp_path, lines):
@@ -234,14 +244,18 @@ def test_the_lines_stand_under_their_headings(tmp_path, lines):
     assert [line.split()[0] for line in lines[1:]] == ["1/2", "2/2"]
 
 
-def test_an_epoch_without_validation_shows_no_metrics_of_an_earlier_one(tmp_path, lines):
+def test_an_epoch_without_validation_shows_no_metrics_of_an_earlier_one(
+    tmp_path, lines, monkeypatch
+):
+    monkeypatch.setattr(console, "seconds_left", lambda *_: None)
     task, logged = make_task(lr=0.1), Kept()
     options: dict[str, Any] = {"check_val_every_n_epoch": 2, "logger": logged, "max_epochs": 3}
     trainer = fit(task, tmp_path, StepTimer(), EpochLines(), **options)
     table = table_of(trainer, task, "val", residual=True)
     metrics = [logged.of_epoch(epoch) for epoch in range(3)]
     assert ["val/loss" in epoch for epoch in metrics] == [False, True, False]
-    assert lines[1:] == [row(table, f"{i}/3", each) for i, each in enumerate(metrics, start=1)]
+    wanted = [row(table, first(f"{i}/3"), each) for i, each in enumerate(metrics, start=1)]
+    assert lines[1:] == wanted
 
 
 def test_a_run_without_an_end_counts_its_epochs_alone(tmp_path, lines):
@@ -317,9 +331,21 @@ def test_a_run_without_validation_keeps_the_last_state(tmp_path):
         (RegressionTask, ["loss", "nfe", "residual"]),
     ],
 )
-def test_the_bar_shows_the_steps_metrics_without_prefix_and_version(kind, shown, tmp_path):
+def test_the_bar_shows_the_time_left_and_the_steps_metrics_as_far_as_they_fit(
+    kind, shown, tmp_path, monkeypatch
+):
     bar, task = ProgressBar(), make_task(kind)
     trainer = fit(task, tmp_path, StepTimer(), bar, enable_progress_bar=True, logger=Kept())
     metrics = bar.get_metrics(trainer, task)
-    assert list(metrics) == shown
-    assert metrics == {name: trainer.callback_metrics[f"step/{name}"].item() for name in shown}
+    assert list(metrics) == ["left", *shown]
+    assert {each: metrics[each] for each in shown} == {
+        each: trainer.callback_metrics[f"step/{each}"].item() for each in shown
+    }
+    assert bar._get_train_description(0) == "epoch 1/1"  # as in the lines of epochs
+    widths = {}
+    for width in (120, 80, 50, 30):
+        monkeypatch.setattr(console, "terminal_width", lambda width=width: width)
+        widths[width] = list(bar.get_metrics(trainer, task))
+    assert widths[120] == ["left", *shown]
+    assert list(metrics)[: len(widths[50])] == widths[50]
+    assert len(widths[80]) > len(widths[50]) > len(widths[30]) == 0
