@@ -38,6 +38,9 @@ COMMANDS = {
 }
 """Where each subcommand's `main` is, and what it does."""
 
+_COMPLETION = "fastdeq.completion"
+"""Where the `main` of train's flag -sc is."""
+
 EXTRAS = {
     "report plots": ("plots",),
     "report dynamics": ("plots",),
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["-sc"]:
         words = _completion(words)
-    if words[:1] == ["train"]:
+    if words[:1] == ["train"] and words[1:2] != ["-sc"]:
         # These signals request a stop. While torch is being imported they would end the process, so
         # they are blocked until the run handles them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
@@ -76,7 +79,8 @@ def dispatch(arguments: Sequence[str]) -> int:
         return exit_status(lambda: bool(parser().parse_args([name])))
     try:
         with extra_for(f"fastdeq {name}", "experiment", *EXTRAS.get(name, ())):
-            module = import_module(COMMANDS[name][0])
+            completes = name == "train" and rest[:1] == ["-sc"]
+            module = import_module(_COMPLETION if completes else COMMANDS[name][0])
     except MissingExtra as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -85,12 +89,15 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 
 def _completion(words: list[str]) -> list[str]:
-    """Hydra's completion script does not know subcommands: complete for train."""
-    program, *typed_now = os.environ.get("COMP_LINE", "").split(" ")
-    if typed_now[:1] != ["train"]:
-        sys.exit(0)
-    os.environ["COMP_LINE"] = " ".join([program, *typed_now[1:]])
-    return ["train", *words]
+    """Hydra's completion script does not know subcommands: complete them here, or for train."""
+    program, *before, last = os.environ.get("COMP_LINE", "fastdeq ").split(" ")
+    if before[:1] == ["train"]:
+        os.environ["COMP_LINE"] = " ".join([program, *before[1:], last])
+        return ["train", *words]
+    names = [name.split(" ") for name in COMMANDS]
+    place = len(before)
+    print(*sorted({name[place] for name in names if name[:place] == before and name[place:]}))
+    sys.exit(0)
 
 
 def parser() -> Parser:

@@ -1,4 +1,6 @@
-"""Shared parts of the commands of `fastdeq`: parser, exit statuses, and how a command is typed."""
+"""Shared parts of the commands of `fastdeq`: parser, exit statuses, how a command is typed, and
+where conf/ is.
+"""
 
 import argparse
 import difflib
@@ -7,6 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+
+def _conf() -> Path:
+    """A wheel has conf/ in the package, a checkout beside it."""
+    package = Path(__file__).parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+CONF = _conf()
+"""The configuration tree that fastdeq brings."""
 
 
 class UsageError(Exception):

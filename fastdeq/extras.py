@@ -1,8 +1,10 @@
 """The error for a package that an extra of fastdeq installs."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 _EXTRAS = {
     "PIL": "images",
@@ -62,6 +64,8 @@ def is_installed(package: str) -> bool:
 
 
 def install(*extras: str) -> str:
-    """How extras of fastdeq are installed."""
-    names = ",".join(extras)
-    return f'pip install "fastdeq[{names}]", or ".[{names}]" in a checkout'
+    """The command that installs extras: beside an installed fastdeq, else from the checkout, since
+    fastdeq is not on a package index.
+    """
+    installed = any(any(Path(folder).glob("fastdeq-*.dist-info")) for folder in sys.path)
+    return f'pip install "{"fastdeq" if installed else "."}[{",".join(extras)}]"'

@@ -2,24 +2,13 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
-import fastdeq
+from fastdeq.commands import CONF
 from fastdeq.experiment.keys import KEYS
-
-
-def _conf() -> Path:
-    """A wheel has conf/ in the package, a checkout beside it."""
-    package = Path(fastdeq.__file__).parent
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
-
-
-CONF = _conf()
-"""The configuration tree that fastdeq brings."""
 
 
 def with_merged_groups(arguments: Sequence[str]) -> list[str]:

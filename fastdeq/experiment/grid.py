@@ -15,8 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from fastdeq.commands import typed
-from fastdeq.experiment.choices import CONF
+from fastdeq.commands import CONF, typed
 from fastdeq.experiment.command import job, run_worker
 from fastdeq.experiment.renamed import check_renamed
 from fastdeq.experiment.rendezvous import is_worker

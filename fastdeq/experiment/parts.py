@@ -16,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from fastdeq.adjoints import AbstractAdjoint
 from fastdeq.autocast import Precision
+from fastdeq.commands import CONF
 from fastdeq.experiment.build import build_data, build_task
 from fastdeq.experiment.checkpoint import load_weights
-from fastdeq.experiment.choices import CONF, check_choices, with_merged_groups
+from fastdeq.experiment.choices import check_choices, with_merged_groups
 from fastdeq.experiment.command import with_saved_overrides
 from fastdeq.experiment.job import make_trainer
 from fastdeq.experiment.renamed import check_renamed

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import hydra
 from omegaconf import DictConfig
 
-from fastdeq.experiment.choices import CONF
+from fastdeq.commands import CONF
 from fastdeq.experiment.command import command_line, job
 
 

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fastdeq.experiment.renamed import current_all
-from tests.commands import ROOT, SHORT, CommandLine, a_run
+from tests.commands import SHORT, CommandLine, a_run
 from tests.configurations import GROUPS
 
 pytestmark = pytest.mark.slow
@@ -60,34 +57,6 @@ def test_the_configuration_is_printed_without_a_run(command: CommandLine) -> Non
     assert answer.status == 0
     assert OmegaConf.create(answer.out).solver.tol == 1e-4
     assert answer.files == []
-
-
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        ("model=skip_r", ["model=skip_reg_deq", "model=skip_reg_mdeq"]),
-        ("solver=an", ["solver=anderson"]),
-        ("solver.max_", ["solver.max_steps="]),
-        ("experiment=mnist_f", ["experiment=mnist_fc", "experiment=mnist_fc_tsit5"]),
-    ],
-)
-def test_the_shell_completes_groups_and_keys(typed: str, offered: list[str]) -> None:
-    line = f"python train.py {typed}"
-    answer = subprocess.run(
-        [sys.executable, "train.py", "-sc", "query=bash"],
-        cwd=ROOT,
-        env={**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert answer.stdout.split() == offered
-
-
-def test_the_completion_script_is_bash(command: CommandLine) -> None:
-    script = command("-sc", "install=bash").out
-    assert "complete " in script
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def test_the_solver_is_printed_once_with_all_its_settings(command: CommandLine) -> None:

@@ -72,7 +72,7 @@ def test_without_matplotlib_the_page_has_no_plots_and_names_the_extra(runs, monk
     assert "<img" not in text
     assert "98.05 ± 0.21" in text
     (note,) = [note for note in missing if note.startswith("the page is without plots")]
-    assert 'pip install "fastdeq[plots]"' in note
+    assert note.endswith('[plots]"')
 
 
 PROBE = """

@@ -175,5 +175,7 @@ def test_loading_without_lightning_names_the_extra(monkeypatch: pytest.MonkeyPat
         raise ModuleNotFoundError("No module named 'hydra.errors'", name="hydra.errors")
 
     monkeypatch.setattr(fastdeq, "import_module", missing)
-    with pytest.raises(ImportError, match=r"fastdeq.load needs hydra: .*fastdeq\[experiment\]"):
+    with pytest.raises(
+        ImportError, match=r"fastdeq.load needs hydra: pip install .*\[experiment\]"
+    ):
         _ = fastdeq.load

@@ -206,9 +206,7 @@ def test_asking_for_batches_before_setup_says_what_to_do(root):
 
 def test_without_pillow_the_cure_is_named(monkeypatch, capsys, root):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(
-        ImportError, match=r'image_folder needs PIL: pip install "fastdeq\[images\]"'
-    ):
+    with pytest.raises(ImportError, match=r'image_folder needs PIL: pip install ".*\[images\]"'):
         folder(root)
     assert main(["image_folder", f"--root={root}"]) == 1
     assert capsys.readouterr().err.startswith("error: data=image_folder needs PIL: pip install")

@@ -65,6 +65,7 @@ LEVELS: dict[str, int | str] = {
     "fastdeq.experiment": 8,
     "fastdeq.cluster": 9,
     "fastdeq.bench": 10,
+    "fastdeq.completion": 10,
     "fastdeq.cli": 10,
     "fastdeq.__main__": 10,
 }
@@ -77,7 +78,7 @@ EXTRAS = {"fastdeq.nn.neural_ode": {"torchdiffeq"}}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 LIGHTNING_PACKAGES = ("fastdeq.training", "fastdeq.data", "fastdeq.experiment")
 HYDRA = {"hydra", "omegaconf"}
-HYDRA_PACKAGES = ("fastdeq.experiment",)
+HYDRA_PACKAGES = ("fastdeq.experiment", "fastdeq.completion")
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
