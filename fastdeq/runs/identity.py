@@ -6,6 +6,7 @@ Resuming a run and grouping runs in a report both use it.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,10 +54,15 @@ def identity(config: Mapping[str, Any]) -> dict[str, Leaf]:
 
     config: resolved, plain containers.
     """
+    return identity_of(leaves(current(config)))
+
+
+def identity_of(settings: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """As `identity`, of the leaves of a configuration in the form of this version."""
     return {
         key: _plain(key, value)
-        for key, value in leaves(current(config)).items()
-        if value not in _EMPTY and not _below(key, FREE) and DEFAULTS.get(key) != value
+        for key, value in settings.items()
+        if value not in _EMPTY and not _is_free(key) and DEFAULTS.get(key) != value
     }
 
 
@@ -129,8 +135,13 @@ def current_target(name: str) -> str:
     return next((new + name.removeprefix(old) for old, new in prefixes), name)
 
 
-def _below(key: str, nodes: tuple[str, ...]) -> bool:
-    return any(key == node or key.startswith((f"{node}.", f"{node}[")) for node in nodes)
+_FREE = frozenset(FREE)
+
+
+def _is_free(key: str) -> bool:
+    """Whether the key, or one that contains it, is in FREE."""
+    ends = (found.start() for found in re.finditer(r"[.\[]|$", key))
+    return any(key[:end] in _FREE for end in ends)
 
 
 def _plain(key: str, value: Leaf) -> Leaf:
