@@ -25,6 +25,7 @@ from fastdeq.report import SweepJob, SweepTable, read_jobs
 from fastdeq.runs.files import write_json
 from fastdeq.runs.folder import job_record
 from fastdeq.runs.reading import job_records
+from fastdeq.streams import terminal_width
 
 T = TypeVar("T")
 RESUMABLE = 75
@@ -114,7 +115,9 @@ class Sweep(Callback):
             return
         table = SweepTable(jobs)
         table.write(folder)
-        print(f"\n{table.markdown()}\n\nmean ± standard deviation over seeds; see {folder}")
+        width = terminal_width()
+        text = table.markdown() if width is None else table.for_terminal(width)
+        print(f"\n{text}\n\nmean ± standard deviation over seeds; see {folder}")
         unfinished = [job for job in jobs if job.error is not None]
         for job in unfinished:
             settings = " ".join(f"{key}={value}" for key, value in job.overrides.items())

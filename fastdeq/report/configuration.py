@@ -8,14 +8,17 @@ from fastdeq.runs.identity import Leaf, without_seeds
 from fastdeq.runs.reading import Run
 
 MODELS = {
-    "DEQ": ("deq", "mdeq"),
-    "Skip DEQ": ("skip_deq", "skip_mdeq"),
-    "Skip Reg. DEQ": ("skip_reg_deq", "skip_reg_mdeq"),
+    "DEQ": ("deq",),
+    "Skip DEQ": ("skip_deq",),
+    "Skip Reg. DEQ": ("skip_reg_deq",),
+    "Multiscale DEQ": ("mdeq",),
+    "Multiscale Skip DEQ": ("skip_mdeq",),
+    "Multiscale Skip Reg. DEQ": ("skip_reg_mdeq",),
     "Neural ODE": ("neural_ode",),
     "Explicit": ("explicit",),
     "Residual": ("residual",),
 }
-"""Published names in the published order, and their choices of conf/model."""
+"""Names of the models, each kind in the published order, and their choices of conf/model."""
 
 CONTINUOUS = ("bs3", "tsit5", "vcab3")
 """Choices of conf/solver that integrate to the steady state."""

@@ -75,7 +75,7 @@ def _table(rows: Sequence[Row], out: Path) -> str:
     """The columns of the report, and the folders of the runs as links."""
     if not rows:
         return ""
-    headings, *lines = cells(rows)
+    headings, *lines = zip(*cells(rows).values(), strict=True)
     head = "".join(
         f'<th scope="col"><button type="button">{escape(each)}</button></th>'
         for each in [*headings, "folders"]

@@ -1,12 +1,17 @@
 """The notes below a table of runs."""
 
+import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from fastdeq.report.rows import TIMES, Row
 from fastdeq.report.runs import Found
+from fastdeq.runs.folder import METRICS
 from fastdeq.runs.identity import Leaf
-from fastdeq.runs.reading import Run
+from fastdeq.runs.lock import is_locked
+from fastdeq.runs.reading import Run, read_metrics
+from fastdeq.runs.status import FAILED, INTERRUPTED, RUNNING, read_status
 
 VERDICT = (
     "verdict: the difference to the published mean, and the ± that counts as within: "
@@ -25,13 +30,63 @@ def footnotes(rows: Sequence[Row], found: Found) -> list[str]:
         *_provenance(runs),
         *_mixed(rows),
         *different_data(run.identity for run in runs),
+        *_only_tested(found),
         *found.failed.values(),
         *(
-            f"{folder} is unfinished: it has no summary.json"
+            unfinished(folder)
             for key, folder in found.unfinished.items()
             if key not in found.failed  # said already
         ),
+        *found.empty.values(),
     ]
+
+
+def nothing(paths: Sequence[Path], found: Found) -> str:
+    """The line for paths without a run that was trained to its end."""
+    notes = [*found.failed.values(), *map(unfinished, found.unfinished.values())]
+    notes += found.empty.values()
+    if len(notes) == 1 and not found.runs:
+        return notes[0]
+    tested = f", {len(found.runs)} of mode=test" if found.runs else ""
+    return (
+        f"{', '.join(map(str, paths))}: no finished run here or below, "
+        f"{len(found.unfinished)} unfinished, {len(found.failed)} failed{tested}"
+    )
+
+
+def unfinished(folder: Path) -> str:
+    """The status of a run without a summary, and how far it has come."""
+    status = read_status(folder)
+    error = f" ({status['error']})" if status.get("error") else ""
+    host = status.get("host")
+    elsewhere = "" if host == platform.node() else f", or runs on {host}"
+    state = {
+        RUNNING: "is still running" if is_locked(folder) else f"was killed{elsewhere}",
+        INTERRUPTED: f"was interrupted{error}",
+        FAILED: f"has failed{error}",
+    }.get(str(status.get("status")), "is unfinished: it has no summary.json")
+    return f"{folder} {state}{_progress(folder)}"
+
+
+def _progress(folder: Path) -> str:
+    rows = read_metrics(folder / METRICS)
+    epochs = [row for row in rows if any(name.startswith("val/") for name in row)]
+    if not epochs:
+        return "; no epoch has ended"
+    last = epochs[-1]
+    known = [(name, last.get(f"val/{name}")) for name in ("accuracy", "loss", "nfe")]
+    parts = [f"{name} {value:.4g}" for name, value in known if value is not None]
+    return f"; epoch {last['epoch'] + 1:.0f}: {', '.join(parts)}"
+
+
+def _only_tested(found: Found) -> list[str]:
+    folders = [str(run.folder) for run in found.runs.values() if run.only_tested]
+    if not folders:
+        return []
+    what = (
+        "run tests a checkpoint and has" if len(folders) == 1 else "runs test a checkpoint and have"
+    )
+    return [f"{len(folders)} {what} no row (mode=test): {', '.join(folders)}"]
 
 
 def _reading(rows: Sequence[Row]) -> list[str]:

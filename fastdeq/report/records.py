@@ -1,6 +1,5 @@
 """What the plots read of run folders, of finished runs and of those that are still training."""
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from fastdeq.report.notes import different_data
 from fastdeq.report.runs import Found, find_runs
 from fastdeq.runs.folder import METRICS, RECORDED, curve_file, recording_file
 from fastdeq.runs.identity import identity, without_seeds
-from fastdeq.runs.reading import is_done, read_config, read_summary
+from fastdeq.runs.reading import is_done, read_config, read_metrics, read_summary
 from fastdeq.runs.recorded import RecordedSolves, read_recording
 
 MOST = 12
@@ -83,7 +82,7 @@ def read_record(folder: Path) -> tuple[Record, list[str]]:
     notes = []
     if not is_done(folder):
         notes.append(f"{folder} is unfinished: what it has written so far is drawn")
-    rows = _rows(folder / METRICS)
+    rows = read_metrics(folder / METRICS)
     if not rows:
         notes.append(f"{folder} has no metrics yet: {METRICS} is missing or empty")
     recording, curve = None, None
@@ -104,24 +103,6 @@ def read_record(folder: Path) -> tuple[Record, list[str]]:
         curve=curve,
     )
     return record, notes
-
-
-def _rows(path: Path) -> list[dict[str, float]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {name: value for name, text in row.items() if (value := _number(text)) is not None}
-            for row in csv.DictReader(file)
-            if row.get("epoch")
-        ]
-
-
-def _number(text: Any) -> float | None:
-    try:
-        return float(text)
-    except (TypeError, ValueError):  # an empty cell, or one that is being written
-        return None
 
 
 def _recording(folder: Path) -> RecordedSolves | None:

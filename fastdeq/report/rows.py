@@ -37,6 +37,10 @@ class Row:
         """The number of different seeds."""
         return len({run.seed for run in self.runs})
 
+    def metric(self, name: str) -> Metric:
+        """Any metric of summary.json, over the seeds."""
+        return self.metrics[name] if name in METRICS else _metric(name, self.runs, None)
+
     @property
     def judged_by_loss(self) -> bool:
         """Whether the task has no accuracy."""
@@ -44,13 +48,16 @@ class Row:
 
 
 def make_rows(runs: Iterable[Run]) -> list[Row]:
-    """One row per configuration, in the published order of models.
+    """One row per configuration that was trained, in the published order of models. Runs that only
+    tested a checkpoint (mode=test) have no row.
 
     A seed that was run several times counts once, with the mean of its runs, so that the deviation
     is between seeds.
     """
     groups: dict[Any, list[Run]] = {}
     for run in runs:
+        if run.only_tested:
+            continue
         same = digest(without_seeds(run.identity))
         groups.setdefault((label(run), same, run.summary["parameters"]), []).append(run)
     labels: dict[Label, list[list[Run]]] = {}

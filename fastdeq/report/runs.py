@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastdeq.runs.folder import OVERRIDES, job_numbers
+from fastdeq.runs.folder import OVERRIDES, is_empty_sweep, job_numbers
 from fastdeq.runs.reading import Run, is_done, job_records, read_run
 
 
@@ -16,11 +16,13 @@ class Found:
 
     runs: finished runs in the order found. unfinished: folders of runs without a summary.
     failed: a sentence for each job of a sweep without a finished run, by its folder if it has one.
+    empty: a sentence for each folder of a sweep of which no job has ended.
     """
 
     runs: dict[Path, Run] = field(default_factory=dict)
     unfinished: dict[Path, Path] = field(default_factory=dict)
     failed: dict[Path, str] = field(default_factory=dict)
+    empty: dict[Path, str] = field(default_factory=dict)
 
 
 def find_runs(paths: Iterable[Path]) -> Found:
@@ -64,13 +66,20 @@ def _search(folder: Path, seen: set[Path]) -> Iterator[Path]:
     if is_done(folder) or (folder / OVERRIDES).exists() or job_numbers(folder):
         yield folder
         return
+    if is_empty_sweep(folder):
+        yield folder
+        return
     for inner in sorted(folder.iterdir()):
         if inner.is_dir():
             yield from _search(inner, seen)
 
 
 def _add(folder: Path, found: Found) -> None:
-    if job_numbers(folder):
+    if is_empty_sweep(folder):
+        found.empty[folder.resolve()] = (
+            f"{folder} is a sweep of which no job has ended: give the folder of its runs, or wait"
+        )
+    elif job_numbers(folder):
         for number, record in job_records(folder):
             _add_job(folder, number, record, found)
     elif not is_done(folder):

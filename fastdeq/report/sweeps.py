@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdeq.report.markdown import aligned
+from fastdeq.report.terminal import shown
 from fastdeq.runs.files import write_text
 from fastdeq.runs.folder import TABLE_CSV, TABLE_MARKDOWN
 from fastdeq.runs.reading import job_records, read_summary
@@ -90,6 +91,11 @@ class SweepTable:
     def markdown(self) -> str:
         """The table with aligned columns."""
         return aligned(self.rows())
+
+    def for_terminal(self, width: int) -> str:
+        """The columns that fit a terminal; `write` has all."""
+        columns = zip(*self.rows(), strict=True)
+        return shown({column[0]: column for column in columns}, width)[0]
 
     def write(self, folder: Path) -> None:
         """table.md, and table.csv with the same cells."""

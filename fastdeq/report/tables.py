@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastdeq.commands import unknown_name
 from fastdeq.report.configuration import NONE
 from fastdeq.report.markdown import aligned
 from fastdeq.report.rows import METRICS, Row
@@ -16,67 +17,113 @@ from fastdeq.report.verdict import Metric
 
 @dataclass(frozen=True)
 class Column:
-    """A metric's heading, format and factor in Markdown."""
+    """A column of the table: its heading, the text of a row, and what rows are sorted by."""
 
-    metric: str
     heading: str
-    text: str
-    factor: float = 1.0
+    cell: Callable[[Row], str]
+    value: Callable[[Row], Any]
 
-    def cell(self, row: Row) -> str:
-        """mean ± deviation [published ± deviation], without unknown parts."""
-        metric = row.metrics[self.metric]
-        if self.metric == "test/loss" and not row.judged_by_loss:
+
+def _metric_column(metric: str, heading: str, text: str, factor: float = 1.0) -> Column:
+    def pair(mean: float | None, deviation: float | None) -> str:
+        if mean is None:
             return ""
-        parts = [self._pair(metric.mean, metric.deviation)]
-        if 0 < metric.n < row.seeds:
-            parts.append(f"(n = {metric.n})")
-        if published := self._pair(metric.published, metric.published_deviation):
+        spread = "" if deviation is None else f" ± {text.format(factor * deviation)}"
+        return text.format(factor * mean) + spread
+
+    def cell(row: Row) -> str:
+        """mean ± deviation [published ± deviation], without unknown parts."""
+        found = row.metric(metric)
+        parts = [pair(found.mean, found.deviation)]
+        if 0 < found.n < row.seeds:
+            parts.append(f"(n = {found.n})")
+        if published := pair(found.published, found.published_deviation):
             parts.append(f"[{published}]")
         return " ".join(part for part in parts if part)
 
-    def _pair(self, mean: float | None, deviation: float | None) -> str:
-        if mean is None:
-            return ""
-        spread = "" if deviation is None else f" ± {self.text.format(self.factor * deviation)}"
-        return self.text.format(self.factor * mean) + spread
+    return Column(heading, cell, lambda row: row.metric(metric).mean)
 
 
-_COLUMNS = (
-    Column("test/accuracy", "test accuracy %", "{:.2f}", 100.0),
-    Column("test/accuracy_top5", "top-5 %", "{:.2f}", 100.0),
-    Column("test/loss", "test loss", "{:.3g}"),
-    Column("test/nfe", "test NFE", "{:.2f}"),
-    Column("train/seconds", "training s/batch", "{:.3g}"),
-    Column("train/backward_seconds", "backward s/batch", "{:.3g}"),
-    Column("test/seconds", "prediction s/batch", "{:.3g}"),
-    Column("training_minutes", "training min", "{:.1f}"),
-)
+def _text_column(heading: str, cell: Callable[[Row], str]) -> Column:
+    return Column(heading, cell, cell)
 
 
-def markdown(rows: Sequence[Row]) -> str:
+COLUMNS: dict[str, Column] = {
+    "experiment": _text_column("experiment", lambda row: row.label.experiment),
+    "model": _text_column("model", lambda row: row.label.model),
+    "solver": _text_column("solver", lambda row: row.label.solver),
+    "continuous": _text_column("continuous", lambda row: _yes(row.label.continuous)),
+    "jacobian": _text_column("Jacobian reg.", lambda row: _yes(row.label.jacobian)),
+    "settings": _text_column("settings", lambda row: row.settings),
+    "parameters": Column("parameters", lambda row: _parameters(row), lambda row: row.parameters),
+    "runs": Column("runs", lambda row: _runs(row), lambda row: len(row.runs)),
+    "accuracy": _metric_column("test/accuracy", "test accuracy %", "{:.2f}", 100.0),
+    "top5": _metric_column("test/accuracy_top5", "top-5 %", "{:.2f}", 100.0),
+    "loss": _metric_column("test/loss", "test loss", "{:.3g}"),
+    "nfe": _metric_column("test/nfe", "test NFE", "{:.2f}"),
+    "training": _metric_column("train/seconds", "training s/batch", "{:.3g}"),
+    "backward": _metric_column("train/backward_seconds", "backward s/batch", "{:.3g}"),
+    "prediction": _metric_column("test/seconds", "prediction s/batch", "{:.3g}"),
+    "minutes": _metric_column("training_minutes", "training min", "{:.1f}"),
+    "verdict": _text_column("verdict", lambda row: row.verdict.text),
+}
+"""The columns by the names that --columns and --sort take."""
+
+
+def column(name: str, rows: Sequence[Row]) -> Column:
+    """A column by its name, or that of a metric in summary.json.
+
+    Raises: ValueError for a name that is neither.
+    """
+    metrics = {metric for row in rows for run in row.runs for metric in run.metrics}
+    if name in COLUMNS:
+        return COLUMNS[name]
+    if name in metrics:
+        return _metric_column(name, name, "{:.4g}")
+    raise ValueError(unknown_name("column", name, [*COLUMNS, *sorted(metrics)]))
+
+
+def markdown(rows: Sequence[Row], chosen: Sequence[str] = ()) -> str:
     """The table with aligned columns."""
-    return aligned(cells(rows))
+    return aligned([list(line) for line in zip(*cells(rows, chosen).values(), strict=True)])
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Headings, then the cells of each row; columns that are empty in all rows are left out."""
-    several = len({row.label.experiment for row in rows}) > 1
-    columns: dict[str, Callable[[Row], str]] = {
-        **({"experiment": lambda row: row.label.experiment} if several else {}),
-        "model": lambda row: row.label.model,
-        "solver": lambda row: row.label.solver,
-        "continuous": lambda row: _yes(row.label.continuous),
-        "Jacobian reg.": lambda row: _yes(row.label.jacobian),
-        "settings": lambda row: row.settings,
-        "parameters": _parameters,
-        "runs": _runs,
-        **{column.heading: column.cell for column in _COLUMNS},
-        "verdict": lambda row: row.verdict.text,
-    }
-    table = {heading: [cell(row) for row in rows] for heading, cell in columns.items()}
-    kept = {heading: cells for heading, cells in table.items() if any(cells)}
-    return [list(kept), *map(list, zip(*kept.values(), strict=True))]
+def cells(rows: Sequence[Row], chosen: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The columns by name: heading, then the cells of the rows.
+
+    chosen: names; empty: those of COLUMNS that are not empty in all rows.
+    """
+    if chosen:
+        made = {name: column(name, rows) for name in chosen}
+        return {name: [c.heading, *map(c.cell, rows)] for name, c in made.items()}
+    table = {name: [c.heading, *map(c.cell, rows)] for name, c in COLUMNS.items()}
+    if len({row.label.experiment for row in rows}) < 2:
+        del table["experiment"]
+    judged_by_loss = [row.judged_by_loss for row in rows]
+    table["loss"][1:] = [
+        cell if judged else ""
+        for cell, judged in zip(table["loss"][1:], judged_by_loss, strict=True)
+    ]
+    return {name: column for name, column in table.items() if any(column[1:])}
+
+
+def ordered(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """The rows sorted by columns, the first key first; "-name": the largest first. Rows without a
+    value come last.
+
+    Raises: ValueError for a column that there is not.
+    """
+    done = list(rows)
+    for key in reversed(keys):
+        value = column(key.removeprefix("-"), rows).value
+        known = [row for row in done if _known(value(row))]
+        others = [row for row in done if not _known(value(row))]
+        done = [*sorted(known, key=value, reverse=key.startswith("-")), *others]
+    return done
+
+
+def _known(value: Any) -> bool:
+    return value is not None and value == value  # NaN is not
 
 
 def comma_separated(rows: Sequence[Row]) -> str:

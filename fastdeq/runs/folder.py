@@ -32,6 +32,8 @@ WEIGHTS, CARD = "model.safetensors", "README.md"
 
 # In a sweep's folder
 SUBMISSION = "submission.json"
+MULTIRUN = "multirun.yaml"
+"""Written by Hydra before the first job."""
 TABLE_MARKDOWN, TABLE_CSV = "table.md", "table.csv"
 
 
@@ -58,6 +60,12 @@ def job_record(sweep: Path, number: int) -> Path:
 def job_numbers(sweep: Path) -> list[int]:
     """The jobs of a sweep that have a record; empty for a folder that is not a sweep's."""
     return sorted(int(path.stem) for path in sweep.glob("jobs/*.json") if path.stem.isdecimal())
+
+
+def is_empty_sweep(folder: Path) -> bool:
+    """Whether it is the folder of a sweep of which no job has ended."""
+    started = any((folder / name).exists() for name in (MULTIRUN, SUBMISSION))
+    return started and not job_numbers(folder)
 
 
 def make_folder(outputs: Path, name: str, chosen: Path | None) -> Path:

@@ -26,6 +26,18 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains in the folder; False on a file system without locks."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _owner(folder: Path) -> str:
     status = read_status(folder)
     return f"{status.get('pid', 'of unknown number')} on {status.get('host', 'some machine')}"

@@ -1,5 +1,6 @@
 """Reading run folders: summary, configuration and overrides; and the job records of a sweep."""
 
+import csv
 import json
 import math
 from collections.abc import Mapping
@@ -13,7 +14,9 @@ import yaml
 from fastdeq.runs.folder import CONFIG, OVERRIDES, SUMMARY, job_numbers, job_record
 from fastdeq.runs.identity import Leaf, current, identity_of, leaves
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C where PyYAML has it: ten times faster
+_LOADER = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # in C where PyYAML has it: ten times faster
 
 FORMAT = 2
 """The format of summary.json. Format 1 (without the key `format`) has metrics under "figures"."""
@@ -41,6 +44,11 @@ class Run:
     @property
     def seed(self) -> int:
         return int(self.summary["seed"])
+
+    @property
+    def only_tested(self) -> bool:
+        """Whether it trained nothing (mode=test)."""
+        return self.summary.get("mode") == "test"
 
     @property
     def reference(self) -> Mapping[str, Any] | None:
@@ -146,6 +154,25 @@ def read_overrides(folder: Path) -> list[str]:
     except ValueError as error:
         raise ValueError(_damaged(path, error)) from error
     return overrides
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv, each with the numbers that it has; empty if there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {name: value for name, text in row.items() if (value := _number(text)) is not None}
+            for row in csv.DictReader(file)
+            if row.get("epoch")
+        ]
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):  # an empty cell, or one that is being written
+        return None
 
 
 def job_records(sweep: Path) -> list[tuple[int, dict[str, Any]]]:

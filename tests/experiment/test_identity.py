@@ -100,7 +100,7 @@ def test_a_key_changes_both_the_identity_and_the_row_or_neither(choices: tuple[s
             ("callbacks.failures.on_failure", "raise", False),
             ("callbacks.pretraining.steps", 7, False),
         ),
-        *(("checkpoint", "a.ckpt", False), ("mode", "test", False), ("name", "mine", False)),
+        *(("checkpoint", "a.ckpt", False), ("name", "mine", False)),
     ],
 )
 def test_what_the_results_do_not_depend_on_is_not_part_of_the_identity(

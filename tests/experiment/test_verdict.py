@@ -112,7 +112,6 @@ STEPS = {key: value for key, value in PUBLISHED.items() if key != "epochs"} | {"
         ({"reference": MNIST, "epochs": 50}, "long: 50 of 25 epochs"),
         ({"reference": STEPS, "steps": 120}, "short: 120 of 20,000 steps"),
         ({"reference": STEPS, "steps": 20001}, "long: 20,001 of 20,000 steps"),
-        ({"reference": MNIST, "settings": {"mode": "test"}}, "not trained here (mode=test)"),
         (
             {"reference": MNIST, "settings": {"trainer.limit_test_batches": 1}},
             "partial test: 1 batch",
