@@ -23,7 +23,7 @@ from fastdeq.settings import check_value, setting, settings
 with suppress(ImportError):  # reported where it is needed: only image folders need it
     from PIL import Image, ImageOps
 
-_FORMATS = ("JPEG", "PNG")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _BIT_DEPTH = 24  # place of this byte in a PNG file, whose header comes first
 _ATTEMPTS = 10  # at a crop that fits into the image
 # Ranks are started by "spawn", which their workers would inherit: each would import PyTorch and
@@ -38,18 +38,17 @@ def require_pillow() -> None:
 
 
 def identify(content: bytes) -> None:
-    """Raise ValueError unless the header is that of a JPEG or PNG image, with its size."""
-    with _pillow(), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-        if not all(image.size):
-            raise ValueError(f"its size is {image.size}")
+    """Raise ValueError unless the header is that of an image, with its size."""
+    with _opened(content):
+        pass
 
 
 def decode(content: bytes) -> "Image.Image":
-    """Return a JPEG or PNG image as upright RGB, 8 bits per channel, as docs/data.md describes.
+    """Return an image, the first of several, as upright RGB of 8 bits, as docs/data.md describes.
 
     Raises ValueError for what is not such an image, or is damaged.
     """
-    with _pillow(), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+    with _opened(content) as image:
         image.load()
         return _to_rgb(_upright(_keyed(image, content)))
 
@@ -195,6 +194,16 @@ def _upright(image: "Image.Image") -> "Image.Image":
 
 
 @contextmanager
+def _opened(content: bytes) -> Iterator["Image.Image"]:
+    with _pillow(), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+        if not all(image.size):
+            raise ValueError(f"its size is {image.size}")
+        if image.format == "TIFF" and image.mode in ("I", "F"):  # other formats have none of these
+            raise ValueError("more than 16 bits per channel, or not whole numbers")
+        yield image
+
+
+@contextmanager
 def _pillow() -> Iterator[None]:
     """Turn whatever Pillow raises into a ValueError, and silence its warnings on odd metadata."""
     with warnings.catch_warnings():
@@ -204,7 +213,7 @@ def _pillow() -> Iterator[None]:
         except Exception as error:  # damage makes Pillow raise anything, SyntaxError too
             reason = one_line(error)
             if type(error).__name__ == "UnidentifiedImageError":  # its text names an object
-                reason = "neither JPEG nor PNG"
+                reason = f"not identified as {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}"
             raise ValueError(f"not a readable image ({reason})") from error
 
 
@@ -309,6 +318,7 @@ class _Decoder(Dataset[Tensor | str]):
         except ValueError as error:
             raise ValueError(
                 f"{self.records.file(index)}: {error}: replace or remove it (data.verify=true "
-                "finds all such images when the store is built)"
+                "finds all such images when the store is built, data.skip_unreadable=true leaves "
+                "them out)"
             ) from error
         return to_tensor(self.crop.apply(image, np.random.default_rng(mixed)))

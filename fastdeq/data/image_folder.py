@@ -1,8 +1,9 @@
-"""Folders of JPEG and PNG images, train/<class>/ and val/<class>/, as ImageNet is unpacked to."""
+"""Folders of images, train/<class>/ and val/<class>/, as ImageNet is unpacked to."""
 
-import hashlib
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -17,26 +18,27 @@ from fastdeq.data.decode import (
     require_pillow,
 )
 from fastdeq.data.epoch_loader import Normalization
+from fastdeq.data.folders import ARCHIVES, check_classes, fingerprints, list_folder, some
 from fastdeq.data.module import AbstractDataModule, NormalizationSetting, data_module
-from fastdeq.data.published import existing_folder, given_folder, store_folder
+from fastdeq.data.published import given_folder, store_folder
 from fastdeq.data.store import (
     CURE,
-    SPLITS,
-    FolderSplit,
     ImageFolder,
     RecordFile,
     Records,
     building,
     read_records,
+    shown,
     write_records,
 )
 from fastdeq.settings import setting
 
 _ATTRIBUTES = {"name": "image_folder", "version": "1"}  # the version of the layout of the store
 _CHECKED = {False: "headers", True: "whole images"}  # what the build has read of the images
-_EXTENSIONS = (".jpg", ".jpeg", ".png")
-_NAMES_SHOWN = 5  # in a message
 _CLASSES_SHOWN = 10  # in the metadata
+_SKIPPED_SHOWN = 200  # likewise; HDF5 keeps at most 64 KiB of an attribute
+
+_log = logging.getLogger("fastdeq")
 
 
 @final
@@ -44,16 +46,18 @@ _CLASSES_SHOWN = 10  # in the metadata
 class ImageFolderDataModule(AbstractDataModule):
     """Batches of the images in a folder, float32 (B, 3, size, size) normalized, labels int64 (B,).
 
-    Labels count the class folders in the order of their names. The test split is val/. The image
-    files, still encoded, become one HDF5 file in ``store`` (see ``store_folder``); docs/data.md
-    describes when it is built again.
+    Labels count the class folders in the order of their names. The test split is val/, valid/ or
+    test/, or with ``test_share`` that share of each class of train/, chosen by ``test_seed``. The
+    image files, still encoded, become one HDF5 file in ``store`` (see ``store_folder``);
+    docs/data.md describes when it is built again.
 
     ``root``: the folder, or a store that was made of one, to be used as it is. ``verify``: whether
-    a build decodes every image; without it, it reads their headers. ``classes``: how many there
-    must be; None: any number, and ``outputs`` is known once the set was loaded. ``workers``: see
-    ``DecodedBatches``. ``normalization``: see ``Normalization.configured``. Training images are
-    random crops (``RandomCrop``: ``crop_area``, ``crop_ratio``, ``flip``), all others central ones
-    (``CentralCrop``: ``crop_share``).
+    a build decodes every image; without it, it reads their headers. ``skip_unreadable``: whether a
+    build decodes every image, and leaves out and reports those that cannot be. ``classes``: how
+    many there must be; None: any number, and ``outputs`` is known once the set was loaded.
+    ``workers``: see ``DecodedBatches``. ``normalization``: see ``Normalization.configured``.
+    Training images are random crops (``RandomCrop``: ``crop_area``, ``crop_ratio``, ``flip``), all
+    others central ones (``CentralCrop``: ``crop_share``).
 
     Raises ImportError, with the cure, without Pillow. ``prepare_data`` and ``setup`` raise what
     ``list_folder`` raises; FileNotFoundError without a root; ValueError for another number of
@@ -64,6 +68,9 @@ class ImageFolderDataModule(AbstractDataModule):
     root: str | Path | None = None
     store: str | Path | None = None
     verify: bool = False
+    skip_unreadable: bool = False
+    test_share: float = setting(default=0.0, at_least=0, at_most=0.9)
+    test_seed: int = setting(default=0, at_least=0)
     classes: int | None = setting(default=None, at_least=1)
     size: int = setting(default=224, at_least=1)
     crop_share: float = setting(default=0.875, above=0, at_most=1)
@@ -108,8 +115,10 @@ class ImageFolderDataModule(AbstractDataModule):
         path = self._path or self._ensure()
         found = self._read(path)
         self._outputs = len(found.classes)
-        names = _some(found.classes, _CLASSES_SHOWN)
+        names = some(found.classes, _CLASSES_SHOWN)
         self.metadata = {"file": str(path), "classes": names, **found.attributes}
+        if skipped := found.attributes.get("skipped"):
+            _log.warning("%s: skipped %s", path, skipped)
         return found.train, found.val
 
     def _loader(self, split: Records, *, random: bool, **settings: Any) -> DecodedBatches:
@@ -125,11 +134,15 @@ class ImageFolderDataModule(AbstractDataModule):
                 "data.root=PATH (or FASTDEQ_DATA)"
             )
         if self._root.is_file():
+            if self._root.name.endswith(ARCHIVES):
+                raise ValueError(f"{self._root}: an archive: unpack it, and give its folder")
             return self._root
-        folder = list_folder(self._root, _ATTRIBUTES["name"])
+        folder = list_folder(
+            self._root, _ATTRIBUTES["name"], share=self.test_share, seed=self.test_seed
+        )
         self._check_classes(folder.root, len(folder.classes))
         files, times = fingerprints(folder)
-        stem = f"{_ATTRIBUTES['name']}-{files[:12]}"
+        stem = f"{_ATTRIBUTES['name']}-{files[:12]}" + "-skip" * self.skip_unreadable
         path = self._store / f"{stem}-{times[:12]}.h5"
         if not path.exists():
             with building(path) as missing:
@@ -162,13 +175,27 @@ class ImageFolderDataModule(AbstractDataModule):
         return all(records[name].holds(split) for name, split in folder.splits.items())
 
     def _write(self, path: Path, folder: ImageFolder) -> None:
+        name = folder.splits["val"].folder.name
+        split = f"the folder's: train for training, {name} for validation and test"
+        if self.test_share:
+            split = (
+                f"a share of {self.test_share:g} of each class of train for validation and test, "
+                f"by the SHA-256 of '{self.test_seed} <name>'; the rest for training"
+            )
         attributes = {
             **_ATTRIBUTES,
             "source": str(folder.root.resolve()).encode(errors="replace").decode(),
             "licence": "that of these files",
-            "split": "the folder's: train for training, val for validation and test",
-            "checked": _CHECKED[self.verify],
+            "split": split,
+            "checked": _CHECKED[self.verify or self.skip_unreadable],
         }
+        if name != "val":
+            attributes["val"] = name
+        if self.skip_unreadable:
+            folder, skipped = _without_unreadable(folder)
+            if skipped:
+                listed = some(skipped, _SKIPPED_SHOWN).encode(errors="replace").decode()
+                attributes["skipped"] = f"{len(skipped):,} unreadable images: {listed}"
         write_records(path, folder, attributes, check=decode if self.verify else identify)
 
     def _check_classes(self, place: Path, found: int) -> None:
@@ -185,119 +212,18 @@ def _pair(name: str, values: Sequence[float]) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def fingerprints(folder: ImageFolder) -> tuple[str, str]:
-    """Return two SHA-256: of place, names and sizes of the files, and of their times.
-
-    A content can change and keep its size, and even its mtime (archives with fixed times, a copy
-    that preserves them); the system sets ctime whenever anything of a file changes.
-    """
-    files, times = hashlib.sha256(os.fsencode(folder.root.resolve()) + b"\0"), hashlib.sha256()
+def _without_unreadable(folder: ImageFolder) -> tuple[ImageFolder, list[str]]:
+    """Return the folder without the images that cannot be decoded, and the names of these."""
+    splits, skipped = {}, []
     for name, split in folder.splits.items():
-        for file, size in zip(split.names, split.sizes.tolist(), strict=True):
-            files.update(os.fsencode(f"{name}/{file}\0{size}\n"))
-        times.update(split.times.astype("<i8").tobytes())
-    return files.hexdigest(), times.hexdigest()
-
-
-def list_folder(root: Path, name: str) -> ImageFolder:
-    """List the images in ``root``, or in its folder of this ``name`` if that has the splits.
-
-    docs/data.md says what counts as an image. Raises FileNotFoundError or NotADirectoryError where
-    ``root``, train/ or val/ is missing or not a folder, ValueError for a folder of another form.
-    """
-    root = _find(existing_folder(root, "train/ and val/"), name)
-    classes = {split: _classes(root / split) for split in SPLITS}
-    if classes["train"] != classes["val"]:
-        raise ValueError(f"{root}: {_difference(*(classes[split] for split in SPLITS))}")
-    splits = {split: _list_split(root / split, classes[split]) for split in SPLITS}
-    return ImageFolder(root=root, classes=classes["train"], splits=splits)
-
-
-def _find(root: Path, name: str) -> Path:
-    places = [root, root / name]
-    found = next((place for place in places if any((place / s).is_dir() for s in SPLITS)), root)
-    for split in SPLITS:
-        if not (found / split).is_dir():
-            raise FileNotFoundError(
-                f"{found}: has no folder {split}: data.root is the folder with train/ and val/, "
-                "which have a folder of images for each class"
-            )
-    return found
-
-
-def _classes(folder: Path) -> list[str]:
-    classes = []
-    for entry in _entries(folder):
-        if entry.is_dir():
-            classes.append(entry.name)
-        elif _is_image(entry.name):
-            raise ValueError(
-                f"{entry.path}: an image outside of a class: sort the images of {folder} into a "
-                "folder for each class"
-            )
-    if not classes:
-        raise ValueError(f"{folder}: has no images: it must have a folder of them for each class")
-    return classes
-
-
-def _difference(train: Sequence[str], val: Sequence[str]) -> str:
-    parts = [
-        f"{split} has no folder for {_some(sorted(missing))}"
-        for split, missing in (("val", {*train} - {*val}), ("train", {*val} - {*train}))
-        if missing
-    ]
-    return f"{', and '.join(parts)}: both need the same classes"
-
-
-def _some(names: Sequence[str], shown: int = _NAMES_SHOWN) -> str:
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _list_split(folder: Path, classes: Sequence[str]) -> FolderSplit:
-    found = [
-        (f"{name}/{entry.name}", label, _status(entry))
-        for label, name in enumerate(classes)
-        for entry in _entries(folder / name)
-    ]
-    labels = np.array([label for _, label, _ in found], dtype=np.int64)
-    for label, count in enumerate(np.bincount(labels, minlength=len(classes))):
-        if not count:
-            raise ValueError(
-                f"{folder / classes[label]}: has no images: add some, or remove this class"
-            )
-    return FolderSplit(
-        folder=folder,
-        names=[name for name, _, _ in found],
-        sizes=np.array([status.st_size for _, _, status in found], dtype=np.int64),
-        times=np.array([(s.st_mtime_ns, s.st_ctime_ns) for _, _, s in found], dtype=np.int64),
-        labels=labels,
-    )
-
-
-def _status(entry: "os.DirEntry[str]") -> os.stat_result:
-    """Return the status of an image file; ValueError for anything else in the folder of a class."""
-    if not _is_image(entry.name) or entry.is_dir():
-        kind = "a folder" if entry.is_dir() else "not an image by its name"
-        raise ValueError(
-            f"{entry.path}: {kind} among the images of a class, which end in "
-            f"{', '.join(_EXTENSIONS)}: remove it"
-        )
-    try:
-        return entry.stat()
-    except OSError as error:  # a link to nowhere
-        raise ValueError(f"{entry.path}: cannot be read ({error.strerror})") from error
-
-
-def _entries(folder: Path) -> Iterator["os.DirEntry[str]"]:
-    """Yield the entries of a folder by name, without hidden ones."""
-    try:
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be read ({error.strerror})") from error
-    yield from sorted(visible, key=lambda entry: entry.name)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(_EXTENSIONS)
+        kept = np.ones(len(split.names), dtype=bool)
+        for number in shown(len(kept), "looking for unreadable images"):
+            content = split.read(number)
+            try:
+                decode(content)
+            except ValueError:
+                kept[number] = False
+                skipped.append(f"{split.folder.name}/{split.names[number]}")
+        splits[name] = split.chosen(kept)
+        check_classes(splits[name], folder.classes, "readable ")
+    return replace(folder, splits=splits), skipped

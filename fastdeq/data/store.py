@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -136,10 +136,16 @@ class FolderSplit:
     """The image files of one split, sorted by class and name."""
 
     folder: Path
-    names: Sequence[str]  # "class/file"
+    names: Sequence[str]  # "class/file", or a longer path
     sizes: NDArray[np.int64]  # (N,), in bytes
     times: NDArray[np.int64]  # (N, 2), mtime and ctime in nanoseconds
     labels: NDArray[np.int64]  # (N,)
+
+    def chosen(self, mask: NDArray[np.bool_]) -> Self:
+        """Return the files where ``mask`` (N,) is true."""
+        names = [name for name, is_chosen in zip(self.names, mask, strict=True) if is_chosen]
+        arrays = {name: getattr(self, name)[mask] for name in ("sizes", "times", "labels")}
+        return replace(self, names=names, **arrays)
 
     def read(self, index: int) -> bytes:
         """Return the content of a file; raises ValueError where that fails or its size changed."""
@@ -223,7 +229,7 @@ class Records:
         try:
             return self.names() == list(split.names) and all(
                 self._reads_as(number, split.read(number))
-                for number in _shown(len(self), "comparing the store with its files")
+                for number in shown(len(self), "comparing the store with its files")
             )
         finally:
             self.close()
@@ -281,13 +287,16 @@ def write_records(
             contents = file.create_dataset(
                 f"{name}/bytes", (offsets[-1],), "|u1", track_times=False
             )
-            for number in _shown(len(split.names), "building the store"):
+            for number in shown(len(split.names), "building the store"):
                 content = split.read(number)
                 try:
                     check(content)
                 except ValueError as error:
                     place = split.folder / split.names[number]
-                    raise ValueError(f"{place}: {error}: replace or remove it") from error
+                    raise ValueError(
+                        f"{place}: {error}: replace or remove it, or leave out all such images "
+                        "with data.skip_unreadable=true"
+                    ) from error
                 crc32[number] = zlib.crc32(content)
                 contents[offsets[number] : offsets[number + 1]] = np.frombuffer(content, np.uint8)
         for name, (kind, _) in INDEX.items():
@@ -304,7 +313,7 @@ def read_records(
     splits = {}
     for split in SPLITS:
         kept = {name: arrays[f"{split}/{name}"] for name in ("offsets", "labels", "crc32")}
-        source = f"{attributes['source']}/{split}"
+        source = f"{attributes['source']}/{attributes.get(split, split)}"
         splits[split] = Records(path=path, split=split, source=source, arrays=kept)
     return RecordFile(**splits, classes=_parted(arrays["classes"]), attributes=attributes)
 
@@ -319,7 +328,7 @@ def _parted(names: NDArray[Any]) -> list[str]:
     return [os.fsdecode(name) for name in names.tobytes().split(b"\0")[:-1]]
 
 
-def _shown(count: int, task: str) -> Iterable[int]:
+def shown(count: int, task: str) -> Iterable[int]:
     """Return the numbers below ``count``, with a progress bar on a terminal."""
     console = Console(stderr=True)
     hidden = not sys.stderr.isatty()

@@ -25,7 +25,11 @@ FREE = (
 folders, devices, when it stops, what it logs, and the order of numbers in memory.
 """
 
-DEFAULTS = {"adjoint.order": 1}
+DEFAULTS = {
+    "adjoint.order": 1,
+    **{"data.extra": False, "data.skip_unreadable": False},
+    **{"data.test_share": 0, "data.test_seed": 0},
+}
 """Keys that configurations of earlier versions lack, with the values that they meant."""
 
 COPIES = {"optimizer": "optimizer", "model": "model", "weights": "loss", "schedule": "scheduler"}

@@ -1,5 +1,6 @@
 """Pixels from encoded images: of every kind, turned, resized, and cropped at random."""
 
+import io
 import struct
 
 import numpy as np
@@ -9,7 +10,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
-from fastdeq.data.decode import CentralCrop, RandomCrop, decode
+from fastdeq.data.decode import CentralCrop, RandomCrop, decode, identify
 from tests.data.image_folders import SIDE, Pixels, jpeg, noise, png
 
 
@@ -280,3 +281,70 @@ def test_the_share_of_mirrored_images_is_as_set():
         plain = [np.array_equal(one, pixels) for one in found]
         assert sum(mirrored) + sum(plain) == 400, flip
         assert least <= sum(mirrored) <= most, flip  # 100 ± 5 standard deviations of 8.7
+
+
+# Other formats
+
+
+def saved(image: Image.Image, kind: str, **settings: object) -> bytes:
+    into = io.BytesIO()
+    image.save(into, kind, **settings)
+    return into.getvalue()
+
+
+def test_webp_bmp_tiff_and_gif_are_read_exactly():
+    pixels = noise(3, 5, 7)
+    image = Image.fromarray(pixels)
+    for content in [
+        saved(image, "WEBP", lossless=True),
+        saved(image, "BMP"),
+        saved(image, "TIFF"),
+        saved(image, "TIFF", compression="tiff_lzw"),
+    ]:
+        assert np.array_equal(decoded(content), pixels)
+        identify(content)
+    grey = Image.fromarray(GREY)
+    for kind in ("BMP", "TIFF", "GIF"):
+        assert np.array_equal(decoded(saved(grey, kind)), np.stack([GREY] * 3, -1)), kind
+
+
+def test_of_several_frames_the_first_is_read():
+    frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "blue", "lime")]
+    more = {"save_all": True, "append_images": frames[1:]}
+    for content in [
+        saved(frames[0], "GIF", **more),
+        saved(frames[0], "WEBP", lossless=True, **more),
+        saved(frames[0], "TIFF", **more),
+    ]:
+        assert decoded(content).tolist() == [[[255, 0, 0]] * 4] * 3
+
+
+def test_what_is_transparent_in_other_formats_is_laid_on_white():
+    colours = np.tile(np.array([10, 20, 30], np.uint8), (1, 3, 1))
+    image = Image.fromarray(np.concatenate([colours, OPAQUE[None, :, None]], -1))
+    for content in [saved(image, "WEBP", lossless=True, exact=True), saved(image, "TIFF")]:
+        assert decoded(content)[0, [0, 2]].tolist() == [[255] * 3, [10, 20, 30]]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([1, 2, 3, 200, 100, 50])
+    assert decoded(saved(palette, "GIF", transparency=0)).tolist() == [[[255] * 3, [200, 100, 50]]]
+
+
+def test_tiff_is_turned_upright_and_its_sixteen_bits_cut_but_no_other_numbers_are_read():
+    pixels = noise(3, 5, 7)
+    turned = saved(Image.fromarray(np.rot90(pixels)), "TIFF", tiffinfo={274: 6})
+    assert np.array_equal(decoded(turned), pixels)
+    wide = GREY.astype(np.uint16) * 256 + 99
+    assert np.array_equal(decoded(saved(Image.fromarray(wide), "TIFF")), np.stack([GREY] * 3, -1))
+    for kind in (np.int32, np.float32):
+        content = saved(Image.fromarray(wide.astype(kind)), "TIFF")
+        with pytest.raises(ValueError, match="more than 16 bits per channel, or not whole"):
+            decode(content)
+
+
+def test_a_truncated_image_of_any_format_is_refused_in_one_line():
+    image = Image.fromarray(noise(3, 40, 40))
+    for kind in ("WEBP", "BMP", "TIFF", "GIF"):
+        content = saved(image, kind)
+        for kept in (0, 3, len(content) // 2):
+            with pytest.raises(ValueError, match=r"^not a readable image \([^\n]+\)$"):
+                decode(content[:kept])

@@ -21,7 +21,7 @@ import h5py
 from fastdeq.data import ImageFolderDataModule
 from fastdeq.data.command import main
 from fastdeq.data.decode import CentralCrop, decode, to_tensor
-from fastdeq.data.image_folder import list_folder
+from fastdeq.data.folders import list_folder
 from fastdeq.data.module import hold_out
 from fastdeq.data.store import CURE, FolderSplit, ImageFolder, read_records, write_records
 from tests.commands import a_run

@@ -99,7 +99,7 @@ VALUES = {
     "model.deq.solver=null": ("model.deq.solver is None", "set solver instead"),
     "~model.deq.adjoint": ("model.deq.adjoint is None", "set adjoint instead"),
     "logger=[1,2]": ("logger is 1", "tensorboard, wandb"),
-    "data=null": ("data is None", "digits, fashion_mnist"),
+    "data=null": ("data is None", "digits, emnist, fashion_mnist"),
     "paths.outputs=null": ("paths.outputs is None", "text"),
     "+paths.runs=a": ("'paths.runs'", "did you mean 'paths.run'"),
     "solver.max_steps=9999999999999999999": ("solver.max_steps is 9", "below 2**63"),

@@ -79,19 +79,24 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no classes": (bare, "train", "has no images: it must have a folder of them for each class"),
     "empty class": (empty_class, "train/dog", "has no images: add some, or remove this class"),
     "flat": (put("val/0.JPEG"), "val/0.JPEG", "an image outside of a class: sort the images of "),
-    "nested": (put("val/cat/a/0.png"), "val/cat/a", "a folder among the images of a class"),
     "other kind": (
-        put("val/cat/a.gif"),
-        "val/cat/a.gif",
+        put("val/cat/b/a.heic"),
+        "val/cat/b/a.heic",
         "not an image by its name among the ",
+    ),
+    "not unpacked": (
+        lambda root: (drop("train", "val")(root), put("tiny.zip")(root))[1],
+        ".",
+        "has no folder train: unpack tiny.zip there",
     ),
     "dangling": (dangling, "val/cat/x.png", "cannot be read (No such file or directory)"),
     "text": (
         put("val/dog/x.png", b"<html>"),
         "val/dog/x.png",
-        "not a readable image (neither JPEG nor PNG): replace or remove it",
+        "not a readable image (not identified as JPEG, PNG, WEBP, BMP, TIFF or GIF): replace or "
+        "remove it, or leave out all such images with data.skip_unreadable=true",
     ),
-    "empty file": (put("val/dog/x.jpg"), "val/dog/x.jpg", "not a readable image (neither JPEG"),
+    "empty file": (put("val/dog/x.jpg"), "val/dog/x.jpg", "not a readable image (not "),
     "only a header": (
         put("train/eel/x.png", png(noise(0))[:20]),
         "train/eel/x.png",
@@ -122,6 +127,9 @@ def test_a_root_that_is_missing_is_named(tmp_path):
 
 
 def test_a_file_that_is_not_a_store_is_not_a_root(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    text = refusal(folder(tmp_path / "x.zip"), tmp_path / "x.zip")
+    assert text == "an archive: unpack it, and give its folder"
     (tmp_path / "x.h5").write_text("<html>")
     text = refusal(folder(tmp_path / "x.h5"), tmp_path / "x.h5")
     assert text.endswith("give the folder that it was made from")
