@@ -22,12 +22,15 @@ help:
 train: $(TRAIN)
 	$(RUN) train.py $(ARGS)
 
-# One process per core, and one thread in each; the tests of a file share fixtures and stay together.
+# One process per core, and one thread in each; the tests of a file share fixtures and stay together,
+# in the order of tests/conftest.py. Many tests start fastdeq: its bytecode is kept.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 check: $(READY)
 	$(RUN) -m ruff format --check .

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 
 # The tests' tensors are small: threads that wait for each other are most of their time, above all
 # where several tests run beside each other. Before torch is imported; child processes inherit it.
@@ -66,6 +67,6 @@ def command(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: the workers then end at about the same time."""
-    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files with the most slow tests come first: the workers then end at about the same time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -slow[item.path])

@@ -16,7 +16,9 @@ from fastdeq.experiment.parts import build_choices
 from fastdeq.solvers import Anderson, Picard
 from tests.loops import each
 
-SHORT = ("--seconds", "1", "--precisions", "float32")
+SECONDS = ("--seconds", "100")
+"""More than 20 repetitions take on a busy machine, after which a comparison ends."""
+SHORT = (*SECONDS, "--precisions", "float32")
 MINE = """
 import torch
 from torch import nn
@@ -97,7 +99,7 @@ def test_a_configured_step_is_compared_and_overrides_are_recommended(
 
 @each("name", ["cell", "function"])
 def test_a_users_function_is_compared_and_settings_are_recommended(name, capsys, mine):
-    words = (f"mine:{name}", "--solvers", "picard", "--adjoints", "implicit", "--seconds", "1")
+    words = (f"mine:{name}", "--solvers", "picard", "--adjoints", "implicit", *SECONDS)
     status, out, err = bench(capsys, *words)
     assert (status, err) == (0, "")
     assert re.search(r"^picard +implicit +bf16 ", out, re.MULTILINE)
