@@ -173,7 +173,7 @@ class AbstractTask(LightningModule):
         optimizer = self.make_optimizer(self.parameters())
         if isinstance(self.schedule, Constant):
             return optimizer
-        return [optimizer], [self.schedule.build(optimizer, self.count_steps())]
+        return [optimizer], [self.schedule.build(optimizer, self._count_steps())]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Train on a batch: forward and backward. The last batch of an optimizer step is followed
@@ -305,16 +305,6 @@ class AbstractTask(LightningModule):
                 self.model.train(training)
         self.check_fit(prediction, targets)
 
-    def count_steps(self) -> int:
-        """The number of optimizer steps of the whole run."""
-        trainer = self.trainer
-        batches = trainer.estimated_stepping_batches  # Lightning knows of no accumulation here
-        if self.accumulate_grad_batches == 1 or trainer.max_epochs in (None, -1):
-            return int(batches)
-        per_epoch = math.ceil(trainer.num_training_batches / self.accumulate_grad_batches)
-        steps = per_epoch * trainer.max_epochs
-        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
-
     # Parts of the training step
 
     def _optimizer(self) -> LightningOptimizer:
@@ -393,7 +383,17 @@ class AbstractTask(LightningModule):
         """Move the schedule of a shorter run to this run's; see `AbstractSchedule.extend`."""
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, LRScheduler):
-            self.schedule.extend(scheduler, self.count_steps())
+            self.schedule.extend(scheduler, self._count_steps())
+
+    def _count_steps(self) -> int:
+        """The number of optimizer steps of the whole run."""
+        trainer = self.trainer
+        batches = trainer.estimated_stepping_batches  # Lightning knows of no accumulation here
+        if self.accumulate_grad_batches == 1 or trainer.max_epochs in (None, -1):
+            return int(batches)
+        per_epoch = math.ceil(trainer.num_training_batches / self.accumulate_grad_batches)
+        steps = per_epoch * trainer.max_epochs
+        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
     def _record_step(self, step: StepResult) -> None:
         """Add the step's metrics to the epoch's means; log every n-th step."""

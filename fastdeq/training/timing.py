@@ -126,8 +126,19 @@ def seconds_left(trainer: Trainer, task: AbstractTask) -> float | None:
     if pace is None:
         return None
     limits = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
-    steps = task.count_steps() - trainer.global_step
-    return max(0.0, min(pace * steps, *(limit for limit in limits if limit is not None), math.inf))
+    steps = steps_of_run(trainer, task) - trainer.global_step
+    left = min(pace * steps, *(limit for limit in limits if limit is not None), math.inf)
+    return max(0.0, left) if math.isfinite(left) else None
+
+
+def steps_of_run(trainer: Trainer, task: AbstractTask) -> float:
+    """The optimizer steps of the whole run; infinite if nothing limits them. Unlike Lightning's
+    estimate it never loads data, which all processes would have to do together.
+    """
+    batches = float(trainer.num_training_batches) / task.accumulate_grad_batches
+    per_epoch = math.ceil(batches) if math.isfinite(batches) else batches
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    return min(per_epoch * epochs, math.inf if trainer.max_steps == -1 else trainer.max_steps)
 
 
 _PARTS = ("f", "solver", "adjoint")

@@ -96,13 +96,24 @@ def test_the_time_left_is_that_of_the_steps_left_and_at_most_that_of_the_trainer
     assert found == [10, 0]
     fit(tmp_path, StepTimer(), Reads(), Timer(duration={"seconds": 5}), max_epochs=1)
     assert all(each is not None and each < 5.001 for each in found[2:])
-    fit(tmp_path, Reads(), max_epochs=1)
-    assert found[-1] is None  # without a timer
+    found.clear()
+    fit(tmp_path, Reads(), max_epochs=1)  # without a timer
+    endless = make_trainer(tmp_path, callbacks=[StepTimer(), Reads(), StopsAt(4)], max_epochs=-1)
+    task = make_task(lr=0.1)
+    task.accumulate_grad_batches = 2
+    endless.fit(task, Listed(*[samples(5)] * 3), Listed(samples(6)))
+    assert set(found) == {None}
+    assert timing.steps_of_run(endless, task) == math.inf
+    endless.fit_loop.max_epochs = 5
+    assert timing.steps_of_run(endless, task) == 5 * 2  # of three batches, two steps
 
 
-class Stops(Callback):
+class StopsAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        trainer.should_stop = True
+        trainer.should_stop = trainer.global_step >= self.step
 
 
 def test_why_a_training_ended_is_said(tmp_path):
@@ -112,7 +123,7 @@ def test_why_a_training_ended_is_said(tmp_path):
         ((), {"max_steps": 3}, "trainer.max_steps=3 is reached"),
         ((), {"max_steps": 6}, "trainer.max_steps=6 is reached"),
         ((Timer(duration={"microseconds": 1}),), {}, "trainer.max_time is over"),
-        ((Stops(),), {}, "a callback requested it (trainer.should_stop)"),
+        ((StopsAt(1),), {}, "a callback requested it (trainer.should_stop)"),
         ((patient,), {}, "early stopping: "),
     ):
         said = why_ended(fit(tmp_path, *callbacks, **options))

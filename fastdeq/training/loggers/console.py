@@ -1,6 +1,6 @@
 """The console output of training: lines of epochs and of progress, and a bar on a terminal."""
 
-import logging
+import math
 import time
 from typing import Any
 
@@ -19,9 +19,7 @@ from fastdeq.training.metrics import mean_metrics
 from fastdeq.training.regression import RegressionTask
 from fastdeq.training.step import StepResult
 from fastdeq.training.task import AbstractTask
-from fastdeq.training.timing import seconds_left
-
-log = logging.getLogger("fastdeq")
+from fastdeq.training.timing import seconds_left, steps_of_run
 
 _BAR = ("loss", "accuracy", "nfe", "residual")
 _BAR_WIDTH = 12
@@ -96,8 +94,10 @@ class EpochLines(Callback):
         self, trainer: Trainer, pl_module: LightningModule, step: StepResult
     ) -> None:
         assert isinstance(pl_module, AbstractTask)
-        metrics = mean_metrics([(each.metrics, each.samples) for each in step.batches])
-        parts = [f"step {trainer.global_step:,} of {pl_module.count_steps():,}"]
+        batches = [(each.metrics, each.samples) for each in step.batches if each.samples]
+        metrics, steps = mean_metrics(batches), steps_of_run(trainer, pl_module)
+        of_all = f" of {steps:,.0f}" if math.isfinite(steps) else ""
+        parts = [f"step {trainer.global_step:,}{of_all}"]
         for key, text in (("loss", "loss {:.4g}"), ("nfe", "NFE {:.2f}")):
             parts += [text.format(metrics[key])] if key in metrics else []
         line = f"{self._name(trainer, pl_module, step.epoch)}  {', '.join(parts)}"
