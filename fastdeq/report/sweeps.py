@@ -29,6 +29,9 @@ _COLUMNS = (
     ("training s", "train_seconds", "{:.1f}", 1.0),
 )
 
+_DROPPED = ("training s", "ms per training step", "unconverged %", "explicit loss")
+"""Columns that a narrow terminal loses first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepJob:
@@ -95,7 +98,7 @@ class SweepTable:
     def for_terminal(self, width: int) -> str:
         """The columns that fit a terminal; `write` has all."""
         columns = zip(*self.rows(), strict=True)
-        return shown({column[0]: column for column in columns}, width)[0]
+        return shown({column[0]: column for column in columns}, width, _DROPPED)[0]
 
     def write(self, folder: Path) -> None:
         """table.md, and table.csv with the same cells."""

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_DROPPED = (
+DROPPED = (
     *("prediction", "backward", "training", "minutes", "continuous", "parameters", "verdict"),
     *("jacobian", "runs", "experiment", "top5", "solver"),
 )
-"""Columns in the order in which a narrow terminal loses them; others follow, the last one first."""
+"""Columns of the report, in the order in which a narrow terminal loses them."""
 
 _FOLDED = {"settings": 24, "verdict": 24}
 """Columns whose text may have several lines, and the width from which on it has."""
@@ -20,14 +20,17 @@ _FOLDED = {"settings": 24, "verdict": 24}
 _BETWEEN = 2  # blanks between two columns: one of padding, one of the box
 
 
-def shown(table: Mapping[str, Sequence[str]], width: int) -> tuple[str, list[str]]:
+def shown(
+    table: Mapping[str, Sequence[str]], width: int, dropped: Sequence[str] = DROPPED
+) -> tuple[str, list[str]]:
     """The table for a terminal, and the headings of the columns that do not fit.
 
-    table: the columns by name: heading, then cells.
+    table: the columns by name: heading, then cells. dropped: columns in the order in which they
+    are left out; others follow, the last one first.
     """
     kept = dict(table)
-    rest = [name for name in list(table)[::-1] if name not in _DROPPED]
-    for name in (*_DROPPED, *rest):
+    rest = [name for name in list(table)[::-1] if name not in dropped]
+    for name in (*dropped, *rest):
         if _width(kept) <= width or len(kept) <= 1:
             break
         kept.pop(name, None)

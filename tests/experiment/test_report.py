@@ -220,6 +220,21 @@ def test_markdown_and_csv_have_the_same_cells(tmp_path):
         assert list(csv.reader(file)) == cells == table.rows()
 
 
+def test_on_a_narrow_terminal_a_sweep_keeps_settings_and_scores():
+    jobs = [job(0, 0.9, model="deq", seed="1"), job(1, 0.8, model="skip_deq", seed="1")]
+    table = SweepTable(jobs)
+    for width, headings in (
+        (80, ["model", "runs", "test accuracy %", "test NFE", "training s"]),
+        (45, ["model", "runs", "test accuracy %", "test NFE"]),
+        (32, ["model", "runs", "test accuracy %"]),
+        (9, ["model"]),
+    ):
+        first, _, *rows = table.for_terminal(width).splitlines()
+        assert re.split(r" {2,}", first.strip()) == headings
+        assert [line.split()[0] for line in rows] == ["deq", "skip_deq"]
+        assert len(first) <= width
+
+
 def test_jobs_are_read_in_their_order_with_their_summaries(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     for number in (10, 2, 1):  # as text, 10 would come before 2
