@@ -24,11 +24,8 @@ from fastdeq.runs.files import sha256_of
 
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32  # of the red plane, then the green and the blue one, each row by row
+_NAMES = ("meta", ".txt")  # ends of the files that name the classes
 _CLASSES = {"labels": 10, "fine_labels": 100, "coarse_labels": 20}
-_OTHER_NAMES = {
-    "fine_labels": "coarse_label_names.txt",
-    "coarse_labels": "fine_label_names.txt",
-}
 
 
 @final
@@ -48,9 +45,9 @@ class CifarImages(ImageSource):
 
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
         contents = self.contents(files, verify=verify)  # before anything is unpickled
-        unused = _OTHER_NAMES.get(self.labels)
-        found = [pair for pair in contents.items() if not (unused and pair[0].endswith(unused))]
-        *batches, names = found
+        batches = [one for one in contents.items() if not one[0].endswith(_NAMES)]
+        lists = [one for one in contents.items() if one[0].endswith(_NAMES)]  # one, or fine, coarse
+        names = lists[-1 if self.labels == "coarse_labels" else 0]
         binary = batches[0][0].endswith(".bin")
         read = self._read_records if binary else self._read_batch
         images, labels = zip(*(read(*batch) for batch in batches), strict=True)

@@ -46,6 +46,11 @@ _HELP = {
     "store": "folder that keeps the prepared set (default: the user's cache)",
     "download": "download the source files where they are missing",
     "verify": "compare the source files with the published ones",
+    "split": "balanced, byclass, bymerge, digits, letters or mnist (default: balanced)",
+    "labels": "fine or coarse (default: fine)",
+    "extra": "add the extra digits to those for training",
+    "skip_unreadable": "leave out and report images that cannot be decoded",
+    "test_share": "share of train/ that is held out for test (default: 0, the folder val/ is)",
 }
 
 

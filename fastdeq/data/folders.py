@@ -36,6 +36,8 @@ def fingerprints(folder: ImageFolder) -> tuple[str, str]:
         name = name if split.folder.name == name else f"{name} {split.folder.name}"
         for file, size in zip(split.names, split.sizes.tolist(), strict=True):
             files.update(os.fsencode(f"{name}/{file}\0{size}\n"))
+        if not split.names[0].startswith(f"{folder.classes[split.labels[0]]}/"):  # annotated
+            files.update(split.labels.astype("<i8").tobytes())
         times.update(split.times.astype("<i8").tobytes())
     return files.hexdigest(), times.hexdigest()
 
@@ -55,7 +57,8 @@ def list_folder(root: Path, name: str, *, share: float = 0, seed: int = 0) -> Im
         train, val = _divide(_list_split(root / "train", classes), classes, share, seed)
         return ImageFolder(root=root, classes=classes, splits={"train": train, "val": val})
     folder = next(root / one for one in VAL if (root / one).is_dir())
-    annotated = (folder / _ANNOTATIONS).is_file() and (folder / "images").is_dir()
+    annotated = "images" not in classes and (folder / "images").is_dir()
+    annotated = annotated and (folder / _ANNOTATIONS).is_file()
     if not annotated and (others := _classes(folder)) != classes:
         raise ValueError(f"{root}: {_difference(folder.name, classes, others)}")
     train = _list_split(root / "train", classes)
@@ -123,8 +126,9 @@ def _list_annotated(folder: Path, classes: Sequence[str]) -> FolderSplit:
     for image, status in _images(folder, "images"):
         name = named.pop(Path(image).name, None)
         if name not in numbers:
-            kind = f"class {name}, which train does not have" if name else "no class"
-            raise ValueError(f"{folder / image}: has {kind}, in {place}: remove it")
+            problem = f"{place} has class {name} for it, which train lacks"
+            problem = problem if name else f"{place} has no line for it"
+            raise ValueError(f"{folder / image}: {problem}: correct that, or remove it")
         found.append((numbers[name], image, status))
     if named:
         raise ValueError(f"{place}: {next(iter(named))} is not in {folder / 'images'}: add it")
@@ -164,7 +168,9 @@ def _divide(
     for label, name in enumerate(classes):
         first, last = np.searchsorted(split.labels, (label, label + 1))
         if last - first < 2:
-            raise ValueError(f"{split.folder / name}: has one image, of which none can be held out")
+            raise ValueError(
+                f"{split.folder / name}: has one image, and none to hold out: add some"
+            )
         number = min(max(1, round(share * (last - first))), last - first - 1)
         held_out[sorted(range(first, last), key=keys.__getitem__)[:number]] = True
     return split.chosen(~held_out), split.chosen(held_out)
@@ -175,17 +181,16 @@ def _images(folder: Path, name: str) -> Iterator[tuple[str, os.stat_result]]:
     for entry in _entries(folder / name):
         if entry.is_dir(follow_symlinks=False):  # links may lead in a circle
             yield from _images(folder, f"{name}/{entry.name}")
-        elif not entry.name.lower().endswith(_NOTES):
+        elif _is_image(entry.name):
             yield f"{name}/{entry.name}", _status(entry)
+        elif not entry.name.lower().endswith(_NOTES):
+            raise ValueError(
+                f"{entry.path}: not an image by its name among the images of a class, which end in "
+                f"{', '.join(_EXTENSIONS)}: remove it"
+            )
 
 
 def _status(entry: "os.DirEntry[str]") -> os.stat_result:
-    """Return the status of an image file; ValueError for any other file."""
-    if not _is_image(entry.name):
-        raise ValueError(
-            f"{entry.path}: not an image by its name among the images of a class, which end in "
-            f"{', '.join(_EXTENSIONS)}: remove it"
-        )
     try:
         return entry.stat()
     except OSError as error:  # a link to nowhere

@@ -31,7 +31,6 @@ from fastdeq.data.epoch_loader import Normalization
 from fastdeq.data.module import data_module
 from fastdeq.data.published import ImageSource, StoredDataModule, image_set
 from fastdeq.data.store import ImageSet, read_content
-from fastdeq.runs.files import sha256_of
 
 _SIDE = 28  # pixels
 _CLASSES = 10
@@ -130,14 +129,12 @@ class IdxImages(ImageSource):
     def read(self, files: Sequence[Path], *, verify: bool) -> ImageSet:
         is_archive = len(files) == 1
         contents = self.contents(files, verify=verify and is_archive)
-        arrays = {place: _to_array(place, content) for place, content in contents.items()}
-        sha256 = {path: sha256_of(path) for path in files if is_archive} or {
-            path: array.sha256 for path, array in zip(files, arrays.values(), strict=True)
-        }
+        arrays = {Path(place): _to_array(place, content) for place, content in contents.items()}
         if verify and not is_archive:
-            for number, (path, found) in enumerate(sha256.items()):
-                self._verify(number, path, found)
+            for number, (path, array) in enumerate(arrays.items()):
+                self._verify(number, path, array.sha256)
         pairs = list(arrays.items())
+        sha256 = {path: array.sha256 for path, array in pairs}
         named = {"classes": ", ".join(self.characters)} if self.characters else {}
         return image_set(self._split(*pairs[:2]), self._split(*pairs[2:]), sha256, **named)
 
@@ -147,7 +144,7 @@ class IdxImages(ImageSource):
         entries = [entry.split() for entry in attributes.get("source_sha256", "").split(", ")]
         if self.sha256:
             return tuple(entry[-1] for entry in entries if entry) == self.sha256
-        return all(entry and entry[0].endswith((".gz", ".zip")) for entry in entries)
+        return all(entry and entry[0].endswith(".gz") for entry in entries)
 
     def _verify(self, number: int, path: Path, found: str) -> None:
         file = self.forms[-1][number]
@@ -160,7 +157,7 @@ class IdxImages(ImageSource):
             raise self.unverifiable(path, "the .gz files", file.names[0])
 
     def _split(
-        self, images: tuple[str, IdxArray], labels: tuple[str, IdxArray]
+        self, images: tuple[Path, IdxArray], labels: tuple[Path, IdxArray]
     ) -> tuple[Tensor, Tensor]:
         """Return images uint8 (N, 1, 28, 28) and labels int64 (N,), checked."""
         pixels, classes = images[1].values, labels[1].values
@@ -172,11 +169,10 @@ class IdxImages(ImageSource):
             )
         found = torch.from_numpy(classes[:, 0] if self.columns else classes).long() - self.first
         last = (len(self.characters) or _CLASSES) - 1
-        for wrong in found[(found < 0) | (found > last)].tolist()[:1]:
-            raise ValueError(
-                f"{labels[0]}: label {wrong + self.first} is not one of "
-                f"{self.first}..{last + self.first}"
-            )
+        wrong = found[(found < 0) | (found > last)] + self.first
+        if len(wrong):
+            span = f"{self.first}..{last + self.first}"
+            raise ValueError(f"{labels[0]}: label {wrong[0]} is not one of {span}")
         if self.transposed:
             pixels = np.ascontiguousarray(pixels.swapaxes(1, 2))
         return torch.from_numpy(pixels).unsqueeze(1), found

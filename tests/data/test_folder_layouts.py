@@ -88,7 +88,7 @@ def test_a_share_of_train_is_held_out_by_seed_and_recorded(tmp_path):
         if path.name != "0.png":
             path.unlink()
     text = refusal(folder(root, test_share=0.1), root / "train/dog")
-    assert text == "has one image, of which none can be held out"
+    assert text == "has one image, and none to hold out: add some"
 
 
 def tiny_imagenet(root):
@@ -128,13 +128,24 @@ def test_annotations_that_do_not_fit_are_refused_in_one_line(tmp_path):
     text = place.read_text()
     first = root / "val/images/cat_0.png"
     for change, at, message in [
-        (text.replace("cat_0.png", "other.png"), first, f"has no class, in {place}: remove it"),
-        (text.replace("\tcat\t", "\tape\t"), first, "has class ape, which train does not have, in"),
+        (
+            text.replace("cat_0.png", "other.png"),
+            first,
+            f"{place} has no line for it: correct that",
+        ),
+        (text.replace("\tcat\t", "\tape\t"), first, f"{place} has class ape for it, which train"),
         (text + "more.png\tcat\t0\n", place, f"more.png is not in {root / 'val/images'}: add it"),
-        ("", first, f"has no class, in {place}: remove it"),
+        ("", first, f"{place} has no line for it"),
     ]:
         place.write_text(change)
         assert refusal(folder(root), at).startswith(message), message
+    # Another class of an image, where neither names nor their order change, makes another store.
+    place.write_text(text)
+    before = loaded(root)[2]
+    place.write_text(text.replace("cat_4.png\tcat", "cat_4.png\tdog"))
+    after = loaded(root)[2]
+    assert before[0] == after[0]
+    assert (before[1][VAL - 1], after[1][VAL - 1]) == (0, 1)
 
 
 def test_nested_folders_and_stray_files_are_no_obstacle(tmp_path):
