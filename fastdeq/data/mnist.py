@@ -180,6 +180,8 @@ class IdxImages(ImageSource):
 
 def _spellings(name: str) -> tuple[str, ...]:
     """Return the names that a file goes by: compressed or not, with "-" or "." before "idx"."""
+    if not name.endswith(".gz"):
+        return (name,)
     stem = name.removesuffix(".gz")
     return tuple(stem.replace("-idx", f"{dot}idx") + end for end in (".gz", "") for dot in "-.")
 

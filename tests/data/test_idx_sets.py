@@ -22,7 +22,7 @@ from fastdeq.data import (
 )
 from fastdeq.data.mnist import EMNIST, KMNIST, QMNIST
 from tests.commands import SHORT, CommandLine, a_run
-from tests.data.idx_files import TEST, TRAIN, idx, published, samples, write_files, zipped
+from tests.data.idx_files import TEST, TRAIN, idx, mirror, published, samples, write_files, zipped
 
 SPLITS = {"balanced": 47, "byclass": 62, "bymerge": 47, "digits": 10, "letters": 26, "mnist": 10}
 STEMS = ("train-images-idx3", "train-labels-idx1", "test-images-idx3", "test-labels-idx1")
@@ -176,6 +176,21 @@ def test_the_names_of_emnists_classes_are_those_of_its_mapping(tmp_path):
     ]:
         characters = emnist(tmp_path, split).chosen().characters  # type: ignore[attr-defined]
         assert {label: characters[label] for label in names} == names, split
+
+
+def test_emnist_is_downloaded_once_for_all_splits(monkeypatch, tmp_path):
+    content = archived("letters", "digits")
+    official = (replace(EMNIST.files[0], md5=hashlib.md5(content).hexdigest()),)
+    root = tmp_path / "root"
+    root.mkdir()
+    assert refusal(emnist(root, "digits"), root).startswith("gzip.zip of EMNIST is not there: ")
+    with mirror({"gzip.zip": content}) as (address, requested):
+        source = replace(EMNIST, files=official, mirrors=(address,))
+        monkeypatch.setattr(EmnistDataModule, "source", source)
+        for split in ("letters", "digits"):
+            assert len(emnist(root, split, download=True).load()[0]) == 70
+    assert requested == ["gzip.zip"]
+    assert (root / "emnist" / "gzip.zip").is_file()
 
 
 def test_one_pixel_of_emnist_is_where_it_belongs(tmp_path):
