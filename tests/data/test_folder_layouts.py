@@ -148,7 +148,7 @@ def test_annotations_that_do_not_fit_are_refused_in_one_line(tmp_path):
     assert (before[1][VAL - 1], after[1][VAL - 1]) == (0, 1)
 
 
-def test_nested_folders_and_stray_files_are_no_obstacle(tmp_path):
+def test_nested_folders_are_read_and_stray_files_skipped(tmp_path):
     contents = {**images(), "train/dog/a/b/0.png": png(noise(1)), "train/dog/a.png": png(noise(2))}
     stray = ("train/Thumbs.db", "train/cat/Thumbs.db", "train/cat/.DS_Store", "val/eel/desktop.ini")
     notes = ("train/cat/labels.csv", "__MACOSX/train/cat/._0.png", "train/__MACOSX/cat/._0.png")
