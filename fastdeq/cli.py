@@ -8,7 +8,9 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 from fastdeq import __version__
@@ -33,7 +35,7 @@ COMMANDS = {
     "jobs": ("fastdeq.cluster.command", "submit a sweep to Slurm, and follow its jobs"),
     "bench": (
         "fastdeq.bench.command",
-        "compare solvers, adjoints and precisions on a training step",
+        "compare solvers, adjoints and precisions on one step",
     ),
 }
 """Where each subcommand's `main` is, and what it does."""
@@ -75,6 +77,11 @@ def dispatch(arguments: Sequence[str]) -> int:
     two = " ".join(arguments[:2])
     name = two if two in COMMANDS else arguments[0]
     rest = arguments[len(name.split(" ")) :]
+    if name != two and not Path(arguments[1]).exists():
+        of_two = [each for each in COMMANDS if " " in each]
+        if similar := get_close_matches(two, of_two, n=1, cutoff=0.9):
+            print(f"error: unknown command {two!r}: did you mean {similar[0]}?", file=sys.stderr)
+            return 2
     if name not in COMMANDS:
         return exit_status(lambda: bool(parser().parse_args([name])))
     try:
@@ -113,7 +120,9 @@ def parser() -> Parser:
         f"  {command} COMMAND --help",
     )
     made.add_argument("--version", action="version", version=f"fastdeq {__version__}")
-    commands = made.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    # argparse leaves room for the metavar, but not for the indentation of the names below it.
+    metavar = "COMMAND".ljust(max(map(len, COMMANDS)) + 2)
+    commands = made.add_subparsers(dest="command", metavar=metavar, title="commands")
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     return made

@@ -59,6 +59,7 @@ def test_a_wrong_word_names_the_nearest_right_one(capsys: pytest.CaptureFixture[
         ("tarin", "unknown command 'tarin': did you mean train?"),
         ("--verison", "unknown option '--verison': did you mean --version?"),
         ("report outputs --fromat csv", "unknown option '--fromat': did you mean --format?"),
+        ("report plot outputs", "unknown command 'report plot': did you mean report plots?"),
         ("data mnits", "unknown data set 'mnits': did you mean mnist?"),
         ("bench --secnds 3", "unknown option '--secnds': did you mean --seconds?"),
     ):
