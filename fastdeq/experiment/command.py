@@ -98,10 +98,8 @@ def job(cfg: DictConfig) -> float:
                 check_written()
                 return points[-1].metrics["loss"]
             return read_score(run(cfg))
-        except Interrupted:
-            print(
-                "the same command resumes it, where it names the run folder (paths.run)", flush=True
-            )
+        except Interrupted as pause:
+            print(f"the same command resumes it, with paths.run={pause.folder}", flush=True)
             _end(RESUMABLE)
         except Exception as error:
             fail(error, debug=cfg.get("debug") is True)

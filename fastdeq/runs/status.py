@@ -17,7 +17,9 @@ CREATED, RUNNING, INTERRUPTED, FAILED, DONE = "created", "running", "interrupted
 
 
 class Interrupted(Exception):
-    """The run was stopped before its end, after it saved its state."""
+    """The run was stopped before its end, after it saved its state in `folder`."""
+
+    folder: Path | None = None
 
 
 @contextmanager
@@ -38,6 +40,7 @@ def recorded(folder: Path, identity: str, explain: Callable[[Exception], str]) -
         yield
     except Interrupted as pause:
         _write(folder, common, INTERRUPTED, str(pause))
+        pause.folder = folder
         raise
     except BaseException as error:
         text = explain(error) if isinstance(error, Exception) else type(error).__name__

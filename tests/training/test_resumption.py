@@ -252,7 +252,7 @@ def test_two_processes_stop_together_and_resume_together(command: CommandLine) -
     for steps in (2, 4):
         stopped = command(*short, "paths.run=pieces", AT_ONCE)
         assert stopped.status == RESUMABLE, stopped.err
-        assert "the same command resumes" in stopped.out
+        assert "the same command resumes it, with paths.run=pieces\n" in stopped.out
         state = torch.load(command.folder / "pieces" / RESUME, weights_only=True)
         assert state["global_step"] == steps
         first, second = (each["random"]["torch"] for each in state["fastdeq"]["ranks"])
