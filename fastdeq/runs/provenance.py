@@ -2,14 +2,14 @@
 
 import platform
 import resource
-import subprocess
 import sys
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastdeq.runs.checkout import commit, is_dirty
 
 _PACKAGES = ("torch", "pytorch-lightning", "hydra-core", "torchmetrics", "numpy", "h5py")
 
@@ -27,7 +27,7 @@ def provenance(device: torch.device, command: str, release: str) -> dict[str, An
             **{package: _version(package) for package in _PACKAGES},
         },
         "commit": commit(),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": is_dirty(),
         "command": command,
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
@@ -46,23 +46,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def commit() -> str | None:
-    """The commit that the package's own checkout is at."""
-    return _git("rev-parse", "HEAD")
-
-
-def _git(*arguments: str) -> str | None:
-    """The output of git for the package's own checkout; None outside a checkout or without git."""
-    try:
-        answer = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()

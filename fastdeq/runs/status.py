@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fastdeq.runs.checkout import commit
 from fastdeq.runs.files import write_json
 from fastdeq.runs.folder import STATUS
-from fastdeq.runs.provenance import commit
 
 CREATED, RUNNING, INTERRUPTED, FAILED, DONE = "created", "running", "interrupted", "failed", "done"
 
