@@ -34,8 +34,12 @@ def run_compiled(
     _ignore_looks_at_gradients()
     if device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
+    known = _compiled.cache_info().misses
+    compiled = _compiled(function, settings, device.type, BACKEND)
+    if _compiled.cache_info().misses != known:
+        _log.warning("compiling a solve: seconds, or minutes where f has many operations ...")
     try:
-        output = _compiled(function, settings, device.type, BACKEND)(*args)
+        output = compiled(*args)
     except dynamo.exc.TorchDynamoException as error:
         raise RuntimeError(
             f"compile=True: torch.compile reports '{_first_line(error)}': remove from f what it "

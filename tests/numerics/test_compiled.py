@@ -179,6 +179,16 @@ def test_another_number_of_steps_is_not_compiled_again_and_another_shape_is():
     assert counts[0] == counts[1] == counts[2] < counts[3] == counts[4]
 
 
+def test_the_first_call_announces_that_it_compiles_and_reports_the_time(caplog):
+    solver, start = Picard(compile=True), torch.zeros(BATCH, SIZE)
+    with caplog.at_level("WARNING", logger="fastdeq"), torch.no_grad():
+        for _ in range(2):
+            solve(solver, f, start)
+    begin, end = (record.getMessage() for record in caplog.records)
+    assert begin.startswith("compiling a solve")
+    assert end.startswith("compiled a solve in ")
+
+
 def test_the_layers_option_sets_both_solvers_and_keeps_a_given_chunk():
     layer = DeepEquilibriumNetwork(
         Cell("plain"), solver=Picard(check_every=3), adjoint=Implicit(), compile=True
