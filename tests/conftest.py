@@ -16,6 +16,7 @@ import torch
 
 from tests.commands import CommandLine
 from tests.data.image_folders import write_images
+from tests.processes import start_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,7 @@ def command(
     for name in ("FASTDEQ_DATA", "FASTDEQ_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("fastdeq.experiment.launch.spawn", start_ranks)
     (tmp_path / "here").mkdir()
     return CommandLine(tmp_path / "here", capsys, monkeypatch)
 

@@ -1,12 +1,11 @@
 """Processes of the tests' own: started quickly, killed in the middle of their work."""
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["fastdeq.data"])  # imported once for all of them
+from tests.processes import PROCESSES
+
 PATIENCE = 60  # seconds until a process that hangs fails its test
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdeq import (
@@ -24,6 +23,7 @@ from fastdeq.krylov import GMRES
 from fastdeq.nn import VariationalDropout, weight_norm
 from fastdeq.regularizers import skip_loss
 from fastdeq.solvers import Anderson, LimitedMemoryBroydenSolver
+from tests.processes import start_ranks
 
 WORLD, HALF, WIDTH = 2, 4, 5
 
@@ -124,7 +124,7 @@ def worker(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What the two processes found, for all kinds: starting them is what takes the time."""
     folder: Path = tmp_path_factory.mktemp("ddp")
-    spawn(worker, args=(str(folder),), nprocs=WORLD)
+    start_ranks(worker, args=(str(folder),), nprocs=WORLD)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -4,15 +4,15 @@ Real processes are in test_survival.py; here the handlers are called in this one
 """
 
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 
 import pytest
 
 from fastdeq.experiment import signals
 from fastdeq.experiment.signals import REPEATED, STOP_SIGNALS, listening, received
 from tests.commands import default_signals
+from tests.processes import PROCESSES
 
 pytestmark = pytest.mark.slow
 
@@ -70,24 +70,24 @@ def test_a_process_with_a_parent_that_ends_it_is_patient() -> None:
         assert received() == "SIGTERM"
 
 
+def raise_in_turn(numbers: list[signal.Signals], here: Connection) -> None:
+    default_signals()
+    with listening():
+        for number in numbers:
+            here.send(number)
+            signal.raise_signal(number)
+    here.send("still here")
+
+
 @pytest.mark.parametrize("last", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_second_signal_ends_the_process_at_once_by_its_own_effect(last: signal.Signals) -> None:
-    code = (
-        "import signal\n"
-        "from fastdeq.experiment.signals import listening\n"
-        "with listening():\n"
-        f"    for number in ({int(signal.SIGHUP)}, {int(signal.SIGTERM)}, {int(last)}):\n"
-        "        print(number, flush=True)\n"
-        "        signal.raise_signal(number)\n"
-        "    print('still here')\n"
-    )
-    answer = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=default_signals,
-    )
-    printed = [str(int(number)) for number in (signal.SIGHUP, signal.SIGTERM, last)]
-    assert answer.stdout.split() == printed
-    assert answer.returncode == -last
+    numbers = [signal.SIGHUP, signal.SIGTERM, last]
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=raise_in_turn, args=(numbers, theirs))
+    process.start()
+    theirs.close()
+    process.join()
+    assert process.exitcode == -last
+    assert [ours.recv() for _ in numbers] == numbers
+    with pytest.raises(EOFError):
+        ours.recv()

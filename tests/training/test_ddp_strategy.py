@@ -11,11 +11,11 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from fastdeq.data import Batch
 from fastdeq.experiment.launch import free_port, leave
 from fastdeq.training import Failures, PayloadDDPStrategy, Resumption, payload_strategy
+from tests.processes import start_ranks
 from tests.training.failing import NAN, task_of
 from tests.training.tasks import make_trainer, samples, trained
 
@@ -116,7 +116,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What the two processes have seen in all cases."""
     folder = tmp_path_factory.mktemp("payload")
-    spawn(worker, args=(free_port(), str(folder)), nprocs=WORLD)
+    start_ranks(worker, args=(free_port(), str(folder)), nprocs=WORLD)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
