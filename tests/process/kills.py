@@ -35,29 +35,36 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
     given = parser.parse_args()
-    whole = given.folder / "whole"
+    found = check(given.folder, given.kills, given.seed)
+    print(json.dumps({"kills": sum(found), "runs": len(found), "kills of each": found}))
+    return 0
+
+
+def check(parent: Path, kills: int, seed: int) -> list[int]:
+    """Kill runs so many times in all, which must end as `whole`, the run that is not killed; how
+    often each was.
+
+    Raises: SystemExit if a run fails; AssertionError if it differs from `whole`.
+    """
+    whole = parent / "whole"
     begin = time.monotonic()
-    ended = wait(start(whole), LIMIT)
+    if (ended := wait(start(whole), LIMIT)) != 0:
+        sys.exit(f"the run that nobody killed ended with {ended}")
     seconds = time.monotonic() - begin
-    if ended != 0:
-        print(f"the run that nobody killed ended with {ended}", file=sys.stderr)
-        return 1
-    moments = random.Random(given.seed)
-    killed, restarts, runs = 0, [], 0
-    while killed < given.kills:
-        folder = given.folder / f"killed{runs}"
-        count = 0
+    moments = random.Random(seed)
+    restarts: list[int] = []
+    while sum(restarts) < kills:
+        folder, count = parent / f"killed{len(restarts)}", 0
         # In the later part of a run there is something to lose; a third of it lets it get there.
-        while killed < given.kills and kill(start(folder), moments.uniform(0, 0.6) * seconds):
-            killed, count = killed + 1, count + 1
+        while sum(restarts) + count < kills and kill(
+            start(folder), moments.uniform(0, 0.6) * seconds
+        ):
+            count += 1
         if (ended := wait(start(folder), LIMIT)) != 0:
-            print(f"{folder.name} ended with {ended} after {count} kills", file=sys.stderr)
-            return 1
+            sys.exit(f"{folder.name} ended with {ended} after {count} kills")
         assert_same(whole, folder)
         restarts.append(count)
-        runs += 1
-    print(json.dumps({"kills": killed, "runs": runs, "kills of each": restarts}))
-    return 0
+    return restarts
 
 
 def start(folder: Path) -> int:

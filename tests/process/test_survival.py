@@ -2,12 +2,9 @@
 
 import json
 import os
-import pty
 import re
 import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,9 +17,11 @@ import torch.distributed as dist
 from fastdeq.experiment.sweep import RESUMABLE
 from fastdeq.runs.files import is_sealed
 from fastdeq.runs.folder import RESUME
-from tests.commands import ROOT, CommandLine, default_signals
+from tests.commands import ROOT, CommandLine
 from tests.comparisons import assert_same
-from tests.processes import children
+from tests.process import kills
+from tests.process.started import LIMIT, TRAIN, at_a_terminal, train, until
+from tests.processes import PROCESSES, children
 
 pytestmark = pytest.mark.slow
 
@@ -31,27 +30,6 @@ LONG = (
     *("trainer.limit_test_batches=1", "callbacks.resumption.minutes=null"),
 )
 """Hours, if nobody stops it."""
-LIMIT = 120.0  # seconds for anything that happens at once on an idle machine
-
-
-def until(condition: Callable[[], Any], limit: float = LIMIT) -> Any:
-    """What the condition gives, once it gives something."""
-    end = time.monotonic() + limit
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-    return found
-
-
-def train(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "paths.run=run", *overrides],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=default_signals,
-    )
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -66,18 +44,10 @@ def trains(folder: Path) -> bool:
 
 
 def test_a_run_that_is_killed_again_and_again_equals_the_run_that_was_not(tmp_path: Path) -> None:
-    answer = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.process.kills", "--kills", "10", "--seed", "0"),
-            *("--folder", str(tmp_path)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert json.loads(answer.stdout.splitlines()[-1])["kills"] == 10
+    process = PROCESSES.Process(target=kills.check, args=(tmp_path, 8, 0))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
@@ -85,10 +55,10 @@ def test_a_signal_stops_the_run_after_its_step_and_it_resumes(
     command: CommandLine, number: signal.Signals
 ) -> None:
     process, folder = train(command.folder, *LONG), command.folder / "run"
-    until(lambda: trains(folder) or process.poll() is not None)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == RESUMABLE, err
+    until(lambda: trains(folder) or process.ended())
+    os.kill(process.pid, number)
+    ended, (out, err) = process.status(), process.printed()
+    assert ended == RESUMABLE, err
     assert f"as {number.name} says" in out
     assert "the same command resumes" in out
     assert err == ""
@@ -102,29 +72,18 @@ def test_a_signal_stops_the_run_after_its_step_and_it_resumes(
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("to", ["the parent", "everyone"])
-def test_a_signal_stops_all_processes(tmp_path: Path, to: str) -> None:
-    # A cluster or systemd sends it to all of them, and the parent passes it on as well.
+def test_a_signal_to_all_processes_stops_them(tmp_path: Path) -> None:
+    # A cluster or systemd sends it to all of them, and the parent passes it on as well. Below, a
+    # terminal sends it to the parent alone.
     process = train(tmp_path, *LONG, "trainer=ddp_cpu", "trainer.devices=2")
-    until(lambda: trains(tmp_path / "run") or process.poll() is not None)
-    for pid in [process.pid, *(children(process.pid) if to == "everyone" else [])]:
+    until(lambda: trains(tmp_path / "run") or process.ended())
+    for pid in [process.pid, *children(process.pid)]:
         os.kill(pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == RESUMABLE, err
+    ended, (out, err) = process.status(), process.printed()
+    assert ended == RESUMABLE, err
     assert "as SIGTERM says" in out
     assert is_sealed(tmp_path / "run" / RESUME)
     assert status(tmp_path / "run")["status"] == "interrupted"
-
-
-def at_a_terminal(folder: Path, *overrides: str) -> tuple[int, int]:
-    """The command as the foreground of a terminal of its own: its process, and our end."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(folder)
-        default_signals()
-        words = [sys.executable, str(ROOT / "train.py"), "paths.run=run", *overrides]
-        os.execv(sys.executable, words)
-    return pid, terminal
 
 
 def read_until_closed(terminal: int) -> str:
@@ -158,15 +117,11 @@ def drained(terminal: int, condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_once_saves_and_ends(tmp_path: Path, ranks: int) -> None:
     # To several processes of a terminal it goes at once, and yet it must count as one signal.
-    if ranks > 1 and not dist.is_available():
-        pytest.skip("torch without distributed")
-    several = ("trainer=ddp_cpu", f"trainer.devices={ranks}") if ranks > 1 else ()
-    pid, terminal = at_a_terminal(tmp_path, *LONG, *several)
+    process, terminal = at_a_terminal(tmp_path, TRAIN, "paths.run=run", *LONG, *several(ranks))
     drained(terminal, lambda: trains(tmp_path / "run"))
     os.write(terminal, b"\x03")
     printed = read_until_closed(terminal)
-    _, ended = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(ended) == RESUMABLE, printed
+    assert process.status() == RESUMABLE, printed
     assert "the same command resumes" in printed
     assert "Traceback" not in printed
     assert is_sealed(tmp_path / "run" / RESUME)
@@ -177,54 +132,55 @@ def test_a_terminal_that_closes_stops_the_run_with_its_state_saved(
     tmp_path: Path, ranks: int
 ) -> None:
     # Lightning issue 1455. The kernel sends SIGHUP, and every print fails from then on (EIO).
-    if ranks > 1 and not dist.is_available():
-        pytest.skip("torch without distributed")
-    several = ("trainer=ddp_cpu", f"trainer.devices={ranks}") if ranks > 1 else ()
-    pid, terminal = at_a_terminal(tmp_path, *LONG, *several)
+    process, terminal = at_a_terminal(tmp_path, TRAIN, "paths.run=run", *LONG, *several(ranks))
     drained(terminal, lambda: trains(tmp_path / "run"))
     os.close(terminal)
-    _, ended = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(ended) == RESUMABLE
+    assert process.status() == RESUMABLE
     assert status(tmp_path / "run")["status"] == "interrupted"
     assert is_sealed(tmp_path / "run" / RESUME)
     assert "as SIGHUP says" in read(tmp_path / "run" / "train.log")
 
 
+def several(ranks: int) -> tuple[str, ...]:
+    if ranks > 1 and not dist.is_available():
+        pytest.skip("torch without distributed")
+    return ("trainer=ddp_cpu", f"trainer.devices={ranks}") if ranks > 1 else ()
+
+
 def test_ctrl_c_on_the_tool_for_a_row_stops_its_run_once(tmp_path: Path) -> None:
-    tool = str(ROOT / "tools" / "published_row.py")
     given = ("skip_mdeq", "--experiment", "mnist_mdeq", "--outputs", "rows", *LONG[1:])
     small = ("data=digits", "arch=digits_conv", "solver.max_steps=3")
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(tmp_path)
-        default_signals()
-        os.execv(
-            sys.executable, [sys.executable, tool, *given, *small, "trainer.limit_train_batches=3"]
-        )
+    process, terminal = at_a_terminal(
+        tmp_path,
+        ROOT / "tools" / "published_row.py",
+        *given,
+        *small,
+        "trainer.limit_train_batches=3",
+    )
     run = tmp_path / "rows" / "mnist_mdeq" / "skip_mdeq_lbroyden_seed1"
     drained(terminal, lambda: trains(run))
     os.write(terminal, b"\x03")
     printed = read_until_closed(terminal)
-    _, ended = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(ended) == RESUMABLE, printed
+    assert process.status() == RESUMABLE, printed
     assert is_sealed(run / RESUME)
 
 
 def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:
     # One step takes many seconds: the first signal has not ended the run when the second comes.
     slow = ("model=deq", "trainer.accelerator=cpu", "solver=picard", "solver.tol=1e-30")
-    pid, terminal = at_a_terminal(tmp_path, *slow, "solver.max_steps=20000", "data.batch_size=1437")
+    process, terminal = at_a_terminal(
+        *(tmp_path, TRAIN, "paths.run=run", *slow, "solver.max_steps=20000"), "data.batch_size=1437"
+    )
     drained(terminal, lambda: "residual" in read(tmp_path / "run" / "train.log"))
 
-    def pressed() -> tuple[int, int] | None:
+    def pressed() -> bool:
         # Nothing can be seen of the first one: until the second one is taken, it is pressed again.
         with suppress(OSError):  # at its end
             os.write(terminal, b"\x03")
-        found = os.waitpid(pid, os.WNOHANG)
-        return found if found[0] else None
+        return process.ended()
 
-    _, ended = until(pressed)
-    assert os.waitstatus_to_exitcode(ended) == -signal.SIGINT
+    until(pressed)
+    assert process.status() == -signal.SIGINT
     # Nobody was there to say so, but the lock is open.
     assert status(tmp_path / "run")["status"] == "running"
     assert not (tmp_path / "run" / RESUME).exists()
@@ -239,8 +195,8 @@ def test_two_identical_commands_started_at_the_same_moment_make_one_run(
 ) -> None:
     settings = ("model=deq", "trainer.accelerator=cpu", "trainer.max_epochs=3")
     both = [train(command.folder, *settings) for _ in range(2)]
-    ends = [process.communicate(timeout=LIMIT) for process in both]
-    statuses = [process.returncode for process in both]
+    statuses = [process.status() for process in both]
+    ends = [process.printed() for process in both]
     # The other one has found it in use, or, if it was late, done.
     assert 0 in statuses
     for code, (out, err) in zip(statuses, ends, strict=True):
@@ -257,12 +213,12 @@ def test_two_identical_commands_started_at_the_same_moment_make_one_run(
 def test_a_run_whose_process_was_killed_is_taken_over(command: CommandLine) -> None:
     folder, mine = command.folder / "run", (*LONG, "paths.run=run")
     process = train(command.folder, *LONG, "callbacks.resumption.steps=5")
-    until(lambda: is_sealed(folder / RESUME) or process.poll() is not None)
+    until(lambda: is_sealed(folder / RESUME) or process.ended())
     busy = command(*mine)
     assert busy.status == 1
     assert f"another process ({process.pid} on " in busy.err
-    process.kill()
-    process.communicate(timeout=LIMIT)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.status() == -signal.SIGKILL
     assert status(folder)["status"] == "running"  # nobody was left to say otherwise
     taken = command(*mine, "stop_after=1e-9")
     assert taken.status == RESUMABLE, taken.err
