@@ -1,8 +1,11 @@
 """A run that is interrupted and resumed equals the run that was not."""
 
-import subprocess
+import runpy
+import shutil
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from fastdeq import experiment
 from fastdeq.experiment.sweep import RESUMABLE
+from fastdeq.report.command import main
 from fastdeq.runs.files import is_sealed, seal_of
 from fastdeq.runs.folder import BEFORE, RESUME
 from fastdeq.runs.lock import run_lock
@@ -18,6 +22,7 @@ from fastdeq.training import TrainingFailed
 from tests.commands import ROOT, CommandLine
 from tests.comparisons import assert_same, failure_lines, kept_step, summary
 from tests.configurations import composed
+from tests.damage import cut, empty, flip
 from tests.runs import AT_ONCE, SHORT, run, run_in_pieces
 
 pytestmark = pytest.mark.slow
@@ -49,6 +54,28 @@ NETWORKS = {
         *("model=skip_reg_deq", "trainer.check_val_every_n_epoch=2", "logger=tensorboard"),
     ),
 }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has interrupted."""
+    return run(tmp_path_factory.mktemp("whole") / "run", "model=deq")
+
+
+@pytest.fixture(scope="module")
+def stopped_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with its states of two steps."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            run(folder, "model=deq", AT_ONCE)
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_twice: Path, tmp_path: Path) -> Path:
+    """A copy to be changed."""
+    return shutil.copytree(stopped_twice, tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -95,23 +122,14 @@ def test_a_row_of_failing_steps_continues_where_it_was(tmp_path: Path, on_failur
     assert kept_step(tmp_path / "whole") == kept_step(tmp_path / "pieces")
 
 
-def test_saving_often_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", *NETWORKS["dense"])
-    often = run(tmp_path / "often", *NETWORKS["dense"], "callbacks.resumption.steps=1")
+def test_saving_often_changes_nothing_and_leaves_nothing(whole: Path, tmp_path: Path) -> None:
+    often = run(tmp_path / "often", "model=deq", "callbacks.resumption.steps=1")
     assert_same(whole, often)
     assert not list(often.glob("resume*"))
     for name in ("last.ckpt", "best.ckpt"):
         assert is_sealed(often / name)
-
-
-def test_a_state_that_is_due_leaves_the_other_checkpoints_as_they_are(tmp_path: Path) -> None:
-    """Their loops are where they were saved, at the end of an epoch."""
-    never, always = (
-        run(tmp_path / name, "model=deq", f"callbacks.resumption.steps={steps}")
-        for name, steps in (("never", "null"), ("always", "1"))
-    )
-    for name in ("last.ckpt", "best.ckpt"):
-        one, other = (torch.load(folder / name, weights_only=True) for folder in (never, always))
+        # The loops are where they were saved, at the end of an epoch.
+        one, other = (torch.load(folder / name, weights_only=True) for folder in (whole, often))
         assert one["loops"] == other["loops"], name
 
 
@@ -130,24 +148,9 @@ def test_the_state_is_saved_every_so_many_steps_and_the_one_before_is_kept(tmp_p
     assert is_sealed(folder / BEFORE)
 
 
-def test_saving_by_minutes_does_not_change_the_run(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", "model=deq")
+def test_saving_by_minutes_does_not_change_the_run(whole: Path, tmp_path: Path) -> None:
     saved_often = run(tmp_path / "saved_often", "model=deq", "callbacks.resumption.minutes=1e-9")
     assert_same(whole, saved_often)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 def unseal(path: Path) -> None:
@@ -155,36 +158,28 @@ def unseal(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, empty, unseal, Path.unlink])
-def test_a_damaged_state_is_skipped_for_the_one_before(tmp_path: Path, damage: Any) -> None:
-    whole = run(tmp_path / "whole", "model=deq")
-    folder = tmp_path / "run"
-    for _ in range(2):
-        with pytest.raises(Interrupted):
-            run(folder, "model=deq", AT_ONCE)
-    damage(folder / RESUME)
-    run_in_pieces(folder, "model=deq")
-    assert_same(whole, folder)
+def test_a_damaged_state_is_skipped_for_the_one_before(
+    whole: Path, stopped: Path, damage: Any
+) -> None:
+    damage(stopped / RESUME)
+    run(stopped, "model=deq")
+    assert_same(whole, stopped)
 
 
 def test_with_no_state_that_is_whole_the_run_begins_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = run(tmp_path / "whole", "model=deq")
-    folder = tmp_path / "run"
-    for _ in range(2):
-        with pytest.raises(Interrupted):
-            run(folder, "model=deq", AT_ONCE)
     for name in (RESUME, BEFORE):
-        flip(folder / name)
-    run(folder, "model=deq")
+        flip(stopped / name)
+    run(stopped, "model=deq")
     assert capsys.readouterr().out.count("is damaged: resuming from the beginning") == 2
-    assert_same(whole, folder)
+    assert_same(whole, stopped)
 
 
 def test_a_finished_run_is_not_run_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run(tmp_path / "run", "model=deq")
+    folder = shutil.copytree(whole, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
     capsys.readouterr()
     assert run(folder, "model=deq") == folder
@@ -202,40 +197,31 @@ def test_a_finished_run_is_not_run_again(
         ("trainer.max_epochs=4", "trainer.max_epochs=3"),
     ],
 )
-def test_a_folder_with_other_settings_is_refused(tmp_path: Path, changed: str, named: str) -> None:
-    folder = tmp_path / "run"
-    with pytest.raises(Interrupted):
-        run(folder, "model=deq", AT_ONCE)
+def test_a_folder_with_other_settings_is_refused(stopped: Path, changed: str, named: str) -> None:
     with pytest.raises(FileExistsError, match=r"resume with the settings of that run") as caught:
-        run(folder, "model=deq", changed)
+        run(stopped, "model=deq", changed)
     assert named in str(caught.value)
 
 
-def test_a_folder_may_be_refused_whatever_is_in_it(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with pytest.raises(Interrupted):
-        run(folder, "model=deq", AT_ONCE)
+def test_a_folder_may_be_refused_whatever_is_in_it(stopped: Path) -> None:
     with pytest.raises(FileExistsError, match="exists: give another name"):
-        run(folder, "model=deq", "resume=never")
+        run(stopped, "model=deq", "resume=never")
 
 
-def test_a_folder_that_another_process_holds_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with pytest.raises(Interrupted):
-        run(folder, "model=deq", AT_ONCE)
-    with run_lock(folder), pytest.raises(BlockingIOError, match="in use"):
-        run(folder, "model=deq")
-    run(folder, "model=deq")  # free again
+def test_a_folder_that_another_process_holds_is_refused(stopped: Path) -> None:
+    with run_lock(stopped), pytest.raises(BlockingIOError, match="in use"):
+        run(stopped, "model=deq")
+    with pytest.raises(Interrupted):  # free again
+        run(stopped, "model=deq", AT_ONCE)
 
 
-def test_the_weights_of_a_state_can_be_used_like_those_of_any_checkpoint(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with pytest.raises(Interrupted):
-        run(folder, "model=deq", AT_ONCE)
+def test_the_weights_of_a_state_can_be_used_like_those_of_any_checkpoint(
+    stopped: Path, tmp_path: Path
+) -> None:
     tested = experiment.run_config(
         composed(
             *SHORT,
-            *("mode=test", "model=deq", f"checkpoint={folder / RESUME}"),
+            *("mode=test", "model=deq", f"checkpoint={stopped / RESUME}"),
             f"paths.outputs={tmp_path}",
         )
     )
@@ -276,15 +262,36 @@ def test_the_command_says_that_it_resumes_and_its_status_too(command: CommandLin
     assert "Traceback" not in (command.folder / "mine" / "train.log").read_text()
 
 
-def test_a_row_of_a_table_is_made_by_calls_that_end_in_time(tmp_path: Path) -> None:
+def test_a_row_of_a_table_is_made_by_calls_that_end_in_time(
+    command: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tool's processes are in test_survival; here is what it starts, in this one."""
+    tool = ROOT / "tools" / "published_row.py"
     call = [
-        *(sys.executable, str(ROOT / "tools" / "published_row.py"), "skip_reg_mdeq", "vcab3"),
-        *("--experiment", "mnist_mdeq", "--minutes", "1e-9", "--outputs", str(tmp_path)),
+        *(str(tool), "skip_reg_mdeq", "vcab3"),
+        *("--experiment", "mnist_mdeq", "--minutes", "1e-9", "--outputs", "rows"),
         *("data=digits", "arch=digits_conv", "trainer.max_epochs=1", "trainer.accelerator=cpu"),
-        *("data.batch_size=720", "solver.max_steps=3"),
+        *("data.batch_size=720", "solver.max_steps=3", "trainer.limit_test_batches=1"),
     ]
-    answers = [subprocess.run(call, capture_output=True, text=True, check=False) for _ in range(2)]
-    assert [answer.returncode for answer in answers] == [75, 0], answers[-1].stderr
-    folder = tmp_path / "mnist_mdeq" / "skip_reg_mdeq_vcab3_seed1"
+
+    def train(words: list[str]) -> int:
+        assert words[:2] == [sys.executable, str(ROOT / "train.py")]
+        answer = command(*words[2:])
+        assert answer.status != 1, answer.err
+        return answer.status
+
+    def report(words: list[str]) -> CompletedProcess[str]:
+        assert words[:4] == [sys.executable, "-m", "fastdeq", "report"]
+        return CompletedProcess(words, main(words[4:]))
+
+    made = runpy.run_path(str(tool))["main"]
+    monkeypatch.setitem(made.__globals__, "run", train)
+    monkeypatch.setitem(made.__globals__, "subprocess", SimpleNamespace(run=report))
+    statuses = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", call)
+        statuses.append(made())
+    assert statuses == [RESUMABLE, 0]
+    folder = Path("rows") / "mnist_mdeq" / "skip_reg_mdeq_vcab3_seed1"
     assert summary(folder)["steps"] == 2
-    assert "| Skip Reg. DEQ | vcab3" in answers[-1].stdout
+    assert "| Skip Reg. DEQ | vcab3" in command.capture.readouterr().out
