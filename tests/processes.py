@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.multiprocessing import start_processes
-from torch.multiprocessing.spawn import ProcessContext
+from torch.multiprocessing.spawn import ProcessContext, start_processes
 
 PROCESSES = multiprocessing.get_context("forkserver")
 # Imported once for all of them.

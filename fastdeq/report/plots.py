@@ -201,8 +201,9 @@ def convergence(runs: Sequence[Record]) -> Plot | None:
             _band(axis, solve, kind, _colour(runs, run), alpha=0.2 if len(solves) < 4 else 0.07)
         axis.set(title=titles[kind], xlabel="solver step", yscale="log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if not solves:
-            axis.text(0.5, 0.5, "no backward solve", ha="center", transform=axis.transAxes)
+        if not axis.lines:
+            why = "no residual above 0" if solves else "no backward solve"
+            axis.text(0.5, 0.5, why, ha="center", transform=axis.transAxes)
     tols = {float(t) for run, _ in traced["forward"] if (t := _tol(run)) is not None}
     for tol in tols:
         axes[0].axhline(tol, color="0.5", linewidth=0.9, linestyle=DASHED)
@@ -278,7 +279,7 @@ def time(runs: Sequence[Record]) -> Plot | None:
             linewidth=0.5,
         )
         for place, (start, share) in enumerate(zip(starts, shares, strict=True)):
-            if share >= (5 if width == _WIDE else 9):
+            if share >= (5 if width == _WIDE else 15):
                 axis.text(
                     start + share / 2,
                     place,
@@ -291,7 +292,8 @@ def time(runs: Sequence[Record]) -> Plot | None:
                 )
         starts = [start + share for start, share in zip(starts, shares, strict=True)]
     axis.set_yticks(range(len(shown)), [_timed(run) for run in shown])
-    axis.set(xlim=(0, 100), title="training time, % of a step")
+    axis.set_xlim(0, 100)
+    axis.set_title("training time, % of a step", loc="right")  # long names leave a narrow axis
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
     plot.legend(loc="outside lower center", ncols=len(_PARTS) if width == _WIDE else 2)
@@ -426,6 +428,8 @@ def _band(axis: Axis, solve: SolveRecord, kind: str, colour: str, *, alpha: floa
     relative = residuals / np.where(scale > 0, scale, 1)
     relative = np.where(relative > 0, relative, np.nan)
     used = ~np.isnan(relative).all(axis=1)
+    if not used.any():  # the start is the equilibrium already, for every sample
+        return
     low, median, high = np.nanquantile(relative[used], (0.1, 0.5, 0.9), axis=1)
     steps = np.arange(len(relative))[used]
     axis.fill_between(steps, low, high, color=colour, alpha=alpha, linewidth=0)

@@ -27,7 +27,7 @@ from tests.data.image_folders import (
     ready,
     write_images,
 )
-from tests.data.processes import PROCESSES
+from tests.processes import PROCESSES
 
 pytestmark = pytest.mark.usefixtures("cache_aside")
 

@@ -28,7 +28,8 @@ from fastdeq.data.mnist import FASHION_MNIST
 from fastdeq.data.published import store_folder
 from fastdeq.runs import files
 from tests.data.idx_files import published, samples, small_mnist, tree, write_files
-from tests.data.processes import PATIENCE, PROCESSES, die, run_until_killed
+from tests.data.processes import PATIENCE, die, run_until_killed
+from tests.processes import PROCESSES
 
 BUILT = [".mnist.h5.lock", "mnist.h5"]  # what lies in the folder after any successful build
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastdeq import cli
-from fastdeq.report.records import MOST, read_records
+from fastdeq.report.records import MOST, read_record, read_records
 from fastdeq.runs.folder import recording_file
 from fastdeq.runs.recorded import BatchRecord, RecordedSolves, SolveRecord, write_recording
 from tests.experiment.run_folders import unfinished_run, write_run
@@ -27,9 +27,9 @@ def write_metrics(folder: Path, epochs: int = 3) -> None:
             table.writerow({"epoch": epoch, "step": 10 * epoch, **numbers})
 
 
-def write_solves(folder: Path) -> None:
+def write_solves(folder: Path, scale: float = 1.0) -> None:
     share = np.array([1e-3, 2e-3])
-    traced = np.array([[1.0, 2.0], [0.1, 0.0], [0.001, 0.0]])
+    traced = scale * np.array([[1.0, 2.0], [0.1, 0.0], [0.001, 0.0]])
     solve = SolveRecord(
         nfe=np.array([3, 9]),
         steps=np.array([2, 1]),
@@ -73,6 +73,15 @@ def test_a_run_is_drawn_as_png_and_pdf(tmp_path, monkeypatch, capsys):
     names = ("training", "nfe", "convergence", "spectral_radius", "time")
     assert written == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert all(name in answer.out for name in written)
+
+
+def test_a_start_that_is_the_equilibrium_already_is_drawn_as_that(tmp_path):
+    drawing = pytest.importorskip("fastdeq.report.plots", exc_type=ImportError)
+    write_solves(a_run(tmp_path / "run"), scale=0.0)
+    record, _ = read_record(tmp_path / "run")
+    plot = drawing.draw("convergence", [record])
+    for axis in plot.axes:
+        assert [text.get_text() for text in axis.texts][:1] == ["no residual above 0"]
 
 
 def test_what_is_missing_is_one_line_and_the_rest_is_drawn(tmp_path, monkeypatch, capsys):
