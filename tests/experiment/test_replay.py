@@ -164,11 +164,12 @@ def test_two_processes_skip_together_what_one_of_them_cannot_do(
         "callbacks.failures.on_failure=skip_step",
     )
     two = ("trainer=ddp_cpu", "trainer.devices=2", "model=skip_deq", KEEP, "paths.run=mine")
-    answer = command.process(*SHORT, *two, *bad)
+    answer = command(*SHORT, *two, *bad)
     assert answer.status == 0, answer.err
     folder = command.folder / "mine"
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
-    assert f"step 1: {seen}" in answer.out or f"step 1: the {seen}" in answer.out
+    log = (folder / "train.log").read_text()
+    assert f"step 1: {seen}" in log or f"step 1: the {seen}" in log
     failure = kept(folder)["failure"]
     assert [len(part["batch"][0]) for part in failure["ranks"]] == [180, 180]
     first, second = (part["batch"][0].isfinite().all() for part in failure["ranks"])
@@ -187,7 +188,7 @@ def test_the_parts_of_two_processes_give_the_gradient_that_they_had_together(
     command: CommandLine,
 ) -> None:
     two = (*SHORT, "model=skip_deq", *NEVER, "trainer=ddp_cpu", "trainer.devices=2", KEEP)
-    answer = command.process(*two, "paths.run=mine")
+    answer = command(*two, "paths.run=mine")
     assert answer.status == 0, answer.err
     folder = command.folder / "mine"
     found = replay(composed(*two, "mode=replay", f"from_run={folder}"))
@@ -200,12 +201,16 @@ def test_the_parts_of_two_processes_give_the_gradient_that_they_had_together(
 # Refusals
 
 
+@pytest.fixture(scope="module")
+def failed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with a failed step."""
+    return run(tmp_path_factory.mktemp("failed") / "run", "model=skip_deq", *NEVER)
+
+
 @pytest.fixture
-def failed(command: CommandLine, tmp_path: Path) -> Path:
-    """The folder of a run with a failed step, away from where the command works."""
-    folder = tmp_path / "failed"
-    assert command(*SHORT, "model=skip_deq", *NEVER, f"paths.run={folder}").status == 0
-    return folder
+def failed(failed_run: Path, tmp_path: Path) -> Path:
+    """A copy to be changed, away from where the command works."""
+    return shutil.copytree(failed_run, tmp_path / "failed")
 
 
 def test_a_replay_needs_a_failed_step(command: CommandLine, tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def test_a_step_exchanges_averaged_gradients_and_nothing_else(
     folder = run(
         *(command, "trainer=ddp_cpu", "model=skip_mdeq", "arch.normalization=batch"),
         *("arch.channels=[4,4]", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"),
+        *("solver.max_steps=5", "callbacks.failures.unconverged=null"),
         *(f"+trainer.strategy.bucket_cap_mb={megabytes}", "trainer.limit_train_batches=5"),
         f"callbacks.failures.on_failure={on_failure}",
         "+callbacks.exchanged._target_=tests.process.faults.Exchanged",
@@ -83,13 +84,13 @@ def test_a_step_exchanges_averaged_gradients_and_nothing_else(
             assert len(exchanged) > 2
 
 
-def test_three_jobs_of_two_processes_make_three_run_folders(command: CommandLine) -> None:
+def test_two_jobs_of_two_processes_make_two_run_folders(command: CommandLine) -> None:
     answer = command(
-        "-m", *RUN, "seed=1,2,3", "trainer=ddp_cpu", "trainer.devices=2", "logger=tensorboard"
+        "-m", *RUN, "seed=1,2", "trainer=ddp_cpu", "trainer.devices=2", "logger=tensorboard"
     )
     assert answer.status == 0, answer.err
     names = [path.parent for path in answer.files if path.name == "config.yaml"]
-    assert len(names) == len({content(folder)["seed"] for folder in names}) == 3
+    assert len(names) == len({content(folder)["seed"] for folder in names}) == 2
     outputs = command.folder / "outputs"
     assert sorted(path.name for path in outputs.iterdir()) == ["digits", "multirun"]
     assert len(list((outputs / "multirun").iterdir())) == 1
@@ -102,7 +103,7 @@ def test_three_jobs_of_two_processes_make_three_run_folders(command: CommandLine
 
 def test_a_process_that_fails_ends_the_run_with_its_error(command: CommandLine) -> None:
     broken = "+callbacks.broken._target_=tests.process.faults.FailingRank"
-    answer = command.process(*RUN, "trainer=ddp_cpu", "trainer.devices=2", broken, "paths.run=mine")
+    answer = command(*RUN, "trainer=ddp_cpu", "trainer.devices=2", broken, "paths.run=mine")
     assert answer.status == 1
     assert answer.err.splitlines()[-1] == "error: a process failed: RuntimeError: the second fails"
     assert not [path for path in answer.files if path.name == "summary.json"]
@@ -115,7 +116,7 @@ def test_a_process_that_fails_ends_the_run_with_its_error(command: CommandLine) 
 
 def test_steps_that_fail_are_those_of_all_processes(command: CommandLine) -> None:
     few = ("solver.max_steps=2", "callbacks.failures.unconverged_in_a_row=2")
-    answer = command.process(*RUN, "trainer=ddp_cpu", *few, "paths.run=mine")
+    answer = command(*RUN, "trainer=ddp_cpu", *few, "paths.run=mine")
     assert answer.status == 1
     last = answer.err.splitlines()[-1]
     assert last.startswith(
