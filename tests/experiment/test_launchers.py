@@ -43,28 +43,27 @@ def summaries(answer: Answer) -> list[dict[str, object]]:
 def test_jobs_in_other_processes_end_in_the_same_table_and_their_failures_are_named(
     command: CommandLine, launcher: str
 ) -> None:
-    given = ("solver=lbroyden,newton_krylov,anderson", "adjoint=unrolled")
+    given = ("solver=newton_krylov,lbroyden", "adjoint=unrolled")
     answer = command.process("-m", f"hydra/launcher={launcher}", *SHORT, *given)
     assert answer.status == 1
     last = answer.err.splitlines()[-1]
-    assert last.startswith("job 1 failed (")
+    assert last.startswith("job 0 failed (")
     assert "Implicit adjoint" in last
     table = [line for line in answer.out.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in table[2:]] == [
-        *("lbroyden", "newton_krylov", "anderson")
-    ]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["newton_krylov", "lbroyden"]
     commands = [str(summary["command"]) for summary in summaries(answer)]
-    assert len(commands) == 2  # whatever started the process: what the job is
+    assert len(commands) == 1  # whatever started the process: what the job is
     train = "fastdeq train" if launcher == "submitit_local" else "python train.py"
     assert all(text.startswith(f"{train} ") and " solver=" in text for text in commands)
     assert not [line for line in answer.err.splitlines() if "warn" in line.lower()]
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what optuna imports
 @needs("search")
 def test_a_search_tries_values_of_an_interval(command: CommandLine) -> None:
     search = ("hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1")
-    answer = command.process("-m", *search, *SHORT, "solver.tol=interval(1e-4,1e-2)")
+    answer = command("-m", *search, *SHORT, "solver.tol=interval(1e-4,1e-2)")
     assert answer.status == 0, answer.err
     folders = [path.parent for path in answer.files if path.name == "summary.json"]
     tols = [OmegaConf.load(folder / "config.yaml").solver.tol for folder in folders]

@@ -58,9 +58,14 @@ class Started:
 
 def train(folder: Path, *overrides: str) -> Started:
     """``python train.py`` with the run folder ``run``."""
+    return start(folder, "paths.run=run", *overrides)
+
+
+def start(folder: Path, *words: str) -> Started:
+    """``python train.py WORDS``."""
     beside = folder.with_name(f"{folder.name}-{uuid4().hex}")
     streams = (Path(os.devnull), beside.with_suffix(".out"), beside.with_suffix(".err"))
-    return _start(TRAIN, ("paths.run=run", *overrides), folder, streams)
+    return _start(TRAIN, words, folder, streams)
 
 
 def at_a_terminal(folder: Path, script: Path, *words: str) -> tuple[Started, int]:
