@@ -42,11 +42,19 @@ MODELS = {
 """Those that the published rows compare."""
 
 TRAINED = [(experiment, model) for experiment in EXPERIMENTS for model in MODELS[experiment]]
+INDEPENDENT = {group: GROUPS[group] for group in ("optimizer", "scheduler", "trainer", "logger")}
+TOGETHER = [
+    " ".join(f"{group}={choices[n % len(choices)]}" for group, choices in INDEPENDENT.items())
+    for n in range(max(map(len, INDEPENDENT.values())))
+]
+"""Every choice of groups that do not depend on each other, in as few words as that takes."""
 VARIED = [(experiment, f"model={model}") for experiment, model in TRAINED] + [
-    (experiment, f"{group}={choice}")
+    (experiment, choice)
     for experiment in EXPERIMENTS
-    for group in ("solver", "adjoint", "optimizer", "scheduler", "trainer", "logger")
-    for choice in GROUPS[group]
+    for choice in (
+        *(f"{group}={choice}" for group in ("solver", "adjoint") for choice in GROUPS[group]),
+        *TOGETHER,
+    )
 ]
 SOLVER_OF = {
     "adjoint=reversible": ("solver=reversible",),
@@ -180,8 +188,10 @@ SETTINGS["svhn"] = {
 SETTINGS["cifar10_mdeq"] = SETTINGS["svhn"] | {"data._target_": "fastdeq.data.Cifar10DataModule"}
 
 
+NARROW = "arch.channels=[8,8,8,8]"
 SMALLER: dict[str, tuple[str, ...]] = {
-    "imagenet_small": ("data.size=64", "sizes.outputs=5", "data.workers=0", "adjoint=jfb")
+    "cifar10_large": (NARROW,),
+    "imagenet_small": (NARROW, "data.size=64", "sizes.outputs=5", "data.workers=0", "adjoint=jfb"),
 }
 """What makes an experiment small beside the data."""
 
@@ -213,7 +223,8 @@ def test_every_experiment_trains_with_every_model(
         pytest.importorskip(NEEDS["data=image_folder"])
     smaller = SMALLER.get(experiment, ())
     if model not in FULLY_CONNECTED:  # untrained, they would use all the evaluations they may
-        smaller = (*smaller, "solver.max_steps=3", "trainer.limit_test_batches=1")
+        limits = ("trainer.limit_val_batches=1", "trainer.limit_test_batches=1")
+        smaller = (*smaller, "solver.max_steps=3", *limits)
     words = (f"experiment={experiment}", f"model={model}", "data.batch_size=10", *smaller)
     answer = command(*words, *data)
     assert answer.status == 0, answer.err
@@ -230,7 +241,8 @@ def test_every_experiment_trains_with_every_model(
 def test_every_experiment_composes_with_every_choice(experiment: str, choice: str) -> None:
     if needed := NEEDS.get(choice):
         pytest.importorskip(needed)
-    cfg = composed(f"experiment={experiment}", choice, *SOLVER_OF.get(choice, ()))
+    words = (f"experiment={experiment}", *choice.split(), *SOLVER_OF.get(choice, ()))
+    cfg = composed(*words)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for key in ("solver", "adjoint", "loss", "scheduler", "data"):
         instantiate(cfg[key], _convert_="all")
