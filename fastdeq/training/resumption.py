@@ -97,7 +97,7 @@ class Resumption(Callback):
         Raises: Interrupted for a SIGTERM that Lightning's handler has received.
         """
         if trainer.received_sigterm:
-            raise Interrupted("stopped before its first step, as SIGTERM says")
+            raise Interrupted("stopped before its first step by SIGTERM")
         self._began = self._saved = time.monotonic()
         self._requests, self._due, self._stop = None, None, 0
         if (strategy := payload_strategy(trainer)) is not None:
@@ -161,7 +161,7 @@ class Resumption(Callback):
         if self._stop:
             count = trainer.global_step
             steps = "1 step" if count == 1 else f"{count:,} steps"
-            raise Interrupted(f"stopped after {steps}, as {_named(self._stop)} says")
+            raise Interrupted(f"stopped after {steps} by {_named(self._stop)}")
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

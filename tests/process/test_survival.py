@@ -59,7 +59,7 @@ def test_a_signal_stops_the_run_after_its_step_and_it_resumes(
     os.kill(process.pid, number)
     ended, (out, err) = process.status(), process.printed()
     assert ended == RESUMABLE, err
-    assert f"as {number.name} says" in out
+    assert f" by {number.name}" in out
     assert "the same command resumes" in out
     assert err == ""
     assert is_sealed(folder / RESUME)
@@ -81,7 +81,7 @@ def test_a_signal_to_all_processes_stops_them(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGTERM)
     ended, (out, err) = process.status(), process.printed()
     assert ended == RESUMABLE, err
-    assert "as SIGTERM says" in out
+    assert " by SIGTERM" in out
     assert is_sealed(tmp_path / "run" / RESUME)
     assert status(tmp_path / "run")["status"] == "interrupted"
 
@@ -138,7 +138,7 @@ def test_a_terminal_that_closes_stops_the_run_with_its_state_saved(
     assert process.status() == RESUMABLE
     assert status(tmp_path / "run")["status"] == "interrupted"
     assert is_sealed(tmp_path / "run" / RESUME)
-    assert "as SIGHUP says" in read(tmp_path / "run" / "train.log")
+    assert " by SIGHUP" in read(tmp_path / "run" / "train.log")
 
 
 def several(ranks: int) -> tuple[str, ...]:
