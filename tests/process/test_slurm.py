@@ -146,9 +146,9 @@ def timed_out(cluster: Cluster) -> TimedOut:
 
 @pytest.fixture(scope="module")
 def sweep(cluster: Cluster, timed_out: TimedOut) -> dict[int, Path]:
-    """Three runs of two ranks on two nodes, by ``train.py -m``, which waits: folders by seed."""
-    printed = cluster.train("-m", "hydra/launcher=submitit_slurm", *SMALL, *RUN, *TWO, "seed=1,2,3")
-    assert "| 3 " in printed
+    """Two runs of two ranks on two nodes, by ``train.py -m``, which waits: folders by seed."""
+    printed = cluster.train("-m", "hydra/launcher=submitit_slurm", *SMALL, *RUN, *TWO, "seed=1,2")
+    assert "| 2 " in printed
     (records,) = (
         folder / "jobs"
         for folder in (cluster.folder / "outputs" / "multirun").iterdir()
@@ -194,10 +194,10 @@ def run_of(sweep: Path, number: int = 0) -> Path:
     return Path(jobs[number]["run"])
 
 
-def test_three_jobs_of_two_ranks_on_two_nodes_make_three_run_folders(
+def test_two_jobs_of_two_ranks_on_two_nodes_make_two_run_folders(
     cluster: Cluster, sweep: dict[int, Path]
 ) -> None:
-    assert set(sweep) == {1, 2, 3}
+    assert set(sweep) == {1, 2}
     for folder in sweep.values():
         assert content(folder)["devices"] == 2
         assert content(folder)["steps"] == 14
@@ -205,7 +205,7 @@ def test_three_jobs_of_two_ranks_on_two_nodes_make_three_run_folders(
     made = {path.parent for path in cluster.folder.glob("outputs/digits/**/config.yaml")}
     assert {path.resolve() for path in made} == {path.resolve() for path in sweep.values()}
     ran = [job for job in cluster.slurm.jobs() if job["JobState"] == "COMPLETED"]
-    assert len([job for job in ran if job["NodeList"] == "127.0.0.[1-2]"]) >= 3
+    assert len([job for job in ran if job["NodeList"] == "127.0.0.[1-2]"]) >= 2
 
 
 def test_a_run_records_its_own_command_and_not_that_of_submitit(sweep: dict[int, Path]) -> None:
