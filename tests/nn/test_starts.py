@@ -93,5 +93,5 @@ def test_states_are_refused_where_there_is_no_solver():
         (UnrolledNetwork(Dense(), steps=3), {}, "UnrolledNetwork$"),
         (DeepEquilibriumNetwork(Dense()), {"depth": 3}, "DeepEquilibriumNetwork with a depth$"),
     ):
-        with pytest.raises(ValueError, match=f"those of a solver.*{name}"):
+        with pytest.raises(ValueError, match=f"without a solver there is no `states`.*{name}"):
             layer(dense_input(), states=2, **options)

@@ -388,7 +388,8 @@ REFUSED = {
     "scheduler=plateau scheduler.interval=step": "use interval=epoch",
     "scheduler=plateau scheduler.frequency=0": "frequency is 0",
     f"scheduler={{_target_:{TORCH}.ReduceLROnPlateu,_partial_:true}}": (
-        "scheduler._target_ is 'torch.optim.lr_scheduler.ReduceLROnPlateu', but there is no such"
+        "torch.optim.lr_scheduler has no 'ReduceLROnPlateu'; did you mean "
+        "torch.optim.lr_scheduler.ReduceLROnPlateau?"
     ),
     f"scheduler={{_target_:{TORCH}.StepLR,_partial_:true}}": "scheduler: StepLR.__init__() missing",
     f"scheduler={{_target_:{TORCH}.StepLR,_partial_:true,step_siz:2}}": (
