@@ -120,7 +120,7 @@ def parser() -> Parser:
         f"  {command} COMMAND --help",
     )
     made.add_argument("--version", action="version", version=f"fastdeq {__version__}")
-    # argparse leaves room for the metavar, but not for the indentation of the names below it.
+    # argparse reserves the width of the metavar, without the indentation of the names below it.
     metavar = "COMMAND".ljust(max(map(len, COMMANDS)) + 2)
     commands = made.add_subparsers(dest="command", metavar=metavar, title="commands")
     for name, (_, text) in COMMANDS.items():

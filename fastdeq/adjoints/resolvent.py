@@ -59,7 +59,7 @@ class Kind:
     axes: of the batch, (N_1 … N_k B, D), those that torch.vmap maps, the last first: its length,
         and whether all along it have the same P.
     clip: the most ‖v‖ / ‖w‖, of cotangents; what is longer is scaled down.
-    start: of a solve, (B, D): v starts at its best multiple. None: at 0 (GMRES) or at w.
+    start: v0, (B, D), whose best multiple a solve begins with; None: 0 for GMRES, w for others.
     """
 
     solver: Solver

@@ -194,47 +194,46 @@ EMNIST = IdxImages.from_table("emnist", spellings=_spellings, transposed=True)
 """Of every split, which stands for SPLIT in the names of its files."""
 
 
+class _IdxDataModule(StoredDataModule):
+    """A set in MNIST's format of ten classes: batches (B, 1, 28, 28)."""
+
+    input_shape = (1, _SIDE, _SIDE)
+    outputs = _CLASSES
+
+
 @final
 @data_module
-class MnistDataModule(StoredDataModule):
+class MnistDataModule(_IdxDataModule):
     """MNIST, handwritten digits: batches (B, 1, 28, 28), see ``StoredDataModule``."""
 
     source = MNIST
-    input_shape = (1, _SIDE, _SIDE)
-    outputs = _CLASSES
     published = Normalization(scale=255.0, mean=(0.1307,), std=(0.3081,))
 
 
 @final
 @data_module
-class FashionMnistDataModule(StoredDataModule):
+class FashionMnistDataModule(_IdxDataModule):
     """Fashion-MNIST, articles of clothing in MNIST's format (see ``MnistDataModule``)."""
 
     source = FASHION_MNIST
-    input_shape = (1, _SIDE, _SIDE)
-    outputs = _CLASSES
     published = Normalization(scale=255.0, mean=(0.2860,), std=(0.3530,))
 
 
 @final
 @data_module
-class KmnistDataModule(StoredDataModule):
+class KmnistDataModule(_IdxDataModule):
     """KMNIST, ten cursive Japanese characters in MNIST's format (see ``MnistDataModule``)."""
 
     source = KMNIST
-    input_shape = (1, _SIDE, _SIDE)
-    outputs = _CLASSES
     published = Normalization(scale=255.0, mean=(0.1918,), std=(0.3483,))
 
 
 @final
 @data_module
-class QmnistDataModule(StoredDataModule):
+class QmnistDataModule(_IdxDataModule):
     """QMNIST, MNIST made again, with all 60,000 images for test (see ``MnistDataModule``)."""
 
     source = QMNIST
-    input_shape = (1, _SIDE, _SIDE)
-    outputs = _CLASSES
     published = MnistDataModule.published
 
 

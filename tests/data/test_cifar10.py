@@ -33,6 +33,7 @@ from tests.data.cifar_svhn_files import (
     write_folder,
 )
 from tests.data.idx_files import mirror, tree
+from tests.data.refusals import refusal
 
 OTHER = 1  # seed of pictures that are not the official ones
 
@@ -62,17 +63,6 @@ def holds_the_pictures(data: Cifar10DataModule, seed: int = 0) -> bool:
         and np.array_equal(test.inputs.flatten(1).numpy(), pixels[5])
         and test.targets.tolist() == labels[5]
     )
-
-
-def refusal(data: Cifar10DataModule, place: str) -> str:
-    """What preparing the set says: one line that begins with the place; and nothing is built."""
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        data.prepare_data()
-    text = str(caught.value)
-    assert text.startswith(f"{place}: ")
-    assert "\n" not in text
-    assert not Path(os.environ["FASTDEQ_CACHE"]).exists()
-    return text.removeprefix(f"{place}: ")
 
 
 # What is read

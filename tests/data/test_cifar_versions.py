@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from tests.data.cifar_svhn_files import (
     string,
     write_folder,
 )
+from tests.data.refusals import refusal
 
 FINE = [f"fine_{number}" for number in range(100)]
 COARSE = [f"coarse_{number}" for number in range(20)]
@@ -74,16 +74,6 @@ def binary10() -> dict[str, bytes]:
         for name, (pixels, labels) in zip(BATCHES, pictures(), strict=True)
     }
     return files | {"batches.meta.txt": "\n".join([*CLASSES, "", ""]).encode()}
-
-
-def refusal(data: StoredDataModule, place: Path | str) -> str:
-    """What preparing the set says: one line that begins with the place; and nothing is built."""
-    with pytest.raises((ValueError, OSError)) as caught:
-        data.prepare_data()
-    text = str(caught.value)
-    assert text.startswith(f"{place}: ")
-    assert "\n" not in text
-    return text.removeprefix(f"{place}: ")
 
 
 def test_cifar100_is_read_exactly_in_every_form_fine_or_coarse(tmp_path):

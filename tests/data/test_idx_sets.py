@@ -17,12 +17,12 @@ from fastdeq.data import (
     EmnistDataModule,
     KmnistDataModule,
     QmnistDataModule,
-    StoredDataModule,
     read_idx,
 )
 from fastdeq.data.mnist import EMNIST, KMNIST, QMNIST
 from tests.commands import SHORT, CommandLine, a_run
 from tests.data.idx_files import TEST, TRAIN, idx, mirror, published, samples, write_files, zipped
+from tests.data.refusals import refusal
 
 SPLITS = {"balanced": 47, "byclass": 62, "bymerge": 47, "digits": 10, "letters": 26, "mnist": 10}
 STEMS = ("train-images-idx3", "train-labels-idx1", "test-images-idx3", "test-labels-idx1")
@@ -32,16 +32,6 @@ STEMS = ("train-images-idx3", "train-labels-idx1", "test-images-idx3", "test-lab
 def _cache_aside(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTDEQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-def refusal(data: StoredDataModule, place: Path | str) -> str:
-    """What preparing the set says: one line that begins with the place."""
-    with pytest.raises((ValueError, OSError)) as caught:
-        data.prepare_data()
-    text = str(caught.value)
-    assert text.startswith(f"{place}: ")
-    assert "\n" not in text
-    return text.removeprefix(f"{place}: ")
 
 
 # KMNIST

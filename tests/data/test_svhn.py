@@ -1,10 +1,8 @@
 """SVHN: files in MATLAB's format, by hand and by SciPy, what is wrong with them, downloads."""
 
 import hashlib
-import os
 import zlib
 from dataclasses import replace
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -25,6 +23,7 @@ from tests.data.cifar_svhn_files import (
     write_folder,
 )
 from tests.data.idx_files import mirror
+from tests.data.refusals import refusal
 
 X, Y = digits()[0]
 WANTED = "get train_32x32.mat and test_32x32.mat of SVHN's format 2 (cropped digits)"
@@ -36,17 +35,6 @@ def _small_set(monkeypatch, tmp_path):
     monkeypatch.setattr(SvhnDataModule, "source", small_svhn())
     monkeypatch.setenv("FASTDEQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-def refusal(data: SvhnDataModule, path: Path) -> str:
-    """What preparing the set says: one line that begins with the path; and nothing is built."""
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        data.prepare_data()
-    text = str(caught.value)
-    assert text.startswith(f"{path}: ")
-    assert "\n" not in text
-    assert not Path(os.environ["FASTDEQ_CACHE"]).exists()
-    return text.removeprefix(f"{path}: ")
 
 
 # What is read

@@ -117,14 +117,14 @@ def test_a_run_on_a_disk_that_fills_up_ends_in_a_line_and_resumes_later(
     words = (*short, f"paths.run={disk / 'run'}")
     assert command(*words, "stop_after=1e-9").status == 75
     rest = os.statvfs(disk)
-    room = disk / "in the way"
-    room.write_bytes(b"\0" * (rest.f_bavail * rest.f_frsize - 100_000))
+    filler = disk / "in the way"
+    filler.write_bytes(b"\0" * (rest.f_bavail * rest.f_frsize - 100_000))
     answer = command(*words)
     assert answer.status == 1
     (line,) = answer.err.splitlines()
     assert "no checkpoint can be written" in line or "No space left" in line
     assert is_sealed(disk / "run" / RESUME) or is_sealed(disk / "run" / LAST)
-    room.unlink()
+    filler.unlink()
     again = command(*words)
     assert again.status == 0, again.err
     assert_same(command.folder / "whole", disk / "run")

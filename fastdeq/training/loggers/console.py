@@ -172,8 +172,8 @@ class ProgressBar(RichProgressBar):
             name: float(metrics[f"step/{name}"]) for name in _BAR if f"step/{name}" in metrics
         }
         used = len(self._get_train_description(trainer.current_epoch)) + _BAR_WIDTH
-        room = (terminal_width() or 1000) - used - 2 * len(str(trainer.num_training_batches)) - 4
-        while shown and sum(len(_bar_text(*each)) + 1 for each in shown.items()) > room:
+        free = (terminal_width() or 1000) - used - 2 * len(str(trainer.num_training_batches)) - 4
+        while shown and sum(len(_bar_text(*each)) + 1 for each in shown.items()) > free:
             shown.popitem()
         return shown
 
