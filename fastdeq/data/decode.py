@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastdeq.data.epoch_loader import Batch, EpochLoader, Normalization
-from fastdeq.data.store import Records, one_line
+from fastdeq.data.records import Records
+from fastdeq.data.store import one_line
 from fastdeq.extras import require
 from fastdeq.settings import check_value, setting, settings
 

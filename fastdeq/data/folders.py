@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from fastdeq.data.published import existing_folder
-from fastdeq.data.store import SPLITS, FolderSplit, ImageFolder, read_content
+from fastdeq.data.records import SPLITS, FolderSplit, ImageFolder
+from fastdeq.data.store import read_content
 
 VAL = ("val", "valid", "test")
 """The folders that the split val may be in; the first one that is there has it."""

@@ -21,16 +21,15 @@ from fastdeq.data.epoch_loader import Normalization
 from fastdeq.data.folders import ARCHIVES, check_classes, fingerprints, list_folder, some
 from fastdeq.data.module import AbstractDataModule, NormalizationSetting, data_module
 from fastdeq.data.published import given_folder, store_folder
-from fastdeq.data.store import (
-    CURE,
+from fastdeq.data.records import (
     ImageFolder,
     RecordFile,
     Records,
-    building,
     read_records,
     shown,
     write_records,
 )
+from fastdeq.data.store import CURE, building
 from fastdeq.settings import setting
 
 _ATTRIBUTES = {"name": "image_folder", "version": "1"}  # the version of the layout of the store

@@ -23,7 +23,8 @@ from fastdeq.data.command import main
 from fastdeq.data.decode import CentralCrop, decode, to_tensor
 from fastdeq.data.folders import list_folder
 from fastdeq.data.module import hold_out
-from fastdeq.data.store import CURE, FolderSplit, ImageFolder, read_records, write_records
+from fastdeq.data.records import FolderSplit, ImageFolder, read_records, write_records
+from fastdeq.data.store import CURE
 from tests.commands import a_run
 from tests.data.image_folders import (
     RUN,

@@ -20,7 +20,7 @@ from fastdeq.data import (
     SvhnDataModule,
 )
 from fastdeq.data.mnist import FASHION_MNIST
-from fastdeq.data.store import Records
+from fastdeq.data.records import Records
 from fastdeq.runs.identity import digest, identity
 from tests.commands import SHORT, CommandLine, a_run
 from tests.configurations import composed
