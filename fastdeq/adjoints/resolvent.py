@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastdeq.adjoints.once import differentiable_once
 from fastdeq.autodiff import carries_tangent, jvp_by_transforms, jvp_by_vjps, primal, vjp_here
-from fastdeq.krylov import GMRES, closest_multiple
+from fastdeq.krylov import GMRES
+from fastdeq.krylov.gmres import closest_multiple
 from fastdeq.norms import sample_norm
 from fastdeq.notation import FlatMap
 from fastdeq.rows import BatchMap, Linearized, wrapped

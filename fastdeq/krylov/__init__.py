@@ -1,5 +1,5 @@
 """Batched, matrix-free linear solves."""
 
-from fastdeq.krylov.gmres import GMRES, closest_multiple, gmres
+from fastdeq.krylov.gmres import GMRES, gmres
 
-__all__ = ["GMRES", "closest_multiple", "gmres"]
+__all__ = ["GMRES", "gmres"]
