@@ -176,7 +176,7 @@ def describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in arguments)
     if origin is Literal:
-        return "one of " + ", ".join(repr(option) for option in arguments)
+        return "one of " * (len(arguments) > 1) + ", ".join(map(repr, arguments))
     if origin is types.NoneType:
         return "None"
     if isinstance(origin, type) and _is_sequence(origin):

@@ -53,6 +53,12 @@ def test_unrolled_gradients_pass_through_it(solver):
 
 
 @each("solver", SOLVERS)
+def test_another_dtype_is_refused(solver):
+    with pytest.raises(TypeError, match=r"history is 'float16', but must be 'bfloat16' or None$"):
+        solver(history="float16")
+
+
+@each("solver", SOLVERS)
 def test_it_is_refused_where_shapes_are_fixed(solver):
     with pytest.raises(ValueError, match=r"history is for eager solves: leave it or `compile` out"):
         solver(history="bfloat16", compile=True)
