@@ -446,4 +446,4 @@ def _tol(run: Record) -> float | None:
 
 def _timed(run: Record) -> str:
     step = run.summary.get("train_ms_per_step")
-    return run.label if step is None else f"{run.label}\n{step:.3g} ms per step"
+    return run.label if step is None else f"{run.label}\n{step:,.1f} ms per step"
